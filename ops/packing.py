@@ -1,0 +1,101 @@
+"""Trits in bytes: planes32 (2 bits a trit, the layout the kernels read) and base3 (1.6 bits, for sharing).
+
+Every function takes torch tensors on any device or numpy arrays, and returns the same kind.
+
+planes32  A trit is 2-bit two's complement: 00 = 0, 01 = +1, 11 = -1; 10 is invalid. Byte i (0..31) of a block of 128
+          inputs holds the inputs i, 32+i, 64+i, 96+i in bits 7:6, 5:4, 3:2, 1:0. Blocks are stored block-major,
+          uint8 [ceil(K/128), N, 32], so that a tile of rows of one block is one contiguous run. K is padded with zeros.
+base3     Byte j of a row holds the inputs 5j..5j+4 as sum (trit + 1) * 3**i: uint8 [N, ceil(K/5)], values 0..242.
+"""
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+GROUP_SIZE = 128
+PACKINGS = ("planes32", "base3")
+
+_POWERS_OF_3 = (1, 3, 9, 27, 81)
+
+
+def _torch_or_numpy(function):
+    @functools.wraps(function)
+    def wrapper(array, *args, **kwargs):
+        if isinstance(array, np.ndarray):
+            result = function(torch.from_numpy(array), *args, **kwargs)
+            return result.numpy() if isinstance(result, Tensor) else result
+        return function(array, *args, **kwargs)
+
+    return wrapper
+
+
+def blocks(inputs: int) -> int:
+    """Blocks of 128 that hold `inputs` inputs."""
+    return -(-inputs // GROUP_SIZE)
+
+
+def packed_shape(shape: tuple[int, int], packing: str) -> tuple[int, ...]:
+    """Shape of the uint8 tensor that holds the trits of an [N, K] weight."""
+    n, k = shape
+    if packing == "planes32":
+        return (blocks(k), n, 32)
+    if packing == "base3":
+        return (n, -(-k // 5))
+    raise ValueError(f"unknown packing {packing!r}; known: {', '.join(PACKINGS)}")
+
+
+@_torch_or_numpy
+def pack_planes32(codes: Tensor) -> Tensor:
+    """int8 [N, K] of -1, 0, +1 -> uint8 [ceil(K/128), N, 32]."""
+    n, k = codes.shape
+    bits = pad(codes.view(torch.uint8) & 3, (0, blocks(k) * GROUP_SIZE - k)).view(n, blocks(k), 4, 32)
+    packed = bits[:, :, 0] << 6
+    packed |= bits[:, :, 1] << 4
+    packed |= bits[:, :, 2] << 2
+    packed |= bits[:, :, 3]
+    return packed.transpose(0, 1).contiguous()
+
+
+@_torch_or_numpy
+def unpack_planes32(trits: Tensor, inputs: int) -> Tensor:
+    """uint8 [ceil(K/128), N, 32] -> int8 [N, K] of -1, 0, +1, with K = `inputs`."""
+    blocks_, n, _ = trits.shape
+    signed = trits.view(torch.int8)
+    codes = torch.empty(n, blocks_, 4, 32, dtype=torch.int8, device=trits.device)
+    for plane in range(4):
+        codes[:, :, plane] = ((signed << (2 * plane)) >> 6).transpose(0, 1)
+    return codes.view(n, blocks_ * GROUP_SIZE)[:, :inputs]
+
+
+@_torch_or_numpy
+def pack_base3(codes: Tensor) -> Tensor:
+    """int8 [N, K] of -1, 0, +1 -> uint8 [N, ceil(K/5)]."""
+    n, k = codes.shape
+    digits = pad((codes + 1).view(torch.uint8), (0, -k % 5), value=1).view(n, -1, 5)
+    packed = digits[:, :, 0].clone()
+    for i in range(1, 5):
+        packed += digits[:, :, i] * _POWERS_OF_3[i]
+    return packed
+
+
+@_torch_or_numpy
+def unpack_base3(packed: Tensor, inputs: int) -> Tensor:
+    """uint8 [N, ceil(K/5)] -> int8 [N, K] of -1, 0, +1, with K = `inputs`."""
+    values = torch.arange(256)[:, None] // torch.tensor(_POWERS_OF_3) % 3 - 1
+    digits = values.to(torch.int8).to(packed.device).index_select(0, packed.flatten().int())
+    return digits.view(packed.shape[0], -1)[:, :inputs]
+
+
+@_torch_or_numpy
+def first_invalid(packed: Tensor, packing: str) -> int | None:
+    """Flat index of the first byte that is no packed trits (a code 10, or a base3 value over 242); None if all are."""
+    flat = packed.flatten()
+    for start in range(0, flat.numel(), 1 << 24):
+        chunk = flat[start : start + (1 << 24)]
+        invalid = chunk & ~(chunk << 1) & 0xAA if packing == "planes32" else chunk > 242
+        if invalid.any():
+            return start + int(invalid.ne(0).int().argmax())
+    return None

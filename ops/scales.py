@@ -1,0 +1,22 @@
+"""Group scales as (row scale) x (integer of the group): what an int8 kernel folds into its weight operand exactly."""
+
+import torch
+from torch import Tensor
+
+MAX_MULTIPLIER = 127
+
+
+def fit_integer_groups(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit scales [ceil(K/128), N] >= 0 by row[n] * group[j, n].
+
+    Returns row fp32 [N] and group uint8 [ceil(K/128), N] in 1..127. The largest group of a row gets 127, the row scale
+    is then the least-squares one. The error of a scale is at most 1/254 of the largest scale of its row.
+    """
+    scales = scales.float()
+    if not bool((scales >= 0).all()):
+        raise ValueError("group scales must be finite and not negative")
+    row = scales.amax(0) / MAX_MULTIPLIER
+    steps = torch.where(row > 0, scales / row, 1.0)
+    group = steps.round_().clamp_(1, MAX_MULTIPLIER)
+    row = (scales * group).sum(0) / group.square().sum(0)
+    return row, group.to(torch.uint8)

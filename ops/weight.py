@@ -1,0 +1,97 @@
+"""`TernaryWeight`: the trits and scales of one Linear, as they lie in the file and in the kernels' memory."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import packing
+from .packing import GROUP_SIZE
+from .scales import fit_integer_groups
+
+
+@dataclass(frozen=True, eq=False)
+class TernaryWeight:
+    """Weight [N, K] of a Linear: W[n, k] = trit[n, k] * scale(n, k // 128) + (up @ down)[n, k].
+
+    The scale of row n and group j is `scale[n] * group[j, n]`, or `scale[n]` without `group`, or `scale[j, n]` where
+    `scale` has two dimensions (scales imported bit-exactly; see `with_integer_groups`).
+    """
+
+    trits: Tensor  # uint8 [ceil(K/128), N, 32], planes32
+    scale: Tensor  # fp32 [N], or bf16 / fp16 / fp32 [ceil(K/128), N]
+    shape: tuple[int, int]  # (N, K)
+    group: Tensor | None = None  # uint8 [ceil(K/128), N], 1..127
+    down: Tensor | None = None  # bf16 [r, K]
+    up: Tensor | None = None  # bf16 [N, r]
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scale: Tensor, group: Tensor | None = None, down=None, up=None):
+        """Pack int8 codes [N, K] of -1, 0, +1."""
+        return cls(packing.pack_planes32(codes), scale, tuple(codes.shape), group, down, up)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name."""
+        fields = ("trits", "scale", "group", "down", "up")
+        return {name: value for name in fields if (value := getattr(self, name)) is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.trits.device
+
+    def to(self, device) -> "TernaryWeight":
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def rows(self, start: int, stop: int) -> "TernaryWeight":
+        """The rows start..stop, as views."""
+        stop = min(stop, self.shape[0])
+        return TernaryWeight(
+            self.trits[:, start:stop],
+            self.scale[..., start:stop],
+            (stop - start, self.shape[1]),
+            None if self.group is None else self.group[:, start:stop],
+            self.down,
+            None if self.up is None else self.up[start:stop],
+        )
+
+    def codes(self) -> Tensor:
+        """int8 [N, K] of -1, 0, +1."""
+        return packing.unpack_planes32(self.trits, self.shape[1])
+
+    def group_scales(self) -> Tensor:
+        """fp32 [ceil(K/128), N]."""
+        if self.scale.ndim == 2:
+            return self.scale.float()
+        if self.group is None:
+            return self.scale.expand(self.trits.shape[0], -1)
+        return self.scale * self.group
+
+    def dequantize_ternary(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Trits times scales, [N, K] in `dtype`, without the low-rank part. The scales are rounded to `dtype` first."""
+        n, k = self.shape
+        codes = packing.unpack_planes32(self.trits, self.trits.shape[0] * GROUP_SIZE).view(n, -1, GROUP_SIZE)
+        dense = codes.to(dtype).mul_(self.group_scales().to(dtype).t()[:, :, None])
+        return dense.view(n, -1)[:, :k]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [N, K] in `dtype`; the low-rank part is added in fp32."""
+        if self.up is None:
+            return self.dequantize_ternary(dtype)
+        return (self.dequantize_ternary() + self.up.float() @ self.down.float()).to(dtype)
+
+    def with_integer_groups(self) -> tuple["TernaryWeight", float]:
+        """Float group scales as row x integer, which int8 activations need, and the relative RMS change of the scales.
+
+        A weight whose scales have that form already is returned as it is, with 0.
+        """
+        if self.scale.ndim == 1:
+            return self, 0.0
+        scales = self.scale.float()
+        row, group = fit_integer_groups(scales)
+        error = (row * group - scales).norm() / scales.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        return replace(self, scale=row, group=group), float(error)
