@@ -1,0 +1,285 @@
+"""FLUX.1 and FLUX.2 forwards that can be differentiated: out of place, in plain torch, over Black Forest Labs' parameter names.
+
+The mathematics is that of https://github.com/black-forest-labs/flux and flux2, with ComfyUI's conventions for latents, position ids, the order of
+text and image tokens, and norm epsilons, so that outputs equal ComfyUI's. A forward is `prepare`, every block on a `State`, `finish`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .architecture import TIME_CHANNELS, Architecture
+
+LinearFactory = Callable[[int, int, bool], nn.Module]
+
+
+@dataclass(frozen=True)
+class State:
+    """What flows from block to block."""
+
+    img: Tensor  # [B, I, hidden] image tokens
+    txt: Tensor  # [B, T, hidden] text tokens
+    vec: Tensor  # [B, hidden] time, guidance and pooled text
+    pe: Tensor  # [2, T + I, head_dim] fp32: cosines and signed sines of the rope angles, text first
+    modulation: tuple[tuple[Tensor, ...], ...] | None  # FLUX.2: image, text and single-stream modulation, each of 6, 6, 3 [B, 1, hidden]
+    grid: tuple[int, int]  # token rows and columns of the image
+
+
+class Flux(nn.Module):
+    """A FLUX transformer. Parameters are named as in BFL's checkpoints; `linear(inputs, outputs, bias)` builds the Linears that become ternary."""
+
+    def __init__(self, arch: Architecture, linear: LinearFactory = nn.Linear):
+        super().__init__()
+        self.arch = arch
+        hidden, patch = arch.hidden, arch.patch_size**2
+        self.img_in = nn.Linear(arch.in_channels * patch, hidden, arch.bias)
+        self.txt_in = nn.Linear(arch.context_dim, hidden, arch.bias)
+        self.time_in = Embedder(TIME_CHANNELS, hidden, arch.bias)
+        self.guidance_in = Embedder(TIME_CHANNELS, hidden, arch.bias) if arch.guidance else None
+        self.vector_in = Embedder(arch.vec_dim, hidden, True) if arch.vec_dim is not None else None
+        if arch.version == 2:
+            self.double_stream_modulation_img = Modulation(hidden, 6, nn.Linear, bias=False)
+            self.double_stream_modulation_txt = Modulation(hidden, 6, nn.Linear, bias=False)
+            self.single_stream_modulation = Modulation(hidden, 3, nn.Linear, bias=False)
+        self.double_blocks = nn.ModuleList(DoubleBlock(arch, linear) for _ in range(arch.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(arch, linear) for _ in range(arch.depth_single))
+        self.final_layer = FinalLayer(hidden, arch.out_channels * patch, arch.bias)
+
+    def forward(
+        self, latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Velocity [B, out_channels, H, W] of `latent` [B, in_channels, H, W] at times `t` [B] in 0 (picture) .. 1 (noise).
+
+        `context` is [B, T, context_dim], `pooled` [B, vec_dim] (None: zeros, as in ComfyUI), `guidance` [B] (None: no guidance embedding).
+        H and W must be multiples of the patch size.
+        """
+        state = self.prepare(latent, t, context, pooled, guidance)
+        for block in self.blocks:
+            state = block(state)
+        return self.finish(state)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Double then single blocks: each maps a State to a State."""
+        return [*self.double_blocks, *self.single_blocks]
+
+    def prepare(
+        self, latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, guidance: Tensor | None = None
+    ) -> State:
+        """Everything before the first block; arguments as in `forward`."""
+        arch, patch = self.arch, self.arch.patch_size
+        b, c, h, w = latent.shape
+        if c != arch.in_channels or h % patch or w % patch:
+            raise ValueError(f"latent has shape {[b, c, h, w]}; {arch.name} takes {arch.in_channels} channels, sides in multiples of {patch}")
+        tokens = latent.reshape(b, c, h // patch, patch, w // patch, patch)
+        tokens = tokens.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
+        img, txt = self.img_in(tokens), self.txt_in(context)
+
+        vec = self.time_in(timestep_embedding(t, img.dtype))
+        if self.guidance_in is not None and guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, img.dtype))
+        if self.vector_in is not None:
+            vec = vec + self.vector_in(img.new_zeros(b, arch.vec_dim) if pooled is None else pooled.to(img.dtype))
+
+        modulation = None
+        if arch.version == 2:
+            layers = (self.double_stream_modulation_img, self.double_stream_modulation_txt, self.single_stream_modulation)
+            modulation = tuple(layer(vec) for layer in layers)
+        grid = (h // patch, w // patch)
+        pe = rope(arch.version, arch.axes_dim, arch.theta, txt.shape[1], grid, img.device)
+        return State(img, txt, vec, pe, modulation, grid)
+
+    def finish(self, state: State) -> Tensor:
+        """Velocity from the state after the last block."""
+        arch, patch = self.arch, self.arch.patch_size
+        rows, columns = state.grid
+        out = self.final_layer(state.img, state.vec).reshape(-1, rows, columns, arch.out_channels, patch, patch)
+        return out.permute(0, 3, 1, 4, 2, 5).reshape(-1, arch.out_channels, rows * patch, columns * patch)
+
+
+class Embedder(nn.Module):
+    def __init__(self, inputs: int, hidden: int, bias: bool):
+        super().__init__()
+        self.in_layer = nn.Linear(inputs, hidden, bias)
+        self.out_layer = nn.Linear(hidden, hidden, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class Modulation(nn.Module):
+    """[B, hidden] -> `chunks` tensors [B, 1, hidden]: shift, scale and gate, once or twice."""
+
+    def __init__(self, hidden: int, chunks: int, linear: LinearFactory, bias: bool = True):
+        super().__init__()
+        self.chunks = chunks
+        self.lin = linear(hidden, chunks * hidden, bias)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vec)[:, None]).chunk(self.chunks, dim=-1)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head. The epsilon is the dtype's own, as ComfyUI's."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.register_load_state_dict_pre_hook(_accept_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale)
+
+
+def _accept_weight(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    if prefix + "weight" in state_dict:
+        state_dict[prefix + "scale"] = state_dict.pop(prefix + "weight")
+
+
+class QKNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.query_norm = HeadNorm(dim)
+        self.key_norm = HeadNorm(dim)
+
+    def heads(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed query and key, and value, each [B, heads, L, head_dim], of a fused [B, L, 3 * hidden]."""
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class StreamAttention(nn.Module):
+    """One stream's part of the joint attention of a double block."""
+
+    def __init__(self, arch: Architecture, linear: LinearFactory):
+        super().__init__()
+        self.qkv = linear(arch.hidden, 3 * arch.hidden, arch.bias)
+        self.norm = QKNorm(arch.head_dim)
+        self.proj = linear(arch.hidden, arch.hidden, arch.bias)
+
+
+class SiluGate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+def activation(version: int) -> nn.Module:
+    return nn.GELU(approximate="tanh") if version == 1 else SiluGate()
+
+
+class DoubleBlock(nn.Module):
+    """Text and image tokens with weights of their own, and attention over both."""
+
+    def __init__(self, arch: Architecture, linear: LinearFactory = nn.Linear):
+        super().__init__()
+        self.heads = arch.heads
+        for stream in ("img", "txt"):
+            if arch.version == 1:
+                setattr(self, f"{stream}_mod", Modulation(arch.hidden, 6, linear))
+            setattr(self, f"{stream}_attn", StreamAttention(arch, linear))
+            mlp = (linear(arch.hidden, arch.mlp_in, arch.bias), activation(arch.version), linear(arch.mlp_hidden, arch.hidden, arch.bias))
+            setattr(self, f"{stream}_mlp", nn.Sequential(*mlp))
+
+    def forward(self, state: State) -> State:
+        if state.modulation is None:
+            img_mod, txt_mod = self.img_mod(state.vec), self.txt_mod(state.vec)
+        else:
+            img_mod, txt_mod, _ = state.modulation
+        img_qkv = self.img_attn.qkv(modulate(state.img, *img_mod[:2]))
+        txt_qkv = self.txt_attn.qkv(modulate(state.txt, *txt_mod[:2]))
+        pairs = zip(self.txt_attn.norm.heads(txt_qkv, self.heads), self.img_attn.norm.heads(img_qkv, self.heads), strict=True)
+        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
+        attended = attention(q, k, v, state.pe)
+        txt_attended, img_attended = attended.split((state.txt.shape[1], state.img.shape[1]), dim=1)
+        img = self._finish_stream(state.img, img_attended, self.img_attn, self.img_mlp, img_mod)
+        txt = self._finish_stream(state.txt, txt_attended, self.txt_attn, self.txt_mlp, txt_mod)
+        return replace(state, img=img, txt=txt)
+
+    @staticmethod
+    def _finish_stream(x: Tensor, attended: Tensor, attn: StreamAttention, mlp: nn.Module, mod: tuple[Tensor, ...]) -> Tensor:
+        _, _, gate1, shift2, scale2, gate2 = mod
+        x = x + gate1 * attn.proj(attended)
+        return x + gate2 * mlp(modulate(x, shift2, scale2))
+
+
+class SingleBlock(nn.Module):
+    """All tokens in one stream, attention and MLP in parallel."""
+
+    def __init__(self, arch: Architecture, linear: LinearFactory = nn.Linear):
+        super().__init__()
+        self.heads, self.split = arch.heads, (3 * arch.hidden, arch.mlp_in)
+        if arch.version == 1:
+            self.modulation = Modulation(arch.hidden, 3, linear)
+        self.linear1 = linear(arch.hidden, 3 * arch.hidden + arch.mlp_in, arch.bias)
+        self.linear2 = linear(arch.hidden + arch.mlp_hidden, arch.hidden, arch.bias)
+        self.norm = QKNorm(arch.head_dim)
+        self.mlp_act = activation(arch.version)
+
+    def forward(self, state: State) -> State:
+        shift, scale, gate = self.modulation(state.vec) if state.modulation is None else state.modulation[2]
+        x = torch.cat((state.txt, state.img), dim=1)
+        qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
+        attended = attention(*self.norm.heads(qkv, self.heads), state.pe)
+        x = x + gate * self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
+        txt, img = x.split((state.txt.shape[1], state.img.shape[1]), dim=1)
+        return replace(state, img=img, txt=txt)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden: int, outputs: int, bias: bool):
+        super().__init__()
+        self.linear = nn.Linear(hidden, outputs, bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden, bias))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        return self.linear(modulate(x, *self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without parameters, then shift + (1 + scale) x."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+    """Attention with rotary positions: [B, heads, L, D] each -> [B, L, heads * D]."""
+    out = F.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v)
+    return out.transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, pe: Tensor) -> Tensor:
+    """Rotate each channel pair (2i, 2i+1) of x [..., L, D] by its position's angle, in fp32."""
+    cos, sin = pe
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cos + swapped * sin).to(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def rope(version: int, axes_dim: tuple[int, ...], theta: int, text: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """[2, L, D] fp32: cosine, and sine with the sign of its channel, per token and channel; text tokens first.
+
+    Positions are (0, row, column) for FLUX.1 image tokens and (0, row, column, 0) for FLUX.2's; text is all zeros, and numbered on FLUX.2's last axis.
+    """
+    rows, columns = grid
+    ids = torch.zeros(text + rows * columns, len(axes_dim), dtype=torch.float64)
+    if version == 2:
+        ids[:text, 3] = torch.arange(text)
+    ids[text:, 1] = torch.arange(rows).repeat_interleave(columns)
+    ids[text:, 2] = torch.arange(columns).repeat(rows)
+    angles = torch.cat([ids[:, i : i + 1] / theta ** (torch.arange(0, d, 2) / d).double() for i, d in enumerate(axes_dim)], dim=1)
+    cos, sin = angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
+    sin[:, 0::2] *= -1
+    return torch.stack((cos, sin)).float().to(device)
+
+
+def timestep_embedding(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sinusoids [B, 256] of 1000 t: cosines, then sines, periods 2 pi .. 20,000 pi. Also used for guidance."""
+    half = TIME_CHANNELS // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = (1000 * t.float())[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
