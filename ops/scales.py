@@ -10,7 +10,7 @@ def fit_integer_groups(scales: Tensor) -> tuple[Tensor, Tensor]:
     """Fit scales [ceil(K/128), N] >= 0 by row[n] * group[j, n].
 
     Returns row fp32 [N] and group uint8 [ceil(K/128), N] in 1..127. The largest group of a row gets 127, the row scale
-    is then the least-squares one. The error of a scale is at most 1/254 of the largest scale of its row.
+    is then the least-squares one. A scale is off by at most 1/254 of the largest of its row, 1/127 if it is below that.
     """
     scales = scales.float()
     if not bool((scales >= 0).all()):

@@ -1,0 +1,233 @@
+"""`ternary_linear` against float64, in every scale form and activation mode, on every backend that runs here."""
+
+import importlib.util
+import sys
+
+import _pack
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ternary_flux.ops import TernaryWeight, linear, registry, resolve, ternary_linear
+from ternary_flux.ops.backends import eager
+from ternary_flux.ops.scales import fit_integer_groups
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DIMENSIONS = st.tuples(st.integers(0, 20), st.integers(1, 70), st.integers(1, 520))
+
+
+def random_weight(n, k, scales="integer", rank=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-1, 2, (n, k), dtype=torch.int8, generator=g)
+    groups = -(-k // 128)
+    row, group = torch.rand(n, generator=g) * 0.01 + 1e-3, None
+    if scales == "integer":
+        group = torch.randint(1, 128, (groups, n), dtype=torch.uint8, generator=g)
+    if scales == "float":
+        row = (torch.rand(groups, n, generator=g) * 0.01 + 1e-3).to(torch.bfloat16)
+    down = torch.randn(rank, k, generator=g).bfloat16() if rank else None
+    up = torch.randn(n, rank, generator=g).bfloat16() if rank else None
+    return TernaryWeight.from_codes(codes, row, group, down, up)
+
+
+def reference(x, weight, bias=None):
+    """float64, from the definition."""
+    n, k = weight.shape
+    scale = weight.scale.double()
+    if weight.scale.ndim == 1:
+        scale = scale.expand(weight.trits.shape[0], n)
+        if weight.group is not None:
+            scale = scale * weight.group.double()
+    dense = weight.codes().double() * scale.t().repeat_interleave(128, 1)[:, :k]
+    if weight.up is not None:
+        dense = dense + weight.up.double() @ weight.down.double()
+    return torch.nn.functional.linear(x.double(), dense, bias)
+
+
+def relative_error(y, expected):
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("scales", ["row", "integer", "float"])
+@pytest.mark.parametrize("rank", [0, 3])
+@given(dims=DIMENSIONS, seed=st.integers(0, 1000), with_bias=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_full(scales, rank, dims, seed, with_bias):
+    m, n, k = dims
+    weight = random_weight(n, k, scales, rank, seed)
+    x = torch.randn(m, k)
+    bias = torch.randn(n).double() if with_bias else None
+    # bf16 group scales are exact in fp32, so only the summation order differs
+    torch.testing.assert_close(
+        ternary_linear(x, weight, bias).double(), reference(x, weight, bias), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("scales", ["row", "integer"])
+@given(dims=DIMENSIONS, seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_int8_is_exact_integer_arithmetic(scales, dims, seed):
+    """int8 equals the float64 product of the quantized tokens: the only error is the epilogue's fp32 rounding."""
+    m, n, k = dims
+    weight = random_weight(n, k, scales, seed=seed)
+    x = torch.randn(m, k)
+    scale = (x.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
+    quantized = (x / scale).round().double() * scale.double()
+    torch.testing.assert_close(
+        ternary_linear(x, weight, activations="int8").double(), reference(quantized, weight), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("m, k", [(5, 15360), (40, 1024)])
+def test_int8_accumulates_exactly_at_the_extremes(m, k):
+    """All products +127*127: the largest sum a FLUX.1 layer can meet, far beyond what fp32 holds exactly."""
+    weight = TernaryWeight.from_codes(
+        torch.ones(16, k, dtype=torch.int8), torch.ones(16), torch.full((k // 128, 16), 127, dtype=torch.uint8)
+    )
+    x = torch.full((m, k), 127.0)
+    x[:, 0] = 126.0  # odd tail in the low bits
+    codes = x.to(torch.int8)
+    integer = eager._integer_weight(weight)
+    assert torch.equal(eager._matmul_int32(codes, integer), (codes.long() @ integer.long().t()).int())
+
+
+def test_int8_without_an_exact_int_mm(monkeypatch):
+    """Where torch._int_mm saturates or is missing, fp32 blocks give the same integers."""
+    codes = torch.randint(-127, 128, (9, 3072), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (24, 3072), dtype=torch.int8)
+    monkeypatch.setattr(eager, "_int_mm_is_exact", lambda device: False)
+    assert torch.equal(eager._matmul_int32(codes, weight), (codes.long() @ weight.long().t()).int())
+
+
+def test_int8_quality():
+    x, weight = torch.randn(64, 512), random_weight(96, 512)
+    assert 0.001 < relative_error(ternary_linear(x, weight, activations="int8"), reference(x, weight)) < 0.012
+
+
+@pytest.mark.parametrize("activations", ["full", "int8"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
+def test_dtypes_and_leading_dimensions(dtype, bound, activations):
+    weight = random_weight(48, 300, rank=2)
+    x = torch.randn(2, 7, 600, dtype=dtype)[..., ::2]
+    y = ternary_linear(x, weight, torch.ones(48), activations)
+    assert y.shape == (2, 7, 48) and y.dtype == dtype and y.is_contiguous()
+    bound += 0.012 * (activations == "int8")
+    assert relative_error(y, reference(x, weight, torch.ones(48).double())) < bound
+
+
+def test_zero_token_gives_the_bias():
+    weight = random_weight(8, 128)
+    bias = torch.randn(8)
+    assert torch.equal(ternary_linear(torch.zeros(3, 128), weight, bias, "int8"), bias.expand(3, -1))
+
+
+def test_scratch_is_bounded(monkeypatch):
+    monkeypatch.setattr(eager, "SCRATCH_BYTES", 1 << 16)
+    weight, x = random_weight(1000, 512), torch.randn(4, 512)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not out._is_view():
+                sizes.append(out.nbytes)
+            return out
+
+    for activations in ("full", "int8"):
+        with Sizes():
+            y = ternary_linear(x, weight, activations=activations)
+        bound = 0.012 if activations == "int8" else 1e-6
+        assert relative_error(y, reference(x, weight)) < bound
+    assert (1 << 15) < max(sizes) <= 1 << 16
+
+
+@pytest.mark.parametrize("activations", ["full", "int8"])
+def test_compiles_to_one_node(activations):
+    weight, bias = random_weight(24, 256, rank=2), torch.randn(24)
+    nodes = []
+
+    def backend(graph, inputs):
+        nodes.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = torch.compile(
+        lambda x: ternary_linear(x, weight, bias, activations, "eager"), fullgraph=True, backend=backend
+    )
+    x = torch.randn(3, 5, 256)
+    assert torch.equal(compiled(x), ternary_linear(x, weight, bias, activations))
+    assert len(nodes) == 1 and "ternary_flux.linear" in str(nodes[0])
+
+
+@pytest.mark.parametrize("activations", ["full", "int8"])
+def test_operator_registration(activations):
+    w = random_weight(16, 200)
+    args = (torch.randn(3, 200), w.trits, w.scale, w.group, None, None, torch.randn(16), 16, 200, activations, "eager")
+    torch.library.opcheck(torch.ops.ternary_flux.linear.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_wrong_input_is_named():
+    with pytest.raises(ValueError, match="64 features.*16 x 128 needs 128"):
+        ternary_linear(torch.randn(2, 64), random_weight(16, 128))
+    with pytest.raises(ValueError, match="with_integer_groups"):
+        ternary_linear(torch.randn(2, 128), random_weight(16, 128, "float"), activations="int8")
+
+
+def test_resolve_says_why():
+    choice = resolve("cpu")
+    assert choice.backend is eager and choice.activations == "full"
+    assert "cpu" in choice.reason
+    assert resolve("cpu", "int8").activations == "int8"
+    with pytest.raises(ValueError, match="int4"):
+        resolve("cpu", "int4")
+
+
+def test_every_backend_has_the_same_interface():
+    for name, backend in registry.BACKENDS.items():
+        assert backend.NAME == name
+        reason = backend.unavailable(torch.device("cpu"))
+        assert reason is None or isinstance(reason, str)
+        assert callable(backend.linear)
+
+
+def test_integer_groups_from_float_scales():
+    """fp16 group scales survive the conversion to row x integer to 46-52 dB (research figures: Gaussian 51.9 dB)."""
+    weight = random_weight(64, 1024, "float")
+    converted, error = weight.with_integer_groups()
+    assert converted.scale.shape == (64,) and converted.group.dtype == torch.uint8
+    assert 0 < error < 10 ** (-46 / 20)
+    assert relative_error(converted.dequantize(), weight.dequantize().double()) < 10 ** (-46 / 20)
+    assert converted.with_integer_groups() == (converted, 0.0)
+
+
+@given(n=st.integers(1, 20), groups=st.integers(1, 9), seed=st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_fit_integer_groups(n, groups, seed):
+    scales = torch.rand(groups, n, generator=torch.Generator().manual_seed(seed)) ** 3
+    scales[:, 0] = 0
+    row, group = fit_integer_groups(scales)
+    assert group.min() >= 1 and group.max() <= 127
+    assert ((row * group - scales).abs() <= scales.amax(0) / 125 + 1e-12).all()
+    with pytest.raises(ValueError, match="negative"):
+        fit_integer_groups(-scales - 1)
+
+
+def test_rows_are_views_of_the_same_weight():
+    weight = random_weight(20, 300, rank=2)
+    part = weight.rows(5, 12)
+    assert torch.equal(part.dequantize(), weight.dequantize()[5:12])
+    assert part.trits.untyped_storage().data_ptr() == weight.trits.untyped_storage().data_ptr()
+
+
+def test_second_import_under_another_name(tmp_path):
+    """A pack folder beside an installed package must not register the operator twice."""
+    spec = importlib.util.spec_from_file_location("another_name", _pack.ROOT / "__init__.py")
+    spec.submodule_search_locations = [str(_pack.ROOT)]
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["another_name"] = module
+    try:
+        spec.loader.exec_module(module)
+        again = importlib.import_module("another_name.ops")
+        assert again.ternary_linear is not linear.ternary_linear
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "another_name"]:
+            del sys.modules[name]
