@@ -1,0 +1,41 @@
+# make demo   ternarises a small FLUX model, paints with it in a real ComfyUI, writes output/demo.png
+# make test   runs the whole test suite
+# make lint   checks the style
+#
+# Each sets up what it needs on its first run: a virtual environment in .venv (or the active one, or PYTHON=...), torch,
+# and ComfyUI in .cache (or the one at COMFYUI_PATH).
+
+ifdef VIRTUAL_ENV
+PYTHON ?= $(VIRTUAL_ENV)/bin/python
+else
+PYTHON ?= .venv/bin/python
+endif
+
+PIP := $(PYTHON) -m pip install --disable-pip-version-check --progress-bar on
+# An environment of the user's keeps its versions; our own gets the tested ones.
+ifeq ($(PYTHON),.venv/bin/python)
+PIP += --constraint tests/constraints.txt
+endif
+
+SETUP := .cache/setup$(subst /,-,$(PYTHON))
+
+.PHONY: demo test lint setup
+.DELETE_ON_ERROR:
+
+setup: $(SETUP)
+
+demo: $(SETUP)
+	$(PYTHON) -m benchmarks.miniature.demo
+
+test: $(SETUP)
+	$(PYTHON) -m pytest
+
+lint: $(SETUP)
+	$(PYTHON) -m ruff check .
+
+$(SETUP): requirements.txt tests/requirements.txt tests/requirements-torch.txt tests/constraints.txt tests/host.py
+	@test -x $(PYTHON) || (echo "creating .venv" && python3 -m venv .venv)
+	@$(PYTHON) -c "import torch, torchvision, torchaudio" 2>/dev/null || $(PIP) --requirement tests/requirements-torch.txt
+	comfyui=$$($(PYTHON) tests/host.py) && \
+	$(PIP) --requirement $$comfyui/requirements.txt --requirement requirements.txt --requirement tests/requirements.txt
+	@mkdir -p .cache && touch $@
