@@ -1,7 +1,7 @@
 """Which FLUX a checkpoint is, from its key -> shape map alone.
 
-Names are Black Forest Labs' (`double_blocks.0.img_attn.qkv.weight`), without any prefix. A family's fixed numbers (rope axes, theta, MLP ratio) are
-the ones ComfyUI assumes for it, so what is accepted here is what ComfyUI will build.
+Names are Black Forest Labs' (`double_blocks.0.img_attn.qkv.weight`), without any prefix. A family's fixed numbers
+(rope axes, theta, MLP ratio) are the ones ComfyUI assumes for it, so what is accepted here is what ComfyUI will build.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ TIME_CHANNELS = 256
 
 @dataclass(frozen=True)
 class Architecture:
-    """The configuration of a FLUX transformer. Sizes are in channels; `in_channels` and `out_channels` count latent channels before patchify."""
+    """A FLUX transformer's configuration; `in_channels` and `out_channels` count latent channels before patchify."""
 
     version: int
     hidden: int
@@ -106,7 +106,7 @@ class Architecture:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The Linears that become ternary, in forward order: all of the blocks'. FLUX.2's three global modulations stay dense."""
+        """The Linears that become ternary, in forward order: all in blocks, not FLUX.2's three global modulations."""
         return tuple(self.linear_shapes)
 
     @cached_property
@@ -150,15 +150,15 @@ class Architecture:
 
 
 def canonical(name: str) -> str:
-    """BFL's name of a parameter: ComfyUI calls the query and key norms' `scale` `weight` in the models it holds and saves."""
+    """BFL's name of a parameter: ComfyUI holds and saves the `scale` of query and key norms as `weight`."""
     return f"{name.removesuffix('weight')}scale" if name.endswith(("query_norm.weight", "key_norm.weight")) else name
 
 
 def detect(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """The architecture whose parameters have these shapes; unknown extra keys are ignored.
 
-    `shapes` has BFL or ComfyUI names without prefix, and logical (unpacked) shapes. Raises ValueError naming the first key that is missing or has
-    another shape than this family's, and for relatives of FLUX that are not FLUX.
+    `shapes` has BFL or ComfyUI names without prefix, and logical (unpacked) shapes. Raises ValueError naming the first
+    key that is missing or has another shape than this family's, and for relatives of FLUX that are not FLUX.
     """
     shapes = {canonical(name): tuple(shape) for name, shape in shapes.items()}
     _refuse_relatives(shapes)
@@ -167,13 +167,14 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         if len(shapes.get(name, ())) != 2:
             raise ValueError(
                 f"This is not a FLUX transformer: {name} is missing or not a matrix. "
-                "Give the diffusion model's own file in BFL or ComfyUI naming, not a text encoder, a VAE or a diffusers folder."
+                "Give the diffusion model's own file in BFL or ComfyUI naming, not a text encoder or a VAE."
             )
     patch = 4 if version == 1 else 1
     hidden, inputs = shapes["img_in.weight"]
     if hidden % 128 or inputs % patch:
         raise ValueError(
-            f"img_in.weight has shape {[hidden, inputs]}: FLUX.{version} has outputs in multiples of 128 and inputs in multiples of {patch}"
+            f"img_in.weight has shape {[hidden, inputs]}: FLUX.{version} has outputs in multiples of 128 "
+            f"and inputs in multiples of {patch}"
         )
     arch = Architecture(
         version=version,
@@ -192,7 +193,7 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         if name not in shapes:
             raise ValueError(f"{name} is missing from this FLUX.{version} checkpoint (expected shape {list(shape)})")
         if shapes[name] != shape:
-            raise ValueError(f"{name} has shape {list(shapes[name])}, and FLUX.{version} of this size has {list(shape)}")
+            raise ValueError(f"{name} has shape {list(shapes[name])}; FLUX.{version} of this size has {list(shape)}")
     return arch
 
 
@@ -210,4 +211,4 @@ def _refuse_relatives(shapes: Mapping[str, tuple[int, ...]]) -> None:
     }
     for prefix, what in relatives.items():
         if found := next((name for name in shapes if name.startswith(prefix)), None):
-            raise ValueError(f"{found} belongs to {what}: FLUX.1 and FLUX.2 checkpoints in BFL or ComfyUI naming are supported")
+            raise ValueError(f"{found} belongs to {what}; FLUX.1 and FLUX.2 in BFL or ComfyUI naming are supported")

@@ -1,7 +1,8 @@
-"""FLUX.1 and FLUX.2 forwards that can be differentiated: out of place, in plain torch, over Black Forest Labs' parameter names.
+"""FLUX.1 and FLUX.2 forwards that can be differentiated: out of place, plain torch, Black Forest Labs' parameter names.
 
-The mathematics is that of https://github.com/black-forest-labs/flux and flux2, with ComfyUI's conventions for latents, position ids, the order of
-text and image tokens, and norm epsilons, so that outputs equal ComfyUI's. A forward is `prepare`, every block on a `State`, `finish`.
+The mathematics is that of https://github.com/black-forest-labs/flux and flux2, with ComfyUI's conventions for latents,
+position ids, the order of text and image tokens, and norm epsilons, so that outputs equal ComfyUI's. A forward is
+`prepare`, then every block on a `State`, then `finish`.
 """
 
 import math
@@ -26,12 +27,12 @@ class State:
     txt: Tensor  # [B, T, hidden] text tokens
     vec: Tensor  # [B, hidden] time, guidance and pooled text
     pe: Tensor  # [2, T + I, head_dim] fp32: cosines and signed sines of the rope angles, text first
-    modulation: tuple[tuple[Tensor, ...], ...] | None  # FLUX.2: image, text and single-stream modulation, each of 6, 6, 3 [B, 1, hidden]
+    modulation: tuple[tuple[Tensor, ...], ...] | None  # FLUX.2: 6 for image, 6 for text, 3 single: [B, 1, hidden]
     grid: tuple[int, int]  # token rows and columns of the image
 
 
 class Flux(nn.Module):
-    """A FLUX transformer. Parameters are named as in BFL's checkpoints; `linear(inputs, outputs, bias)` builds the Linears that become ternary."""
+    """A FLUX transformer with BFL's parameter names; `linear(inputs, outputs, bias)` makes the blocks' Linears."""
 
     def __init__(self, arch: Architecture, linear: LinearFactory = nn.Linear):
         super().__init__()
@@ -53,10 +54,10 @@ class Flux(nn.Module):
     def forward(
         self, latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
-        """Velocity [B, out_channels, H, W] of `latent` [B, in_channels, H, W] at times `t` [B] in 0 (picture) .. 1 (noise).
+        """Velocity [B, out_channels, H, W] of `latent` [B, in_channels, H, W] at `t` [B] in 0 (picture) .. 1 (noise).
 
-        `context` is [B, T, context_dim], `pooled` [B, vec_dim] (None: zeros, as in ComfyUI), `guidance` [B] (None: no guidance embedding).
-        H and W must be multiples of the patch size.
+        `context` is [B, T, context_dim], `pooled` [B, vec_dim] (None: zeros, as in ComfyUI), `guidance` [B] (None: no
+        guidance embedding). H and W must be multiples of the patch size.
         """
         state = self.prepare(latent, t, context, pooled, guidance)
         for block in self.blocks:
@@ -75,7 +76,10 @@ class Flux(nn.Module):
         arch, patch = self.arch, self.arch.patch_size
         b, c, h, w = latent.shape
         if c != arch.in_channels or h % patch or w % patch:
-            raise ValueError(f"latent has shape {[b, c, h, w]}; {arch.name} takes {arch.in_channels} channels, sides in multiples of {patch}")
+            raise ValueError(
+                f"latent has shape {[b, c, h, w]}; "
+                f"{arch.name} takes {arch.in_channels} channels and sides in multiples of {patch}"
+            )
         tokens = latent.reshape(b, c, h // patch, patch, w // patch, patch)
         tokens = tokens.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
         img, txt = self.img_in(tokens), self.txt_in(context)
@@ -88,8 +92,8 @@ class Flux(nn.Module):
 
         modulation = None
         if arch.version == 2:
-            layers = (self.double_stream_modulation_img, self.double_stream_modulation_txt, self.single_stream_modulation)
-            modulation = tuple(layer(vec) for layer in layers)
+            streams = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+            modulation = tuple(getattr(self, stream)(vec) for stream in streams)
         grid = (h // patch, w // patch)
         pe = rope(arch.version, arch.axes_dim, arch.theta, txt.shape[1], grid, img.device)
         return State(img, txt, vec, pe, modulation, grid)
@@ -183,8 +187,9 @@ class DoubleBlock(nn.Module):
             if arch.version == 1:
                 setattr(self, f"{stream}_mod", Modulation(arch.hidden, 6, linear))
             setattr(self, f"{stream}_attn", StreamAttention(arch, linear))
-            mlp = (linear(arch.hidden, arch.mlp_in, arch.bias), activation(arch.version), linear(arch.mlp_hidden, arch.hidden, arch.bias))
-            setattr(self, f"{stream}_mlp", nn.Sequential(*mlp))
+            first = linear(arch.hidden, arch.mlp_in, arch.bias)
+            second = linear(arch.mlp_hidden, arch.hidden, arch.bias)
+            setattr(self, f"{stream}_mlp", nn.Sequential(first, activation(arch.version), second))
 
     def forward(self, state: State) -> State:
         if state.modulation is None:
@@ -193,8 +198,9 @@ class DoubleBlock(nn.Module):
             img_mod, txt_mod, _ = state.modulation
         img_qkv = self.img_attn.qkv(modulate(state.img, *img_mod[:2]))
         txt_qkv = self.txt_attn.qkv(modulate(state.txt, *txt_mod[:2]))
-        pairs = zip(self.txt_attn.norm.heads(txt_qkv, self.heads), self.img_attn.norm.heads(img_qkv, self.heads), strict=True)
-        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
+        txt_heads = self.txt_attn.norm.heads(txt_qkv, self.heads)
+        img_heads = self.img_attn.norm.heads(img_qkv, self.heads)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads, strict=True))
         attended = attention(q, k, v, state.pe)
         txt_attended, img_attended = attended.split((state.txt.shape[1], state.img.shape[1]), dim=1)
         img = self._finish_stream(state.img, img_attended, self.img_attn, self.img_mlp, img_mod)
@@ -202,8 +208,10 @@ class DoubleBlock(nn.Module):
         return replace(state, img=img, txt=txt)
 
     @staticmethod
-    def _finish_stream(x: Tensor, attended: Tensor, attn: StreamAttention, mlp: nn.Module, mod: tuple[Tensor, ...]) -> Tensor:
-        _, _, gate1, shift2, scale2, gate2 = mod
+    def _finish_stream(
+        x: Tensor, attended: Tensor, attn: StreamAttention, mlp: nn.Module, modulation: tuple[Tensor, ...]
+    ) -> Tensor:
+        _, _, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1 * attn.proj(attended)
         return x + gate2 * mlp(modulate(x, shift2, scale2))
 
@@ -260,10 +268,14 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def rope(version: int, axes_dim: tuple[int, ...], theta: int, text: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+@torch.inference_mode(False)
+def rope(
+    version: int, axes_dim: tuple[int, ...], theta: int, text: int, grid: tuple[int, int], device: torch.device
+) -> Tensor:
     """[2, L, D] fp32: cosine, and sine with the sign of its channel, per token and channel; text tokens first.
 
-    Positions are (0, row, column) for FLUX.1 image tokens and (0, row, column, 0) for FLUX.2's; text is all zeros, and numbered on FLUX.2's last axis.
+    Positions are (0, row, column) for FLUX.1 image tokens and (0, row, column, 0) for FLUX.2's; text is all zeros, and
+    numbered on FLUX.2's last axis.
     """
     rows, columns = grid
     ids = torch.zeros(text + rows * columns, len(axes_dim), dtype=torch.float64)
@@ -271,7 +283,8 @@ def rope(version: int, axes_dim: tuple[int, ...], theta: int, text: int, grid: t
         ids[:text, 3] = torch.arange(text)
     ids[text:, 1] = torch.arange(rows).repeat_interleave(columns)
     ids[text:, 2] = torch.arange(columns).repeat(rows)
-    angles = torch.cat([ids[:, i : i + 1] / theta ** (torch.arange(0, d, 2) / d).double() for i, d in enumerate(axes_dim)], dim=1)
+    periods = [theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim) for dim in axes_dim]
+    angles = torch.cat([ids[:, i : i + 1] / period for i, period in enumerate(periods)], dim=1)
     cos, sin = angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
     sin[:, 0::2] *= -1
     return torch.stack((cos, sin)).float().to(device)
