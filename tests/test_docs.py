@@ -1,0 +1,25 @@
+"""Code in the documentation runs and says the truth."""
+
+import re
+
+import _pack
+import pytest
+import torch
+from ternary_flux.ops import TernaryWeight
+from ternary_flux.quantizer.format import LayerPlan, create_ternary
+
+
+@pytest.mark.parametrize("packing", ["planes32", "base3"])
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("k", [100, 300])
+def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k):
+    (source,) = re.findall(r"```python\n(.*?)```", (_pack.ROOT / "docs" / "format.md").read_text(), re.DOTALL)
+    namespace = {}
+    exec(source, namespace)
+    codes = torch.randint(-1, 2, (6, k), dtype=torch.int8)
+    group = torch.randint(1, 128, (-(-k // 128), 6), dtype=torch.uint8) if grouped else None
+    weight = TernaryWeight.from_codes(codes, torch.rand(6), group)
+    path = tmp_path / "one.safetensors"
+    with create_ternary(path, {"layer": LayerPlan.of(weight, packing)}, {}, {}) as writer:
+        writer.layer("layer", weight)
+    assert torch.equal(torch.from_numpy(namespace["dense_weight"](str(path), "layer")), weight.dequantize())

@@ -1,0 +1,63 @@
+"""The house rules: dependencies point one way, importing is light, and the folder never shadows ComfyUI's modules."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+
+import _pack
+import pytest
+
+LAYERS = ("ops", "quantizer", "nodes")  # each may import itself and what stands before it
+SOURCES = [path for layer in LAYERS for path in sorted((_pack.ROOT / layer).rglob("*.py"))]
+
+
+def imported(tree: ast.AST, module_level_only: bool):
+    """(level, dotted name) of each import statement."""
+    nodes = tree.body if module_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.level, f"{node.module or ''}.{alias.name}".strip(".")) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(_pack.ROOT)))
+def test_dependencies_point_one_way(path):
+    parts = path.relative_to(_pack.ROOT).parts
+    layer, depth = parts[0], len(parts)
+    tree = ast.parse(path.read_text())
+    for level, name in imported(tree, module_level_only=False):
+        if level == 0:
+            assert name.split(".")[0] not in ("ternary_flux", *LAYERS) or path.name == "__main__.py"
+        elif level == depth:  # reaches the pack's root
+            assert LAYERS.index(name.split(".")[0]) <= LAYERS.index(layer), f"{layer} must not import {name}"
+    if layer != "nodes":
+        roots = {name.split(".")[0] for level, name in imported(tree, module_level_only=True) if level == 0}
+        assert not roots & {"comfy", "comfy_kitchen", "folder_paths", "comfy_api"}
+
+
+def test_importing_the_pack_is_light():
+    code = "import sys, _pack; _pack.load(); print(sorted({'torch', 'numpy', 'triton', 'safetensors'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=_pack.ROOT, text=True).strip() == "[]"
+
+
+def test_the_folder_leaves_sys_path():
+    code = "import sys, _pack; _pack.load(); import importlib.util as u; print(u.find_spec('nodes'), u.find_spec('ops'))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=_pack.ROOT, text=True).strip() == "None None"
+
+
+def test_the_command_runs_from_the_packs_folder():
+    result = subprocess.run(
+        [sys.executable, "-m", "quantizer", "--help"], cwd=_pack.ROOT, text=True, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "inspect" in result.stdout
+
+
+def test_every_package_is_installed():
+    """pyproject.toml names each folder with an __init__.py, and the data files that stand beside the code."""
+    project = tomllib.loads((_pack.ROOT / "pyproject.toml").read_text())
+    folders = {path.parent.relative_to(_pack.ROOT) for path in SOURCES if path.name == "__init__.py"}
+    expected = {"ternary_flux", *(".".join(("ternary_flux", *folder.parts)) for folder in folders)}
+    assert set(project["tool"]["setuptools"]["packages"]) == expected
