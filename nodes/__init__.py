@@ -1,0 +1,39 @@
+"""What appears in ComfyUI: the nodes, and the glue between ComfyUI and the ternary weights."""
+
+import logging
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import compat
+
+
+class TernaryFluxExtension(ComfyExtension):
+    """The pack's nodes; where ComfyUI is too old for them, one node that says what to update."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        if problem := compat.problem():
+            logging.error(problem)
+            return [_unsupported(problem)]
+        from .loader import LoadTernaryFlux
+
+        return [LoadTernaryFlux]
+
+
+def _unsupported(problem: str) -> type[io.ComfyNode]:
+    class TernaryFluxUnsupported(io.ComfyNode):
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            return io.Schema(
+                node_id="TernaryFluxLoader",
+                display_name="Load Ternary FLUX (update ComfyUI)",
+                category="model/loaders",
+                description=problem,
+                inputs=[],
+                outputs=[io.Model.Output()],
+            )
+
+        @classmethod
+        def execute(cls, **inputs) -> io.NodeOutput:
+            raise RuntimeError(problem)
+
+    return TernaryFluxUnsupported

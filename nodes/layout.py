@@ -1,0 +1,155 @@
+"""The ternary weight as a comfy_kitchen `QuantizedTensor`: what ComfyUI moves, offloads, flattens and saves."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..ops import Choice, TernaryWeight, resolve, ternary_linear
+from ..quantizer.format import FORMAT
+from .compat import core
+
+comfy = core()
+QuantizedTensor = comfy.QuantizedTensor
+
+# The pack can be imported twice (as a custom node and as an installed package): each copy has a layout of its own.
+LAYOUT = f"{__package__}.TernaryLayout"
+
+
+class TernaryLayout(comfy.QuantizedLayout):
+    """Trits as storage; scales and low-rank factors in `Params`, so that they travel with the weight."""
+
+    @dataclass(frozen=True)
+    class Params(comfy.BaseLayoutParams):
+        """`scale`, `group`, `down`, `up` as in `ops.TernaryWeight`; `activations` is the user's setting."""
+
+        group: Tensor | None = None
+        down: Tensor | None = None
+        up: Tensor | None = None
+        activations: str = "auto"
+        transposed: bool = False
+
+        def _tensor_fields(self) -> list[str]:
+            return [name for name in ("scale", "group", "down", "up") if getattr(self, name) is not None]
+
+    @classmethod
+    def quantize(cls, tensor: Tensor, scale=None, stochastic_rounding=0, inplace_ops=False, activations="auto", **_):
+        """Exact least-squares ternary of a dense weight [N, K]; `scale` is always recomputed."""
+        weight = ternarize(tensor)
+        return weight.trits, cls.params(weight, tensor.dtype, activations)
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: "TernaryLayout.Params") -> Tensor:
+        return ternary_weight(qdata, params).dequantize(params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor) -> tuple[Tensor | None, ...]:
+        params = qtensor._params
+        return qtensor._qdata, params.scale, params.group, params.down, params.up
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: "TernaryLayout.Params") -> dict[str, Tensor]:
+        return {"": qdata} | {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
+
+    @classmethod
+    def requantize_kwargs(cls, qtensor) -> dict:
+        return {"activations": qtensor._params.activations}
+
+    @classmethod
+    def params(cls, weight: TernaryWeight, dtype: torch.dtype, activations: str) -> "TernaryLayout.Params":
+        return cls.Params(
+            scale=weight.scale,
+            orig_dtype=dtype,
+            orig_shape=tuple(weight.shape),
+            group=weight.group,
+            down=weight.down,
+            up=weight.up,
+            activations=activations,
+        )
+
+
+def wrap(weight: TernaryWeight, dtype: torch.dtype, activations: str = "auto"):
+    """A QuantizedTensor of logical shape [N, K] and logical dtype `dtype`, sharing the weight's memory."""
+    return QuantizedTensor(weight.trits, LAYOUT, TernaryLayout.params(weight, dtype, activations))
+
+
+def is_ternary(tensor) -> bool:
+    return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT
+
+
+def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight:
+    """The `ops` view of a QuantizedTensor's parts, whichever way it is transposed."""
+    shape = params.orig_shape[::-1] if params.transposed else params.orig_shape
+    return TernaryWeight(qdata, params.scale, tuple(shape), params.group, params.down, params.up)
+
+
+@lru_cache(maxsize=64)
+def choose(device: torch.device, activations: str, integer_scales: bool = True) -> Choice:
+    """`ops.resolve`, remembered. int8 needs row x integer scales; a weight without them is multiplied in full precision."""
+    return resolve(device, activations if integer_scales else "full")
+
+
+def multiply(x: Tensor, tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times a ternary QuantizedTensor [N, K] transposed."""
+    params = tensor._params
+    choice = choose(x.device, params.activations, params.scale.ndim == 1)
+    weight = ternary_weight(tensor._qdata, params)
+    return ternary_linear(x, weight, bias, activations=choice.activations, backend=choice.backend.NAME)
+
+
+# F.linear reaches a layout as aten.linear under inference_mode, and as aten.t with aten.mm or aten.addmm under no_grad
+# and in compiled graphs. Without a handler for each, comfy_kitchen would silently multiply by a dense weight.
+
+
+def _linear(qt, args, kwargs):
+    x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
+    if not is_ternary(weight) or weight._params.transposed or isinstance(x, QuantizedTensor):
+        return torch.nn.functional.linear(*_dense(x, weight, bias))
+    return multiply(x, weight, bias)
+
+
+def _t(qt, args, kwargs):
+    params = qt._params
+    params = dataclasses.replace(params, orig_shape=params.orig_shape[::-1], transposed=not params.transposed)
+    return QuantizedTensor(qt._qdata, LAYOUT, params)
+
+
+def _mm(qt, args, kwargs):
+    x, weight = args
+    if not is_ternary(weight) or not weight._params.transposed or isinstance(x, QuantizedTensor):
+        return torch.mm(*_dense(x, weight))
+    return multiply(x, weight, None)
+
+
+def _addmm(qt, args, kwargs):
+    bias, x, weight = args
+    if not is_ternary(weight) or not weight._params.transposed or isinstance(x, QuantizedTensor) or kwargs:
+        return torch.addmm(*_dense(bias, x, weight), **kwargs)
+    return multiply(x, weight, bias)
+
+
+def _dense(*tensors):
+    return [tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor for tensor in tensors]
+
+
+def register() -> None:
+    """Make the layout known. Core's own loader then refuses our files with `Unsupported quantization format: ternary_v1`."""
+    comfy.register_layout_class(LAYOUT, TernaryLayout)
+    aten = torch.ops.aten
+    handlers = {aten.linear.default: _linear, aten.t.default: _t, aten.mm.default: _mm, aten.addmm.default: _addmm}
+    for operator, handler in handlers.items():
+        comfy.register_layout_op(operator, TernaryLayout)(handler)
+    comfy.QUANT_ALGOS.setdefault(
+        FORMAT,
+        {
+            "storage_t": torch.uint8,
+            "parameters": {"weight_scale"},
+            "comfy_tensor_layout": LAYOUT,
+            "quantize_input": False,
+        },
+    )
+
+
+register()

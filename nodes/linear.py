@@ -1,0 +1,135 @@
+"""ComfyUI's Linear for mixed-precision checkpoints, taught the ternary format."""
+
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from ..ops import Choice, TernaryWeight, ternary_linear
+from ..quantizer.format import LayerPlan, planes32
+from . import layout
+from .compat import core
+from .lora import Branch
+
+comfy = core()
+
+
+def operations(
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    activations: str = "auto",
+    after_load: Callable[[], None] = lambda: None,
+):
+    """The operations class for `model_options["custom_operations"]`.
+
+    compute_dtype  what ComfyUI computes in: the logical dtype of the weights and the dtype of the biases
+    device         where it computes
+    activations    "auto", "int8" or "full"; see `ops.ternary_linear`
+    after_load     called after each loaded ternary layer, for progress and cancellation
+
+    Layers without a ternary `comfy_quant` entry load as core loads them: dense, fp8, int8.
+    """
+    base = comfy.mixed_precision_ops({"mixed_ops": True}, compute_dtype)
+
+    class TernaryOps(base):
+        class Linear(_TernaryLinear, base.Linear):
+            _activations = activations
+            _load_device = device
+            _after_load = staticmethod(after_load)
+
+    return TernaryOps
+
+
+class _TernaryLinear:
+    """Mixin before core's mixed-precision Linear."""
+
+    branch: Branch | None = None  # LoRAs computed beside the ternary product
+    attached: tuple = (None, None)  # the patcher's: what identifies the loaded patches, and their effect
+    hooked = False  # the patcher's: whether a hook's effect stands in for the attached one
+
+    _choice: Choice | None = None
+    _choice_device: torch.device | None = None
+
+    # Core's merge code looks up every state-dict key as an attribute, also those that a quantized weight adds.
+    weight_scale = weight_group = weight_down = weight_up = comfy_quant = property(lambda self: None)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        configuration = read_configuration(state_dict, prefix)
+        arguments = local_metadata, strict, missing, unexpected, errors
+        if configuration.get("format") != layout.FORMAT:
+            return super()._load_from_state_dict(state_dict, prefix, *arguments)
+        weight = take_weight(state_dict, prefix, configuration)
+        if weight.shape != self._orig_shape:
+            raise ValueError(f"{prefix}weight is {list(weight.shape)}; this model needs {list(self._orig_shape)}")
+        if weight.scale.ndim == 2 and layout.choose(self._load_device, self._activations).activations == "int8":
+            weight, _ = weight.with_integer_groups()
+        self._choose(self._load_device, weight.scale)
+        device = self.factory_kwargs["device"] or weight.device
+        self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
+        quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations)
+        self.weight = torch.nn.Parameter(quantized, requires_grad=False)
+        torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments)
+        missing[:] = [key for key in missing if key != f"{prefix}weight"]
+        self._after_load()
+
+    def forward(self, input, *args, **kwargs):
+        if not layout.is_ternary(self.weight):
+            return super().forward(input, *args, **kwargs)
+        comfy.run_every_op()
+        weight, bias, offloaded = comfy.cast_bias_weight(
+            self,
+            dtype=self.weight.dtype,
+            device=input.device,
+            bias_dtype=input.dtype,
+            offloadable=True,
+            compute_dtype=input.dtype,
+            want_requant=True,
+        )
+        y = self._multiply(input, weight, bias)
+        if self.branch is not None:
+            self.branch.add_to(y, input)
+        comfy.uncast_bias_weight(self, weight, bias, offloaded)
+        return y
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not layout.is_ternary(weight):  # a function in weight_function made it dense
+            return dense_linear(x, weight.to(x.dtype), bias)
+        if self._choice_device != x.device:
+            self._choose(x.device, weight._params.scale)
+        ternary = layout.ternary_weight(weight._qdata, weight._params)
+        return ternary_linear(x, ternary, bias, self._choice.activations, self._choice.backend.NAME)
+
+    def _choose(self, device: torch.device, scale: Tensor) -> None:
+        self._choice = layout.choose(device, self._activations, scale.ndim == 1)
+        self._choice_device = device
+
+    def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        if not layout.is_ternary(self.weight):
+            return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+        state_dict = {} if destination is None else destination
+        if self.bias is not None:
+            state_dict[f"{prefix}bias"] = self.bias
+        state_dict.update(entries(self.weight, prefix))
+        return state_dict
+
+
+def read_configuration(state_dict: dict, prefix: str) -> dict:
+    """The JSON of a layer's `comfy_quant` entry; empty for a dense layer."""
+    entry = state_dict.get(f"{prefix}comfy_quant")
+    return {} if entry is None else json.loads(bytes(entry.tolist()))
+
+
+def take_weight(state_dict: dict, prefix: str, configuration: dict) -> TernaryWeight:
+    """Remove a ternary layer's entries from a state dict and return its weight, unpacked to planes32 if need be."""
+    state_dict.pop(f"{prefix}comfy_quant")
+    packed, scale, *rest = (state_dict.pop(f"{prefix}weight{s}", None) for s in ("", "_scale", "_group", "_down", "_up"))
+    plan = LayerPlan(tuple(configuration["shape"]), configuration["packing"])
+    return TernaryWeight(planes32(packed, plan), scale, plan.shape, *rest)
+
+
+def entries(tensor, prefix: str) -> dict[str, Tensor]:
+    """The state-dict entries of a ternary QuantizedTensor: the inverse of `take_weight`."""
+    plan = LayerPlan.of(layout.ternary_weight(tensor._qdata, tensor._params))
+    return tensor.state_dict(f"{prefix}weight") | {f"{prefix}comfy_quant": plan.comfy_quant}

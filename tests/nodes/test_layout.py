@@ -1,0 +1,175 @@
+"""The ternary weight as a tensor of ComfyUI: arithmetic, moving, flattening, gathering, and dynamic VRAM."""
+
+import dataclasses
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from ternary_flux.tests.nodes import tiny
+
+N, K = 96, 200
+VARIANTS = {"integer": {}, "float": {"float_groups": True}, "low rank": {"rank": 8}}
+
+
+@pytest.fixture(params=VARIANTS)
+def weight(request, comfy):
+    return comfy.layout.wrap(tiny.ternary_weight((N, K), tiny.generator(0), **VARIANTS[request.param]), torch.float32)
+
+
+def test_says_what_it_is(comfy, weight):
+    assert tuple(weight.shape) == (N, K)
+    assert weight.dtype == torch.float32
+    assert comfy.layout.is_ternary(weight)
+    assert weight.params._tensor_fields() == [f for f in ("scale", "group", "down", "up") if getattr(weight.params, f) is not None]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("bias", [None, torch.randn(N)])
+def test_linear_algebra_never_goes_dense(comfy, weight, mode, bias, monkeypatch):
+    dense = weight.dequantize()
+    monkeypatch.setattr(comfy.layout.TernaryLayout, "dequantize", lambda *_: pytest.fail("dequantized"))
+    x = torch.randn(2, 3, K)
+    with mode():
+        torch.testing.assert_close(linear(x, weight, bias), linear(x, dense, bias), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x[0] @ weight.t(), x[0] @ dense.t(), rtol=1e-4, atol=1e-5)
+
+
+def test_other_operations_use_the_dense_weight(weight):
+    dense = weight.dequantize()
+    torch.testing.assert_close(weight + 1, dense + 1)
+    torch.testing.assert_close(weight.t().dequantize(), dense.t())
+    torch.testing.assert_close(torch.randn(3, N) @ weight.t().t() * 0, torch.zeros(3, K))
+    torch.testing.assert_close(linear(dense[:2], weight.t().t()), dense[:2] @ dense.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_moves_and_copies_take_every_tensor_along(weight):
+    moved = weight.to("meta")
+    assert {tensor.device.type for tensor in tensors_of(moved)} == {"meta"}
+    assert weight.to(dtype=torch.bfloat16).dequantize().dtype == torch.bfloat16
+    copy = torch.empty_like(weight)
+    copy.copy_(weight)
+    assert torch.equal(copy.dequantize(), weight.dequantize())
+
+
+def tensors_of(weight):
+    return [weight._qdata, *(getattr(weight._params, field) for field in weight._params._tensor_fields())]
+
+
+def test_quantizing_keeps_a_ternary_weight(comfy):
+    weight = comfy.layout.wrap(tiny.ternary_weight((N, 256), tiny.generator(0)), torch.float32, "full")
+    again = weight.requantize_from_float(weight.dequantize(), scale="recalculate", stochastic_rounding=1, inplace_ops=True)
+    assert again._params.activations == "full"
+    assert tiny.distance(again.dequantize(), weight.dequantize()) < 0.01
+
+
+def test_state_dict_and_back(comfy, weight):
+    entries = comfy.linear.entries(weight, "layer.")
+    configuration = comfy.linear.read_configuration(entries, "layer.")
+    assert configuration == {"format": "ternary_v1", "packing": "planes32", "group_size": 128, "shape": [N, K]}
+    again = comfy.linear.take_weight(entries, "layer.", configuration)
+    assert not entries
+    assert torch.equal(again.dequantize(), weight.dequantize())
+
+
+def test_a_second_copy_of_the_pack_does_not_disturb_the_first(comfy, weight):
+    from ternary_flux import __file__ as root
+
+    folder = root.removesuffix("__init__.py")
+    spec = importlib.util.spec_from_file_location("second_copy", root, submodule_search_locations=[folder])
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["second_copy"] = package
+    spec.loader.exec_module(package)
+    second = importlib.import_module("second_copy.nodes.layout")
+    assert second.LAYOUT != comfy.layout.LAYOUT
+    assert torch.equal(weight.dequantize(), weight.to(torch.float32).dequantize())
+
+
+def test_gathers_into_one_buffer(comfy, weight):
+    """Dynamic VRAM copies a layer's tensors into one buffer and views them there."""
+    from comfy import memory_management
+
+    bias = torch.randn(N)
+    buffer = torch.zeros(memory_management.vram_aligned_size([weight, bias]), dtype=torch.uint8)
+    comfy.model_management.cast_to_gathered([weight, bias], buffer)
+    geometry = memory_management.tensors_to_geometries([weight, bias])
+    gathered, gathered_bias = memory_management.interpret_gathered_like(geometry, buffer)
+    assert torch.equal(gathered.dequantize(), weight.dequantize())
+    assert torch.equal(gathered_bias, bias)
+    assert gathered._params.activations == weight._params.activations
+
+
+@pytest.fixture
+def dynamic_layer(comfy, path):
+    """A ternary Linear as dynamic VRAM holds it: its weight gathered in a buffer, waiting for the cast of the next call.
+
+    The memory itself needs a GPU; here the buffer lies in CPU memory and the module claims its weights do not.
+    """
+    from comfy import memory_management
+
+    model = comfy.loader.load(str(path), "full")
+    layer = model.model.diffusion_model.double_blocks[0].img_attn.qkv
+    tensors = [layer.weight, layer.bias]
+    buffer = torch.zeros(memory_management.vram_aligned_size(tensors), dtype=torch.uint8)
+    comfy.model_management.cast_to_gathered(tensors, buffer)
+    layer.seed_key = "layer"
+    layer._prefetch = {
+        "signature": 1,
+        "resident": False,
+        "xfer_dest": buffer,
+        "cast_dest": None,
+        "cast_geometry": memory_management.tensors_to_geometries(tensors),
+        "needs_cast": False,
+    }
+    return SimpleNamespace(layer=layer, model=model)
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "dora"])
+def test_dynamic_vram_keeps_loras_whole(comfy, dynamic_layer, kind):
+    """Core's own path would add the LoRA, requantize, and lose it."""
+    from comfy import ops
+
+    layer = dynamic_layer.layer
+    up, down = torch.randn(768, 4) * 0.05, torch.randn(4, 256) * 0.05
+    scale = torch.rand(768, 1) + 0.5 if kind == "dora" else None
+    adapter = comfy.lora.comfy.LoRAAdapter(set(), (up, down, None, None, scale, None))
+    patches = [] if kind == "none" else [(1.0, adapter, 1.0, None, None)]
+    layer.weight_lowvram_function = comfy.model_patcher.LowVramPatch("key", {"key": patches})
+    comfy.patcher._apply(layer, comfy.lora.build("key", patches, tiny.CPU, torch.float32))
+    dense = layer.weight.dequantize()
+    if patches:
+        dense = comfy.lora.comfy.calculate_weight(patches, dense, "key")
+    weight, bias = ops.resolve_cast_module_with_vbar(
+        layer, torch.float32, tiny.CPU, torch.float32, torch.float32, True
+    )
+    x = torch.randn(3, 256)
+    y = layer._multiply(x, weight, bias)
+    if layer.branch is not None:
+        layer.branch.add_to(y, x)
+    torch.testing.assert_close(y, linear(x, dense, layer.bias), rtol=1e-4, atol=1e-4)
+
+
+def test_the_dynamic_patcher_falls_back_on_cpus(comfy, path):
+    model = comfy.loader.load(str(path))
+    patcher = comfy.patcher.TernaryPatcherDynamic(model.model, model.load_device, model.offload_device)
+    assert type(patcher) is comfy.patcher.TernaryPatcher
+
+
+def test_small_layers_made_resident_are_restored(comfy, path, reference):
+    """Dynamic VRAM force-loads layers under 16 KiB and puts the originals back from the backup."""
+    model = comfy.loader.load(str(path), "full")
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    original = model.ternary_linear(key).weight
+    model.patch_weight_to_device(key, device_to=tiny.CPU, force_cast=True)
+    assert model.ternary_linear(key).weight is not original
+    assert tiny.distance(tiny.run(model), reference) < 1e-5
+    model.unpatch_model(tiny.CPU)
+    assert model.ternary_linear(key).weight._qdata.data_ptr() == original._qdata.data_ptr()
+
+
+def test_parameters_are_frozen(comfy, weight):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        weight._params.scale = None

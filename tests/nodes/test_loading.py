@@ -1,0 +1,201 @@
+"""Loading, moving, cloning, compiling and saving a ternary model in the real ComfyUI."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ternary_flux.tests.nodes import tiny
+
+QKV = "double_blocks.0.img_attn.qkv"
+
+
+def test_detection_and_parity_with_the_dense_model(comfy, path, reference):
+    model = comfy.loader.load(str(path), "full")
+    config = model.model.model_config.unet_config
+    assert (config["image_model"], config["hidden_size"], config["context_in_dim"]) == ("flux", 256, 128)
+    assert (config["depth"], config["depth_single_blocks"], config["vec_in_dim"]) == (1, 1, 64)
+    assert tiny.distance(tiny.run(model), reference) < 1e-5
+    assert (tiny.run(model, torch.no_grad) - reference).abs().max() < 1e-4
+
+
+def test_the_model_is_as_small_in_memory_as_in_the_file(comfy, path):
+    assert comfy.loader.load(str(path)).model_size() < 1.05 * path.stat().st_size
+
+
+def test_int8_activations_are_close(comfy, path, reference):
+    error = tiny.distance(tiny.run(comfy.loader.load(str(path), "int8")), reference)
+    assert 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize("variant", [{"rank": 8}, {"float_groups": True}, {"packing": "base3"}])
+@pytest.mark.parametrize("activations", ["full", "int8"])
+def test_every_form_of_the_format_loads(comfy, tmp_path, variant, activations):
+    path = tiny.write(tmp_path / "variant.safetensors", **variant)
+    dense = comfy.sd.load_diffusion_model_state_dict(tiny.dense_twin(path), model_options={"dtype": torch.float32})
+    error = tiny.distance(tiny.run(comfy.loader.load(str(path), activations)), tiny.run(dense))
+    assert error < (1e-4 if activations == "full" else 0.05)
+
+
+def test_a_key_prefix_is_accepted(comfy, tmp_path, reference):
+    path = tiny.write(tmp_path / "prefixed.safetensors", prefix="model.diffusion_model.")
+    assert tiny.distance(tiny.run(comfy.loader.load(str(path), "full")), reference) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs(comfy, path, dtype):
+    operations = comfy.linear.operations(dtype, tiny.CPU, "full")
+    layer = operations.Linear(256, 768)
+    state = {k.removeprefix(f"{QKV}."): v for k, v in load_file(path).items() if k.startswith(f"{QKV}.")}
+    layer.load_state_dict(state)
+    x = torch.randn(3, 256, generator=tiny.generator(4), dtype=dtype)
+    y = layer(x)
+    dense = tiny.dense_twin(path)
+    expected = x.double() @ dense[f"{QKV}.weight"].double().t() + dense[f"{QKV}.bias"].double()
+    assert y.dtype == dtype
+    assert tiny.distance(y.double(), expected) < 0.02
+
+
+@pytest.mark.parametrize("budget", [1, 600_000])
+def test_partial_load_and_unload(comfy, path, reference, budget):
+    model = comfy.loader.load(str(path), "full")
+    model.patch_model(tiny.CPU, lowvram_model_memory=budget)
+    assert model.model.model_lowvram
+    assert tiny.distance(tiny.run(model), reference) < 1e-5
+    model.partially_unload(tiny.CPU, 100_000)
+    assert tiny.distance(tiny.run(model), reference) < 1e-5
+    model.unpatch_model(tiny.CPU)
+    comfy.model_management.load_models_gpu([model])
+    assert tiny.distance(tiny.run(model), reference) < 1e-5
+
+
+def test_unload_and_reload(comfy, path, reference):
+    model = comfy.loader.load(str(path), "full")
+    for _ in range(2):
+        comfy.model_management.load_models_gpu([model])
+        assert tiny.distance(tiny.run(model), reference) < 1e-5
+        comfy.model_management.unload_all_models()
+
+
+def test_clones_stay_ternary_without_dynamic_vram(comfy, path):
+    model = comfy.loader.load(str(path))
+    for clone in (model.clone(), model.clone(disable_dynamic=True), model.clone(force_deepcopy=True)):
+        assert type(clone) is comfy.patcher.TernaryPatcher
+    make, arguments = model.cached_patcher_init
+    assert type(make(*arguments, disable_dynamic=True)) is comfy.patcher.TernaryPatcher
+
+
+@pytest.mark.parametrize("activations", ["full", "int8"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_torch_compile_sees_one_graph(comfy, path, activations, mode):
+    layer = comfy.loader.load(str(path), activations).model.diffusion_model.double_blocks[0].img_attn.qkv
+    lora = comfy.lora.comfy.LoRAAdapter(set(), (torch.randn(768, 4), torch.randn(4, 256), None, None, None, None))
+    layer.branch = comfy.lora.build("key", [(1.0, lora, 1.0, None, None)], tiny.CPU, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with mode():
+        x = torch.randn(2, 5, 256)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_saving_and_loading_gives_the_same_file_contents(comfy, path, tmp_path, reference):
+    saved = tmp_path / "saved.safetensors"
+    for loaded in (False, True):
+        model = comfy.loader.load(str(path), "full")
+        if loaded:
+            comfy.model_management.load_models_gpu([model])
+        else:
+            model.patch_model(tiny.CPU, lowvram_model_memory=1)
+        comfy.sd.save_checkpoint(str(saved), model)
+        before, after = load_file(path), load_file(saved)
+        for key, tensor in before.items():
+            twin = after["model.diffusion_model." + key.replace("_norm.scale", "_norm.weight")]
+            assert torch.equal(twin, tensor), key
+        assert tiny.distance(tiny.run(comfy.loader.load(str(saved), "full")), reference) < 1e-5
+
+
+def test_other_quantized_layers_in_the_same_file_work(comfy, path, reference):
+    state = dict(load_file(path))
+    weight = tiny.dense_twin(path)[f"{QKV}.weight"]
+    for part in ("weight_scale", "weight_group"):
+        del state[f"{QKV}.{part}"]
+    scale = weight.abs().max() / 127
+    state[f"{QKV}.weight"] = (weight / scale).round().to(torch.int8)
+    state[f"{QKV}.weight_scale"] = scale.reshape(())
+    state[f"{QKV}.comfy_quant"] = torch.tensor(list(json.dumps({"format": "int8_tensorwise"}).encode()), dtype=torch.uint8)
+    operations = comfy.linear.operations(torch.float32, tiny.CPU, "full")
+    model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"custom_operations": operations})
+    assert 1e-5 < tiny.distance(tiny.run(model), reference) < 0.05
+    patcher = comfy.patcher.TernaryPatcher(model.model, model.load_device, model.offload_device)
+    saved = patcher.state_dict_for_saving()
+    assert saved[f"model.diffusion_model.{QKV}.weight"].dtype == torch.int8
+    assert b"int8_tensorwise" in bytes(saved[f"model.diffusion_model.{QKV}.comfy_quant"].tolist())
+
+
+def test_the_stock_loader_names_the_format(comfy, path):
+    with pytest.raises(ValueError, match="Unsupported quantization format: ternary_v1"):
+        comfy.sd.load_diffusion_model(str(path))
+
+
+def test_interrupting_stops_the_load(comfy, path):
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        comfy.loader.load(str(path))
+    assert not comfy.model_management.processing_interrupted()
+
+
+def vae():
+    return {"decoder.conv_in.weight": torch.zeros(4, 4), "encoder.conv_in.weight": torch.zeros(4, 4)}
+
+
+def text_encoder():
+    return {"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}
+
+
+def lora():
+    return {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.zeros(4, 4)}
+
+
+def other():
+    return {"weight": torch.zeros(4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (vae, "this is a VAE. Move it to models/vae"),
+        (text_encoder, "this is a text encoder. Move it to models/text_encoders"),
+        (lora, "this is a LoRA. Move it to models/loras"),
+        (other, "not a ternary FLUX model"),
+    ],
+)
+def test_other_models_are_refused_with_a_remedy(comfy, tmp_path, make, message):
+    path = tmp_path / "other.safetensors"
+    save_file(make(), path)
+    with pytest.raises(ValueError, match=message) as error:
+        comfy.loader.load(str(path))
+    assert "other.safetensors" in str(error.value)
+
+
+def test_a_dense_flux_is_refused_with_a_remedy(comfy, path, tmp_path):
+    dense = tmp_path / "dense.safetensors"
+    save_file(tiny.dense_twin(path), dense)
+    with pytest.raises(ValueError, match="not ternary.*Load Diffusion Model.*quantizer round dense.safetensors"):
+        comfy.loader.load(str(dense))
+
+
+def test_damaged_files_are_refused(comfy, path, tmp_path):
+    data = path.read_bytes()
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        comfy.loader.load(str(truncated))
+    page = tmp_path / "page.safetensors"
+    page.write_bytes(b"<!DOCTYPE html><html>not found</html>")
+    with pytest.raises(ValueError, match="web page"):
+        comfy.loader.load(str(page))
+    incomplete = tmp_path / "incomplete.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if not k.startswith("single_blocks.0.linear2.weight")}, incomplete)
+    with pytest.raises(ValueError, match="single_blocks.0.linear2.weight"):
+        comfy.loader.load(str(incomplete))

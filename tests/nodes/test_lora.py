@@ -1,0 +1,247 @@
+"""LoRAs on ternary weights: equal to merging them into the dense twin, and gone without a trace afterwards."""
+
+import logging
+
+import pytest
+import torch
+
+from ternary_flux.tests.nodes import tiny
+
+H = tiny.HIDDEN
+QKV = "double_blocks.0.img_attn.qkv"
+
+DIFFUSERS = {
+    "transformer_blocks.0.attn.to_q": (H, H),
+    "transformer_blocks.0.attn.to_k": (H, H),
+    "transformer_blocks.0.attn.to_v": (H, H),
+    "transformer_blocks.0.attn.to_out.0": (H, H),
+    "transformer_blocks.0.norm1.linear": (6 * H, H),
+    "transformer_blocks.0.ff.net.2": (H, 4 * H),
+    "single_transformer_blocks.0.attn.to_q": (H, H),
+    "single_transformer_blocks.0.proj_mlp": (4 * H, H),
+    "single_transformer_blocks.0.proj_out": (H, 5 * H),
+}
+BFL = {
+    "double_blocks.0.img_attn.qkv": (3 * H, H),
+    "double_blocks.0.txt_mlp.0": (4 * H, H),
+    "single_blocks.0.linear2": (H, 5 * H),
+    "single_blocks.0.modulation.lin": (3 * H, H),
+}
+
+
+def diffusers_lora(seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
+    g = tiny.generator(seed)
+    tensors = {}
+    for name, (n, k) in DIFFUSERS.items():
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, k, generator=g) * 0.05
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(n, rank, generator=g) * 0.05
+    return tensors
+
+
+def bfl_lora(seed: int, rank: int = 8, alpha: float = 4.0, **extra) -> dict[str, torch.Tensor]:
+    g = tiny.generator(seed)
+    tensors = {}
+    for name, (n, k) in BFL.items():
+        name = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, k, generator=g) * 0.05
+        tensors[f"{name}.lora_up.weight"] = torch.randn(n, rank, generator=g) * 0.05
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+        tensors |= {f"{name}.{key}": make(n, k, g) for key, make in extra.items()}
+    return tensors
+
+
+def dora(seed: int) -> dict[str, torch.Tensor]:
+    return bfl_lora(seed, dora_scale=lambda n, k, g: torch.rand(n, 1, generator=g) + 0.5)
+
+
+def lokr(seed: int) -> dict[str, torch.Tensor]:
+    g = tiny.generator(seed)
+    tensors = {}
+    for name, (n, k) in BFL.items():
+        name = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{name}.lokr_w1"] = torch.randn(4, 4, generator=g) * 0.05
+        tensors[f"{name}.lokr_w2"] = torch.randn(n // 4, k // 4, generator=g) * 0.05
+    return tensors
+
+
+def difference(seed: int) -> dict[str, torch.Tensor]:
+    g = tiny.generator(seed)
+    return {f"diffusion_model.{name}.diff": torch.randn(shape, generator=g) * 0.01 for name, shape in BFL.items()}
+
+
+def bias_difference(seed: int) -> dict[str, torch.Tensor]:
+    g = tiny.generator(seed)
+    return {f"diffusion_model.{name}.diff_b": torch.randn(n, generator=g) * 0.1 for name, (n, _) in BFL.items()}
+
+
+def with_loras(comfy, model, loras):
+    for lora, strength in loras:
+        model, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), strength, 0.0)
+    return model
+
+
+def merged(comfy, twin, loras) -> torch.Tensor:
+    """What core computes with the LoRAs merged into the dense twin."""
+    model = with_loras(comfy, twin(), loras)
+    comfy.model_management.load_models_gpu([model])
+    return tiny.run(model)
+
+
+COMBINATIONS = {
+    "diffusers keys": [(diffusers_lora(1), 1.0)],
+    "bfl keys, alpha": [(bfl_lora(2), 1.0)],
+    "negative": [(diffusers_lora(1), -0.7)],
+    "stacked": [(diffusers_lora(1), -0.7), (bfl_lora(2), 1.3), (diffusers_lora(3, rank=2), 0.5)],
+    "zero": [(bfl_lora(2), 0.0)],
+    "dora": [(dora(4), 0.8)],
+    "dora and lora": [(bfl_lora(2), 1.0), (dora(4), 0.8)],
+    "lokr": [(lokr(5), 1.0)],
+    "difference": [(difference(6), 1.0), (diffusers_lora(1), 1.0)],
+    "bias": [(bias_difference(7), 1.0), (diffusers_lora(1), 1.0)],
+}
+
+
+@pytest.mark.parametrize("budget", [None, 600_000])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_equals_the_dense_model_with_the_lora_merged(comfy, path, twin, reference, name, budget):
+    loras = COMBINATIONS[name]
+    expected = merged(comfy, twin, loras)
+    model = with_loras(comfy, comfy.loader.load(str(path), "full"), loras)
+    assert type(model) is comfy.patcher.TernaryPatcher
+    if budget is None:
+        comfy.model_management.load_models_gpu([model])
+    else:
+        model.patch_model(tiny.CPU, lowvram_model_memory=budget)
+    effect = (expected - reference).norm() if name != "zero" else torch.tensor(0.5)
+    assert effect > 0.1
+    assert (tiny.run(model) - expected).norm() < 1e-4 * effect
+    model.partially_unload(tiny.CPU, 300_000)
+    assert (tiny.run(model) - expected).norm() < 1e-4 * effect
+    model.unpatch_model(tiny.CPU)
+    assert torch.equal(tiny.run(model), tiny.run(comfy.loader.load(str(path), "full")))
+
+
+def test_plain_loras_never_touch_the_weights(comfy, path):
+    model = with_loras(comfy, comfy.loader.load(str(path), "full"), COMBINATIONS["stacked"])
+    before = model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight
+    comfy.model_management.load_models_gpu([model])
+    module = model.model.diffusion_model.double_blocks[0].img_attn.qkv
+    assert module.weight._qdata.data_ptr() == before._qdata.data_ptr()
+    assert module.weight_function == []
+    assert [part.outputs for part in module.branch.parts] == [(0, H), (H, H), (2 * H, H), None]
+    assert model.loaded_size() > model.model_size()  # the branches are counted
+
+
+def test_branches_are_built_once(comfy, path):
+    model = with_loras(comfy, comfy.loader.load(str(path), "full"), COMBINATIONS["stacked"])
+    comfy.model_management.load_models_gpu([model])
+    module = model.model.diffusion_model.double_blocks[0].img_attn.qkv
+    branch = module.branch
+    model.partially_load(tiny.CPU)
+    assert module.branch is branch
+
+
+def test_models_with_different_loras_share_one_set_of_weights(comfy, path, twin, reference):
+    base = comfy.loader.load(str(path), "full")
+    variants = [[], COMBINATIONS["diffusers keys"], COMBINATIONS["dora"], COMBINATIONS["negative"], []]
+    models = [with_loras(comfy, base, loras) for loras in variants]
+    assert len({id(model.model) for model in models}) == 1
+    for model, loras in zip(models, variants, strict=True):
+        comfy.model_management.load_models_gpu([model])
+        expected = merged(comfy, twin, loras)
+        assert tiny.distance(tiny.run(model), expected) < 1e-5
+
+
+def test_dense_patches_are_reported_once_a_model(comfy, path, caplog):
+    caplog.set_level(logging.WARNING)
+    base = comfy.loader.load(str(path), "full")
+    for strength in (1.0, 0.5):
+        model = with_loras(comfy, base, [(dora(4), strength)])
+        comfy.model_management.load_models_gpu([model])
+    (warning,) = [record.message for record in caplog.records if "Ternary FLUX" in record.message]
+    assert "DoRA" in warning
+
+
+def test_int8_activations_leave_the_lora_in_full_precision(comfy, path, twin, reference):
+    loras = COMBINATIONS["diffusers keys"]
+    model = with_loras(comfy, comfy.loader.load(str(path), "int8"), loras)
+    comfy.model_management.load_models_gpu([model])
+    assert tiny.distance(tiny.run(model), merged(comfy, twin, loras)) < 0.05
+
+
+def test_weight_wrappers_of_other_extensions_see_the_patched_dense_weight(comfy, path, twin):
+    loras = COMBINATIONS["bfl keys, alpha"]
+    results = []
+    for model in (twin(), comfy.loader.load(str(path), "full")):
+        model = with_loras(comfy, model, loras)
+        model.add_weight_wrapper(f"diffusion_model.{QKV}.weight", lambda weight: weight * 2)
+        model.patch_model(tiny.CPU, lowvram_model_memory=1)
+        results.append(tiny.run(model))
+    assert tiny.distance(results[1], results[0]) < 1e-5
+
+
+def hooked(comfy, model, lora, strength=1.0):
+    """Register a LoRA as a hook the way the node Create Hook LoRA does; returns the model and its hook group."""
+    group = comfy.hooks.create_hook_lora(dict(lora), strength, 0.0)
+    model = model.clone()
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    model.register_all_hook_patches(group, target)
+    return model, group
+
+
+@pytest.mark.parametrize("mode", ["MinVram", "MaxSpeed"])
+@pytest.mark.parametrize("lora", [diffusers_lora(1), dora(4)], ids=["lora", "dora"])
+def test_hook_loras_come_and_go(comfy, path, twin, reference, mode, lora):
+    base_loras = COMBINATIONS["bfl keys, alpha"]
+    plain, both = merged(comfy, twin, base_loras), merged(comfy, twin, [*base_loras, (lora, 1.0)])
+    model = with_loras(comfy, comfy.loader.load(str(path), "full"), base_loras)
+    model, group = hooked(comfy, model, lora)
+    model.hook_mode = comfy.hooks.EnumHookMode[mode]
+    comfy.model_management.load_models_gpu([model])
+    for _ in range(2):
+        model.apply_hooks(group)
+        assert tiny.distance(tiny.run(model), both) < 1e-5
+        model.apply_hooks(None)
+        assert tiny.distance(tiny.run(model), plain) < 1e-5
+    model.clean_hooks()
+    model.unpatch_model(tiny.CPU)
+    assert tiny.distance(tiny.run(model), reference) < 1e-5
+
+
+def test_merging_two_models(comfy, path, tmp_path, twin):
+    other = tiny.write(tmp_path / "other.safetensors", seed=9)
+    results = []
+    for load in (lambda p: comfy.loader.load(str(p), "full"), lambda p: dense(comfy, p)):
+        first, second = load(path), load(other)
+        patches = second.get_key_patches("diffusion_model.")
+        assert all(value[0][0] is not None for value in patches.values())
+        for key, patch in patches.items():
+            first.add_patches({key: patch}, 0.3, 0.7)
+        comfy.model_management.load_models_gpu([first])
+        results.append(tiny.run(first))
+    assert tiny.distance(results[0], results[1]) < 1e-5
+
+
+def dense(comfy, path):
+    return comfy.sd.load_diffusion_model_state_dict(tiny.dense_twin(path), model_options={"dtype": torch.float32})
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_saving_keeps_a_lora_in_the_low_rank_part(comfy, tmp_path, rank):
+    path = tiny.write(tmp_path / "model.safetensors", rank=rank)
+    model = with_loras(comfy, comfy.loader.load(str(path), "full"), COMBINATIONS["stacked"])
+    comfy.model_management.load_models_gpu([model])
+    comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model)
+    saved = comfy.loader.load(str(tmp_path / "saved.safetensors"), "full")
+    assert saved.model.diffusion_model.double_blocks[0].img_attn.qkv.weight._params.up.shape[1] >= rank + 3 * 4 + 8
+    assert tiny.distance(tiny.run(saved), tiny.run(model)) < 0.01  # factors are bf16 in the file
+
+
+def test_saving_a_patch_without_low_rank_form_gives_a_dense_layer(comfy, path, tmp_path):
+    model = with_loras(comfy, comfy.loader.load(str(path), "full"), COMBINATIONS["dora"])
+    comfy.model_management.load_models_gpu([model])
+    comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model)
+    saved = comfy.loader.load(str(tmp_path / "saved.safetensors"), "full")
+    blocks = saved.model.diffusion_model.double_blocks[0]
+    assert not comfy.layout.is_ternary(blocks.img_attn.qkv.weight) and comfy.layout.is_ternary(blocks.txt_attn.qkv.weight)
+    assert tiny.distance(tiny.run(saved), tiny.run(model)) < 0.01  # dense weights are bf16 in the file

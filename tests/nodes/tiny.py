@@ -1,0 +1,88 @@
+"""A random FLUX.1 of the real architecture, small enough for every test: its ternary file, its dense twin, its inputs."""
+
+from pathlib import Path
+
+import torch
+
+from ternary_flux.ops import TernaryWeight
+from ternary_flux.ops.packing import blocks
+from ternary_flux.quantizer.architecture import Architecture
+from ternary_flux.quantizer.format import LayerPlan, create_ternary, open_ternary
+
+HIDDEN = 256
+FLUX1 = Architecture(
+    version=1,
+    hidden=HIDDEN,
+    depth=1,
+    depth_single=1,
+    in_channels=16,
+    out_channels=16,
+    context_dim=128,
+    vec_dim=64,
+    guidance=True,
+)
+CPU = torch.device("cpu")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def dense_tensors(arch: Architecture, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random parameters under BFL names, scaled so that activations keep their size."""
+    tensors = {}
+    for name, shape in arch.shapes.items():
+        spread = shape[1] ** -0.5 if len(shape) == 2 else 0.1
+        tensors[name] = torch.randn(shape, generator=g) * spread + float(name.endswith("norm.scale"))
+    return tensors
+
+
+def ternary_weight(shape, g: torch.Generator, rank: int = 0, float_groups: bool = False) -> TernaryWeight:
+    n, k = shape
+    codes = torch.randint(-1, 2, shape, generator=g, dtype=torch.int8)
+    row = (torch.rand(n, generator=g) + 0.5) * k**-0.5 / 100
+    group = torch.randint(60, 128, (blocks(k), n), generator=g, dtype=torch.uint8)
+    scales = ((row * group).to(torch.bfloat16), None) if float_groups else (row, group)
+    down = up = None
+    if rank:
+        down = (torch.randn(rank, k, generator=g) * k**-0.5).to(torch.bfloat16)
+        up = (torch.randn(n, rank, generator=g) * 0.3).to(torch.bfloat16)
+    return TernaryWeight.from_codes(codes, *scales, down, up)
+
+
+def write(path: Path, arch: Architecture = FLUX1, packing="planes32", seed=0, prefix="", **weights) -> Path:
+    """Write a random ternary FLUX."""
+    g = generator(seed)
+    dense = dense_tensors(arch, g)
+    for name in arch.linears:
+        del dense[f"{name}.weight"]
+    layers = {f"{prefix}{name}": ternary_weight(shape, g, **weights) for name, shape in arch.linear_shapes.items()}
+    plans = {name: LayerPlan.of(weight, packing) for name, weight in layers.items()}
+    specs = {f"{prefix}{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
+    with create_ternary(path, plans, specs, {"format": "ternary_v1"}) as writer:
+        for name, tensor in dense.items():
+            writer.dense(f"{prefix}{name}", tensor)
+        for name, weight in layers.items():
+            writer.layer(name, weight)
+    return path
+
+
+def dense_twin(path: Path) -> dict[str, torch.Tensor]:
+    """The same model with dequantized fp32 weights, as a dense checkpoint's state dict."""
+    file = open_ternary(path)
+    state = {name: file.tensor(name) for name in file.dense}
+    return state | {f"{name}.weight": file.weight(name).dequantize() for name in file.layers}
+
+
+def run(patcher, mode=torch.inference_mode) -> torch.Tensor:
+    """The velocity for fixed random inputs."""
+    latent = torch.randn(1, 16, 16, 16, generator=generator(1))
+    context = torch.randn(1, 8, 128, generator=generator(2))
+    pooled = torch.randn(1, 64, generator=generator(3))
+    with mode():
+        return patcher.model.diffusion_model(latent, torch.tensor([0.5]), context, pooled, torch.tensor([3.5])).clone()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative distance of a from b."""
+    return float((a - b).norm() / b.norm())
