@@ -37,7 +37,10 @@ class TernaryLayout(comfy.QuantizedLayout):
     @classmethod
     def quantize(cls, tensor: Tensor, scale=None, stochastic_rounding=0, inplace_ops=False, activations="auto", **_):
         """Exact least-squares ternary of a dense weight [N, K]; `scale` is always recomputed."""
-        weight = ternarize(tensor)
+        from ..quantizer.rounding import ternarize  # numpy-heavy, and only merges of whole models come here
+
+        weight, _ = ternarize(tensor)
+        weight = weight.to(tensor.device)
         return weight.trits, cls.params(weight, tensor.dtype, activations)
 
     @classmethod

@@ -11,7 +11,7 @@ from ..quantizer.checkpoint import kind_of
 from ..quantizer.container import FormatError, Header, read_header
 from ..quantizer.format import TernaryFile, open_ternary
 from . import layout
-from .compat import accepted, core
+from .compat import accepted, core, show_on_node
 from .linear import operations
 from .patcher import TernaryPatcher, TernaryPatcherDynamic
 
@@ -51,6 +51,7 @@ class LoadTernaryFlux(io.ComfyNode):
                     **accepted(io.Combo.Input, advanced=True),
                 ),
             ],
+            "hidden": [io.Hidden.unique_id],
             "outputs": [io.Model.Output(tooltip="The model, for samplers and every node that takes a FLUX model.")],
         }
         aliases = accepted(io.Schema, search_aliases=["1.58-bit", "ternary", "bitnet", "quantized flux", "unet loader"])
@@ -75,7 +76,9 @@ class LoadTernaryFlux(io.ComfyNode):
     def execute(cls, file: str, activations: str) -> io.NodeOutput:
         path = find(file)
         model = load(path, activations)
-        return io.NodeOutput(model, ui=ui.PreviewText(describe(check(path), model.load_device, activations)))
+        status = describe(check(path), model.load_device, activations)
+        show_on_node(cls.hidden.unique_id, status)
+        return io.NodeOutput(model, ui=ui.PreviewText(status))
 
 
 def files() -> list[str]:

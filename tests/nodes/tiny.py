@@ -59,7 +59,7 @@ def write(path: Path, arch: Architecture = FLUX1, packing="planes32", seed=0, pr
     layers = {f"{prefix}{name}": ternary_weight(shape, g, **weights) for name, shape in arch.linear_shapes.items()}
     plans = {name: LayerPlan.of(weight, packing) for name, weight in layers.items()}
     specs = {f"{prefix}{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
-    with create_ternary(path, plans, specs, {"format": "ternary_v1"}) as writer:
+    with create_ternary(path, plans, specs, {"modelspec.title": "tiny"}, overwrite=True) as writer:
         for name, tensor in dense.items():
             writer.dense(f"{prefix}{name}", tensor)
         for name, weight in layers.items():

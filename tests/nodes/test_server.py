@@ -1,0 +1,139 @@
+"""The pack in a real headless ComfyUI server, driven over its API as a browser drives it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ternary_flux.tests import host
+from ternary_flux.tests.nodes import tiny
+
+PACK = "comfyui-ternary-flux"
+NODE = "TernaryFluxLoader"
+STEPS = 3
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    models = base / "models"
+    for folder in ("diffusion_models", "vae"):
+        (models / folder).mkdir(parents=True)
+    path = tiny.write(models / "diffusion_models" / "tiny.safetensors")
+    (models / "diffusion_models" / "truncated.safetensors").write_bytes(path.read_bytes()[:-1000])
+    save_file({"lora_unet_single_blocks_0_linear1.lora_up.weight": torch.zeros(2)}, models / "diffusion_models" / "style.safetensors")
+    (models / "diffusion_models" / "notes.txt").write_text("not a model")
+    host.comfyui()
+    from comfy.taesd.taesd import TAESD
+
+    save_file(TAESD(latent_channels=16).state_dict(), models / "vae" / "tiny-vae.safetensors")
+    helpers = Path(__file__).parent / "helpers"
+    with host.Server(base, {PACK: host.ROOT, "helpers": helpers}) as running:
+        yield running
+
+
+def workflow(file="tiny.safetensors", activations="auto", loader=NODE) -> dict:
+    """API form: load, sample, decode, save."""
+    inputs = {"file": file, "activations": activations} if loader == NODE else {"unet_name": file, "weight_dtype": "default"}
+    nodes = {
+        "model": (loader, inputs),
+        "vae": ("VAELoader", {"vae_name": "tiny-vae.safetensors"}),
+        "positive": ("TestRandomConditioning", {"seed": 1, "context_dim": 128, "vec_dim": 64}),
+        "negative": ("TestRandomConditioning", {"seed": 2, "context_dim": 128, "vec_dim": 64}),
+        "latent": ("EmptySD3LatentImage", {"width": 64, "height": 64, "batch_size": 1}),
+        "sampler": (
+            "KSampler",
+            {
+                "model": ["model", 0],
+                "positive": ["positive", 0],
+                "negative": ["negative", 0],
+                "latent_image": ["latent", 0],
+                "seed": 5,
+                "steps": STEPS,
+                "cfg": 1.0,
+                "sampler_name": "euler",
+                "scheduler": "simple",
+                "denoise": 1.0,
+            },
+        ),
+        "decode": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["vae", 0]}),
+        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "test"}),
+    }
+    return {name: {"class_type": node, "inputs": inputs} for name, (node, inputs) in nodes.items()}
+
+
+def test_the_node_is_listed_with_its_inputs(server):
+    node = server.get_json(f"/object_info/{NODE}")[NODE]
+    assert node["display_name"] == "Load Ternary FLUX"
+    assert node["category"] == "model/loaders"
+    assert node["output"] == ["MODEL"]
+    required = node["input"]["required"]
+    kind, file = required["file"]
+    assert set(file["options"] if kind == "COMBO" else kind) == {"tiny.safetensors", "truncated.safetensors", "style.safetensors"}
+    kind, activations = required["activations"]
+    assert (activations["options"] if kind == "COMBO" else kind) == ["auto", "int8", "full"]
+    assert activations["advanced"] and "W1.58A8" in activations["tooltip"]
+    assert "1.58-bit" in node["search_aliases"]
+
+
+def test_help_and_translations_are_served(server):
+    page = server.get(f"/extensions/{PACK}/docs/{NODE}.md").decode()
+    assert page.startswith("# Load Ternary FLUX")
+    translations = server.get_json("/i18n")
+    for language in ("en", "zh", "ja", "ko", "de", "fr"):
+        inputs = translations[language]["nodeDefs"][NODE]["inputs"]
+        assert set(inputs) == {"file", "activations"}
+
+
+def test_a_picture_is_sampled_with_progress(server):
+    execution = server.execute(workflow())
+    steps = [data["value"] for kind, data in execution.events if kind == "progress" and data["node"] == "sampler"]
+    assert steps == list(range(1, STEPS + 1))
+    assert any(kind == "progress" and data["node"] == "model" for kind, data in execution.events)
+    (image,) = execution.outputs["save"]["images"]
+    assert server.image(image).startswith(b"\x89PNG")
+    (status,) = execution.outputs["model"]["text"]
+    assert status.splitlines()[0] == "tiny.safetensors"
+    assert "FLUX.1" in status and "13 ternary layers" in status and "bits per weight" in status and "eager" in status
+
+
+def test_a_converted_again_file_is_loaded_again(server):
+    server.execute(workflow())
+    cached = server.execute(workflow())
+    assert "model" in cached_nodes(cached)
+    tiny.write(server.base / "models" / "diffusion_models" / "tiny.safetensors", seed=3)
+    assert "model" not in cached_nodes(server.execute(workflow()))
+
+
+def cached_nodes(execution: host.Execution) -> set[str]:
+    return {node for kind, data in execution.events if kind == "execution_cached" for node in data["nodes"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("truncated.safetensors", "truncated.safetensors: .*the file is truncated"),
+        ("style.safetensors", "this is a LoRA. Move it to models/loras"),
+        ("gone.safetensors", "gone.safetensors is not in models/diffusion_models"),
+        ("../../../etc/passwd", "is not in models/diffusion_models"),
+    ],
+)
+def test_bad_files_are_refused_when_queued(server, file, message):
+    with pytest.raises(host.WorkflowError, match=message) as refused:
+        server.execute(workflow(file))
+    (error,) = refused.value.details["node_errors"]["model"]["errors"]
+    assert error["type"] == "custom_validation_failed"
+    assert error["extra_info"]["input_name"] == "file"
+
+
+def test_the_stock_loader_names_the_format(server):
+    with pytest.raises(host.WorkflowError) as failed:
+        server.execute(workflow(loader="UNETLoader"))
+    assert failed.value.details["exception_message"].strip() == "Unsupported quantization format: ternary_v1"
+
+
+def test_the_log_has_no_complaints_about_the_pack(server):
+    log = server.log()
+    assert "IMPORT FAILED" not in log
+    assert not [line for line in log.splitlines() if PACK in line and ("rror" in line or "arning" in line)]
