@@ -84,17 +84,27 @@ class Flux(nn.Module):
         tokens = tokens.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
         img, txt = self.img_in(tokens), self.txt_in(context)
 
-        vec = self.time_in(timestep_embedding(t, img.dtype))
-        if self.guidance_in is not None and guidance is not None:
-            vec = vec + self.guidance_in(timestep_embedding(guidance, img.dtype))
-        if self.vector_in is not None:
-            vec = vec + self.vector_in(img.new_zeros(b, arch.vec_dim) if pooled is None else pooled.to(img.dtype))
+        vec = self.vector(t, pooled, guidance, img.dtype)
+        return self.state(img, txt, vec, (h // patch, w // patch))
 
-        modulation = None
+    def vector(
+        self, t: Tensor, pooled: Tensor | None, guidance: Tensor | None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """What modulates every block, [B, hidden]: the embeddings of time, guidance and pooled text."""
+        vec = self.time_in(timestep_embedding(t, dtype))
+        if self.guidance_in is not None and guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, dtype))
+        if self.vector_in is not None:
+            pooled = vec.new_zeros(len(t), self.arch.vec_dim) if pooled is None else pooled.to(dtype)
+            vec = vec + self.vector_in(pooled)
+        return vec
+
+    def state(self, img: Tensor, txt: Tensor, vec: Tensor, grid: tuple[int, int]) -> State:
+        """The state of these tokens: adds positions, and FLUX.2's modulation."""
+        arch, modulation = self.arch, None
         if arch.version == 2:
             streams = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
             modulation = tuple(getattr(self, stream)(vec) for stream in streams)
-        grid = (h // patch, w // patch)
         pe = rope(arch.version, arch.axes_dim, arch.theta, txt.shape[1], grid, img.device)
         return State(img, txt, vec, pe, modulation, grid)
 
