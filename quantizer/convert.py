@@ -1,0 +1,262 @@
+"""From a dense checkpoint to a distilled ternary file in one go: round, paint, calibrate, distill, within a budget.
+
+Every choice that depends on the machine's speed is made once and kept in the work folder, so that a run that was
+interrupted goes on with the same choices and writes the same file.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import calibrate
+from .atomic import check_target
+from .blockwise import BlockSettings
+from .conversion import round_checkpoint
+from .pipeline import Plan, Workshop, distill_file, plan_for, settings_for
+from .trajectories import keep_settings
+from .velocity import Quality
+
+# Shares of the budget. Pictures and states stop at numbers beyond which more of them did not help.
+_PICTURES, _STATES, _CALIBRATION = 0.12, 0.08, 0.2
+_MAX_PICTURES, _MAX_STATES, _MAX_CALIBRATION = 768, 8192, 512
+_SMALL_MODEL = 100e6  # weights
+_BLOCKWISE = 0.4  # of the training time, where the codes cannot be trained all at once
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much of everything a budget pays for."""
+
+    pictures: int
+    states: int
+    held_out: int
+    calibration_states: int
+    calibration_batch: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: its file's size and quality on held-out prompts, and the seconds it took this time."""
+
+    name: str
+    file: str
+    megabytes: float
+    seconds: float
+    quality: Quality
+
+
+def default_minutes(weights: int) -> float:
+    """15 minutes for models that train on a CPU, 4 hours for real ones."""
+    return 15 if weights < _SMALL_MODEL else 240
+
+
+def amounts(budget: float, state_seconds: float, steps: int, prompts: int) -> Amounts:
+    """`budget` in seconds; `state_seconds`: what one teacher forward of one state takes."""
+
+    def affordable(share: float, each: float, least: int, most: int) -> int:
+        return int(min(most, max(least, share * budget / each)))
+
+    pictures = affordable(_PICTURES, state_seconds * steps, 16, _MAX_PICTURES)
+    states = affordable(_STATES, state_seconds, 64, _MAX_STATES)
+    held_out = max(2, min(32, pictures // 8, max(1, prompts // 10)))
+    # Calibration runs the block's Linears about eight times for each state.
+    calibration = affordable(_CALIBRATION, 16 * state_seconds, 32, _MAX_CALIBRATION)
+    return Amounts(pictures, states, held_out, min(calibration, states), 8)
+
+
+class Conversion:
+    """One conversion; `run` does what is not done yet and returns a Stage for each of round, calibrate and distill."""
+
+    def __init__(
+        self,
+        shop: Workshop,
+        target: Path,
+        minutes: float | None = None,
+        rank: int = 0,
+        codes: bool | None = None,
+        packing: str = "planes32",
+        overwrite: bool = False,
+        say: Callable[[str], object] = print,
+    ):
+        """`codes`: whether to train them; None: where the device's memory allows it, at once or block by block."""
+        self.shop, self.target, self.rank, self.codes, self.packing = shop, target, rank, codes, packing
+        self.overwrite, self.say = overwrite, say
+        weights = sum(n * k for n, k in shop.arch.linear_shapes.values())
+        self.budget = 60 * (default_minutes(weights) if minutes is None else minutes)
+        self.started = time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.budget - (time.monotonic() - self.started)
+
+    def run(self) -> list[Stage]:
+        check_target(self.target, 0, self.overwrite)
+        work = self.shop.work
+        settings = {"dense": self.shop.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
+        settings |= {"sizes": self.shop.sizes, "seed": self.shop.seed, "packing": self.packing}
+        keep_settings(work, settings)
+        choices = self._choices(work / "choices.json")
+        chosen = Amounts(**choices["amounts"])
+        self.shop.pictures, self.shop.states = chosen.pictures, chosen.states
+        self.shop.held_out = chosen.held_out
+        stages = [self._stage("round", work / "rounded.safetensors", self._round)]
+        self.say(
+            f"painting {chosen.pictures} pictures and {chosen.states} states with the original model"
+            f" ({self._left_text()})"
+        )
+        self.shop.pool  # noqa: B018  painted now, so that the stages' times are their own
+        self.shop.swapped  # noqa: B018
+        stages.append(
+            self._stage("calibrate", work / "calibrated.safetensors", lambda path: self._calibrate(path, chosen))
+        )
+        stages.append(self._stage("distill", self.target, lambda path: self._distill(path, choices)))
+        return stages
+
+    def _stage(self, name: str, file: Path, make: Callable[[Path], object]) -> Stage:
+        started = time.monotonic()
+        if name == "distill" or not file.exists():
+            self.say(f"{name} ({self._left_text()})")
+            make(file)
+        seconds = time.monotonic() - started
+        quality = self.shop.quality(file)
+        self.say(f"  {name}: velocity error {quality.error:.4f} on held-out prompts, {seconds:.0f} s")
+        return Stage(name, str(file), os.path.getsize(file) / 1e6, seconds, quality)
+
+    def _left_text(self) -> str:
+        return f"about {max(0, round(self.left / 60))} min left" if self.left > 90 else "less than 2 min left"
+
+    def _choices(self, path: Path) -> dict:
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        state_seconds = self._time_teacher()
+        chosen = amounts(self.budget, state_seconds, self.shop.trajectories.steps, len(self.shop.conditioning))
+        choices = {"amounts": asdict(chosen), "state_seconds": state_seconds}
+        _write_json(path, choices)
+        return choices
+
+    def _time_teacher(self) -> float:
+        """Seconds of a teacher forward for one state."""
+        shop = self.shop
+        shape = (shop.arch.in_channels, *max(shop.trajectories.shapes)[1:])
+        size = shop.teacher_batch
+        context, pooled = shop.conditioning.batch([0] * size)
+        guidance = torch.full((size,), 3.5) if shop.arch.guidance else None
+        times = []
+        for _ in range(3):
+            started = time.monotonic()
+            shop.teacher(torch.randn(size, *shape), torch.full((size,), 0.5), context, pooled, guidance).cpu()
+            times.append((time.monotonic() - started) / size)
+        return min(times)
+
+    def _round(self, path: Path) -> None:
+        round_checkpoint(self.shop.dense, path, overwrite=True)
+
+    def _calibrate(self, path: Path, chosen: Amounts) -> None:
+        trajectories, blocks = self.shop.trajectories, len(self.shop.arch.block_names)
+        states = trajectories.states(trajectories.plan(), chosen.calibration_states, self.shop.seed + 1)
+        done = 0
+
+        def count(name: str, report: calibrate.BlockReport) -> None:
+            nonlocal done
+            done += 1
+            self.shop.on_progress("calibrated blocks", done, blocks)
+
+        calibrate.calibrate(
+            self.shop.teacher,
+            states,
+            self.shop.conditioning,
+            path,
+            self.shop.work / "calibrate",
+            calibrate.Settings(rank=self.rank, batch=chosen.calibration_batch),
+            overwrite=True,
+            on_block=count,
+        )
+
+    def _distill(self, path: Path, choices: dict) -> None:
+        plan_file = self.shop.work / "choices.json"
+        if "training" not in choices:
+            self.shop.release_teacher()
+            plan, seconds = plan_for(self.shop), max(30.0, self.left - 0.03 * self.budget)
+            choices["training"] = self._training(plan, seconds)
+            _write_json(plan_file, choices)
+        training = choices["training"]
+        dtype = torch.bfloat16 if training["autocast"] else None
+        plan = Plan(**{**training["plan"], "autocast": dtype})
+        blocks = training["blocks"]
+        settings = settings_for(plan, seconds=training["seconds"])
+        block_settings = BlockSettings(**blocks) if blocks else None
+        if block_settings and dtype:
+            block_settings = replace(block_settings, stream=dtype)
+
+        def step(row: dict) -> None:
+            self.shop.on_progress("training steps", row["step"], row["total"] or 0)
+
+        distill_file(
+            self.shop,
+            self.shop.work / "calibrated.safetensors",
+            path,
+            settings,
+            self.rank,
+            training["codes"],
+            self.packing,
+            block_settings,
+            self.overwrite,
+            on_step=step,
+            on_block=lambda result: self.say(f"  {result.name}: {result.before:.4f} -> {result.after:.4f}"),
+        )
+
+    def _training(self, plan: Plan, seconds: float) -> dict:
+        """What to train and for how long."""
+        codes = plan.codes if self.codes is None else self.codes and plan.codes
+        blocks = None
+        if not codes and self.codes is not False:
+            count = len(self.shop.arch.block_names)
+            # A step of a block costs about four teacher forwards of the block.
+            each = 4 * self.shop_state_seconds() * plan.batch / count
+            steps = int(min(400, _BLOCKWISE * seconds / count / max(each, 1e-9)))
+            states = max(plan.batch, 64 // plan.batch * plan.batch)
+            blocks = {"steps": steps, "batch": plan.batch, "states": states, "rank": self.rank, "eight_bit": True}
+            blocks = blocks if steps >= 20 else None
+            seconds *= 1 - _BLOCKWISE if blocks else 1
+        description = asdict(plan) | {"autocast": None}
+        return {
+            "codes": codes,
+            "seconds": seconds,
+            "blocks": blocks,
+            "plan": description,
+            "autocast": bool(plan.autocast),
+        }
+
+    def shop_state_seconds(self) -> float:
+        return json.loads((self.shop.work / "choices.json").read_text(encoding="utf-8"))["state_seconds"]
+
+
+def _write_json(path: Path, value: dict) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def expectation(stages: list[Stage]) -> str:
+    """The table of stages and what the last one's numbers mean for pictures."""
+    lines = ["stage       velocity error   response to prompts   size"]
+    for stage in stages:
+        quality = stage.quality
+        lines.append(f"{stage.name:<12}{quality.error:10.4f}{quality.following:18.2f}{stage.megabytes:16.1f} MB")
+    error = stages[-1].quality.error
+    if error < 0.03:
+        meaning = "pictures should look like the original's, with small differences in detail"
+    elif error < 0.15:
+        meaning = "pictures should show what is asked for and lose detail; more time or --rank improves them"
+    elif error < 0.4:
+        meaning = "pictures will be recognisable at best; give more --budget"
+    else:
+        meaning = "pictures will be mostly noise; give more --budget and more prompts"
+    lines.append("(velocity error: relative and squared, on prompts that were not trained on)")
+    return "\n".join([*lines, f"What to expect: {meaning}."])

@@ -1,0 +1,266 @@
+"""What stages share: the teacher's pictures and states in a work folder, a plan for the device, distilling a file."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import conditioning
+from .architecture import Architecture
+from .atomic import check_target
+from .blockwise import BlockResult, BlockSettings, train_blocks
+from .checkpoint import open_checkpoint
+from .distill import Distiller, Settings, distill
+from .format import open_ternary
+from .states import Pool, holdout_batches, to_device, training_pool
+from .student import add_low_rank, input_moments, load_student, save_student, ternary_linears, train_codes
+from .teacher import Teacher, free_memory
+from .trajectories import Settings as PictureSettings
+from .trajectories import Trajectories, fingerprint
+from .velocity import Batch, Quality, measure, swapped_velocities
+
+Progress = Callable[[str, int, int], object]  # (what, done, total)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """ "auto" is the first CUDA device, else the CPU. Raises ValueError for a device that torch does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train a model on a device.
+
+    codes            the whole model's codes can be trained at once; otherwise block by block only
+    packed           frozen codes lie in memory with 2 bits, not 8
+    checkpointing    every block is computed again in the backward pass
+    eight_bit        optimizer states take 8 bits
+    batch            states at a time
+    """
+
+    codes: bool
+    packed: bool
+    checkpointing: bool
+    eight_bit: bool
+    batch: int
+    autocast: torch.dtype | None
+
+
+def plan(arch: Architecture, tokens: int, free: int, device: torch.device) -> Plan:
+    """What fits `free` bytes, with `tokens` (text and image) for each state.
+
+    Trained codes cost 24 bytes a weight (latent, gradient, two moments, average, best), 12 with 8-bit moments and a
+    bf16 latent; frozen ones 1 or 1/4 and the states of their scales.
+    """
+    weights = sum(n * k for n, k in arch.linear_shapes.values())
+    largest = max(sum(n * k for n, k in arch.block_linears(block).values()) for block in arch.block_names)
+    width = 2 if device.type == "cuda" else 4
+    # About 40 tensors of the hidden size are kept for each token and block, and the dense weights of the blocks.
+    kept = tokens * arch.hidden * 40 * width
+    one_block = largest * 4 * 2 + kept
+    all_blocks = weights * width + kept * len(arch.block_names)
+    room = 0.85 * free
+    checkpointing = 24 * weights + all_blocks + kept > room
+    activations = one_block if checkpointing else all_blocks
+    codes = 12 * weights + activations < room
+    eight_bit = 24 * weights + activations > room
+    packed = not codes and weights * 1.3 + activations > room
+    used = (24 if not eight_bit else 12 if codes else 0.6 if packed else 1.3) * weights + activations - kept
+    fitting = max(1, int((room - used) // max(kept, 1)))
+    wanted = max(1, min(64, 1024 // tokens))
+    autocast = torch.bfloat16 if device.type == "cuda" else None
+    return Plan(codes, packed, checkpointing, eight_bit, min(wanted, fitting), autocast)
+
+
+@dataclass
+class Workshop:
+    """A teacher, its conditioning, its pictures and states; everything that takes time to make is kept in `work`."""
+
+    dense: Path
+    conditioning_file: Path
+    work: Path
+    sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
+    pictures: int = 256
+    states: int = 2048
+    held_out: int = 32
+    sampler_steps: int | None = None
+    guidance: tuple[float, ...] | None = None
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    on_progress: Progress = _silent
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return Teacher(open_checkpoint(self.dense), self.device)
+
+    @cached_property
+    def arch(self) -> Architecture:
+        return open_checkpoint(self.dense).architecture
+
+    @cached_property
+    def conditioning(self) -> conditioning.Conditioning:
+        return conditioning.read(self.conditioning_file, self.arch)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of the largest size: text and image."""
+        _, height, width = max(self.trajectories.shapes)
+        return self.conditioning.context.shape[1] + height * width // self.arch.patch_size**2
+
+    @cached_property
+    def teacher_batch(self) -> int:
+        """States that the teacher runs at a time."""
+        return max(1, min(64, 4096 // self.tokens))
+
+    @cached_property
+    def trajectories(self) -> Trajectories:
+        settings = PictureSettings(
+            self.sizes, self.pictures, self.sampler_steps, guidance=self.guidance, seed=self.seed
+        )
+        model = fingerprint(open_checkpoint(self.dense))
+        return Trajectories(self.work / "pictures", self.arch, self.conditioning, settings, model)
+
+    def paint(self) -> None:
+        """Let the teacher paint its training pictures."""
+        done = 0
+
+        def count(pictures: int) -> None:
+            nonlocal done
+            done += pictures
+            self.on_progress("pictures", done, self.pictures)
+
+        self.trajectories.generate(self.teacher, self.trajectories.plan(), self.teacher_batch, count)
+
+    @cached_property
+    def pool(self) -> Pool:
+        self.paint()
+        done = 0
+
+        def count(states: int) -> None:
+            nonlocal done
+            done += states
+            self.on_progress("teacher velocities", done, self.states)
+
+        folder = self.work / "velocities"
+        return training_pool(self.teacher, self.trajectories, self.states, folder, self.teacher_batch, self.seed, count)
+
+    @cached_property
+    def holdout(self) -> list[Batch]:
+        """States of pictures of held-out prompts, on the device."""
+        folder = self.work / "velocities"
+        batches = holdout_batches(self.teacher, self.trajectories, self.held_out, folder, max(2, self.teacher_batch))
+        return [to_device(batch, self.device) for batch in batches]
+
+    @cached_property
+    def swapped(self) -> list[Tensor]:
+        """The teacher's velocities at the held-out states under other prompts, on the device."""
+        path = self.work / "velocities" / f"swapped-{self.held_out}.pt"
+        if not path.exists():
+            velocities = [velocity.cpu() for velocity in swapped_velocities(self.teacher, self.holdout)]
+            partial = path.with_suffix(".partial")
+            torch.save(velocities, partial)
+            os.replace(partial, path)
+        return [velocity.to(self.device) for velocity in torch.load(path)]
+
+    def release_teacher(self) -> None:
+        """Free the teacher's memory; it is read again when it is needed."""
+        self.__dict__.pop("teacher", None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def quality(self, file: str | os.PathLike) -> Quality:
+        """Held-out quality of a ternary file."""
+        model = load_student(open_ternary(file), self.device)
+        return measure(model, self.holdout, self.swapped)
+
+
+def distill_file(
+    shop: Workshop,
+    start: Path,
+    target: Path,
+    settings: Settings,
+    rank: int = 0,
+    codes: bool = False,
+    packing: str | None = None,
+    block_settings: BlockSettings | None = None,
+    overwrite: bool = False,
+    on_step: Callable[[dict], object] = lambda row: None,
+    on_block: Callable[[BlockResult], object] = lambda result: None,
+) -> Distiller:
+    """Distill a ternary file into another one; checkpoints lie in the work folder and are continued.
+
+    The block-wise pass runs first if it has settings. Raises ValueError (Collapse) where the training went wrong.
+    """
+    check_target(target, 0, overwrite)
+    pool, holdout, swapped = shop.pool, shop.holdout, shop.swapped
+    if block_settings is not None:
+        block_file = shop.work / "blocks.safetensors"
+        if not block_file.exists():
+            folder = shop.work / "blocks"
+            train_blocks(
+                open_ternary(start), shop.teacher, pool, block_file, folder, block_settings, shop.device, on_block
+            )
+        start = block_file
+    checkpoint = shop.teacher.checkpoint
+    shop.release_teacher()
+    file = open_ternary(start)
+    model = load_student(file, shop.device, packed=not codes and settings.checkpointing)
+    layers = ternary_linears(model)
+    if rank:
+        with torch.no_grad(), input_moments(layers) as moments:
+            for index in range(4):
+                model(*pool.draw(index, settings.batch, settings.seed, shop.device).inputs)
+        add_low_rank(layers, checkpoint, rank, moments)
+    if codes:
+        train_codes(layers, checkpoint, torch.bfloat16 if settings.eight_bit else torch.float32)
+    distiller = Distiller(model, file, pool, holdout, swapped, settings)
+    distill(distiller, shop.work / "distill.safetensors", on_step)
+    save_student(target, model, file, described(file.metadata, distiller, rank, codes), packing, overwrite)
+    return distiller
+
+
+def described(metadata: dict[str, str], distiller: Distiller, rank: int, codes: bool) -> dict[str, str]:
+    """The metadata of the start file, brought up to date."""
+    best = min(distiller.log, key=lambda row: row["error"])
+    stages = json.loads(metadata.get("ternary.settings", "{}"))
+    stages["distill"] = {
+        "steps": distiller.total,
+        "batch": distiller.settings.batch * distiller.settings.accumulate,
+        "rank": rank,
+        "codes": codes,
+        "states": len(distiller.pool),
+        "velocity_error": round(best["error"], 5),
+        "best_step": best["step"],
+    }
+    return dict(metadata) | {"ternary.method": "distill", "ternary.settings": json.dumps(stages)}
+
+
+def settings_for(arch_plan: Plan, **changes) -> Settings:
+    """Distillation settings that follow a device's plan."""
+    base = Settings(
+        batch=arch_plan.batch,
+        checkpointing=arch_plan.checkpointing,
+        eight_bit=arch_plan.eight_bit,
+        autocast=arch_plan.autocast,
+    )
+    return replace(base, **changes)
+
+
+def plan_for(shop: Workshop) -> Plan:
+    """The plan for what the device has free now."""
+    return plan(shop.arch, shop.tokens, free_memory(shop.device), shop.device)
