@@ -87,6 +87,12 @@ def calibrate(
     return report
 
 
+def enough_states(arch: Architecture, tokens: int) -> int:
+    """States with `tokens` tokens each that give the largest Linear 32 tokens for each of its inputs; at least 256."""
+    inputs = max(k for _, k in arch.linear_shapes.values())
+    return max(256, -(-32 * inputs // tokens))
+
+
 def stages(arch: Architecture, block: str) -> list[list[str]]:
     """The Linears of a block in the order of quantisation; those of a stage do not depend on each other."""
     if block.startswith("single_blocks."):

@@ -1,0 +1,85 @@
+"""`calibrate`: ternary weights fitted to what the model computes, without training."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="convert a FLUX checkpoint with its own activations (the second stage)",
+        description="Quantise every Linear of FLUX's blocks to {-1, 0, +1} on the inputs that it gets in pictures that "
+        "the model paints itself from the prompts of the conditioning file. One block at a time is in memory. "
+        "It is much better than `round` and the start for `distill`, which is what makes good pictures.",
+    )
+    parser.add_argument("source", type=Path, metavar="IN", help="dense FLUX.1 or FLUX.2 checkpoint, .safetensors")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the .safetensors to write")
+    parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
+    parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=128, help="that the original paints (default: %(default)s)")
+    parser.add_argument("--states", type=int, help="noisy states of them (default: what the largest Linear needs)")
+    parser.add_argument("--sampler-steps", type=int, help="of the original's pictures (default: the model's own)")
+    parser.add_argument("--guidance", type=float, nargs="+", help="values for models with a guidance embedding")
+    parser.add_argument("--rank", type=int, default=0, help="add low-rank factors to every Linear (default: none)")
+    parser.add_argument("--damping", type=float, help="of the second moments, relative (default: 0.01)")
+    parser.add_argument("--sweeps", type=int, help="of descent over codes and scales (default: 3)")
+    parser.add_argument("--batch", type=int, help="states at a time (default: by their number of tokens)")
+    parser.add_argument("--packing", choices=("planes32", "base3"), default="planes32", help="(default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: OUT.work)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(interrupted="give the same command again to go on")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..atomic import check_target
+    from ..bars import Bars
+    from ..calibrate import Settings, calibrate, enough_states
+    from ..pipeline import Workshop, choose_device
+    from ..trajectories import parse_sizes
+
+    check_target(args.output, 0, args.force)
+    work = args.work or args.output.with_name(args.output.name + ".work")
+    with Bars() as bars:
+        shop = Workshop(
+            args.source,
+            args.conditioning,
+            work,
+            parse_sizes(args.size),
+            pictures=args.pictures,
+            sampler_steps=args.sampler_steps,
+            guidance=None if args.guidance is None else tuple(args.guidance),
+            seed=args.seed,
+            device=choose_device(args.device),
+            on_progress=bars.show,
+        )
+        shop.paint()
+        blocks = len(shop.arch.block_names)
+        count = args.states or enough_states(shop.arch, shop.tokens)
+        states = shop.trajectories.states(shop.trajectories.plan(), count, args.seed + 1)
+        changes = {"damping": args.damping, "sweeps": args.sweeps, "batch": args.batch or shop.teacher_batch}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        settings = Settings(rank=args.rank, packing=args.packing, **changes)
+        done = 0
+
+        def show(name: str, report) -> None:
+            nonlocal done
+            done += 1
+            worst = max(report.layers.items(), key=lambda item: item[1].output_error)
+            rank = min(layer.effective_rank for layer in report.layers.values())
+            bars.say(
+                f"{name}: drift {report.img_drift:.3f} image, {report.txt_drift:.3f} text; "
+                f"largest output error {worst[1].output_error:.3f} ({worst[0]}), least effective rank {rank:.0f}"
+            )
+            bars.show("calibrated blocks", done, blocks)
+
+        identity = {"pictures": args.pictures, "states": count}
+        folder = work / "calibrate"
+        calibrate(
+            shop.teacher, states, shop.conditioning, args.output, folder, settings, identity, args.force, show
+        )
+        quality = shop.quality(args.output)
+    print(f"{args.output}: {args.output.stat().st_size / 1e9:.3f} GB")
+    print(f"velocity error {quality.error:.4f} on held-out prompts (relative, squared)")
+    print(f"distill it next; {work} can be reused for that, or deleted")

@@ -1,0 +1,46 @@
+"""`embed`: encode prompts once, so that no later stage needs a text encoder."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "embed",
+        help="encode prompts with ComfyUI's text encoders",
+        description="Encode prompts with the text encoders of the model that will be converted, as ComfyUI does, and "
+        "write the conditioning file that `calibrate`, `distill` and `convert` take. ComfyUI is found through "
+        "COMFYUI_PATH, or is the one this pack is installed in.",
+    )
+    parser.add_argument(
+        "--text-encoders",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="FLUX.1: T5-XXL and CLIP-L; FLUX.2: the one Mistral or Qwen3 file (.safetensors)",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a prompt in each line (default: this pack's own list)"
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="take only the first N prompts")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="COND", help="the .safetensors to write")
+    parser.add_argument("--force", action="store_true", help="replace COND if it exists")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..atomic import check_target
+    from ..embedding import embed
+    from ..progress import progress
+    from ..prompts import FILE
+
+    check_target(args.output, 0, args.force)
+    lines = (args.prompts or FILE).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()][: args.count]
+    if not prompts:
+        raise ValueError(f"{args.prompts or FILE}: there are no prompts; put one in each line")
+    with progress(len(prompts), "encoding prompts", " prompts") as bar:
+        tokens, channels, pooled = embed(prompts, args.text_encoders, args.output, args.force, bar.update)
+    size = args.output.stat().st_size
+    vector = f" and a vector of {pooled}" if pooled else ""
+    print(f"{args.output}: {len(prompts)} prompts of {tokens} tokens x {channels}{vector}, {size / 1e9:.3f} GB")
