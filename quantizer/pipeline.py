@@ -199,10 +199,11 @@ def distill_file(
     packing: str | None = None,
     block_settings: BlockSettings | None = None,
     overwrite: bool = False,
+    checkpoint: Path | None = None,
     on_step: Callable[[dict], object] = lambda row: None,
     on_block: Callable[[BlockResult], object] = lambda result: None,
 ) -> Distiller:
-    """Distill a ternary file into another one; checkpoints lie in the work folder and are continued.
+    """Distill a ternary file into another one, from a `checkpoint` (default: in the work folder) if there is one.
 
     The block-wise pass runs first if it has settings. Raises ValueError (Collapse) where the training went wrong.
     """
@@ -216,7 +217,7 @@ def distill_file(
                 open_ternary(start), shop.teacher, pool, block_file, folder, block_settings, shop.device, on_block
             )
         start = block_file
-    checkpoint = shop.teacher.checkpoint
+    dense = shop.teacher.checkpoint
     shop.release_teacher()
     file = open_ternary(start)
     model = load_student(file, shop.device, packed=not codes and settings.checkpointing)
@@ -225,11 +226,11 @@ def distill_file(
         with torch.no_grad(), input_moments(layers) as moments:
             for index in range(4):
                 model(*pool.draw(index, settings.batch, settings.seed, shop.device).inputs)
-        add_low_rank(layers, checkpoint, rank, moments)
+        add_low_rank(layers, dense, rank, moments)
     if codes:
-        train_codes(layers, checkpoint, torch.bfloat16 if settings.eight_bit else torch.float32)
+        train_codes(layers, dense, torch.bfloat16 if settings.eight_bit else torch.float32)
     distiller = Distiller(model, file, pool, holdout, swapped, settings)
-    distill(distiller, shop.work / "distill.safetensors", on_step)
+    distill(distiller, checkpoint or shop.work / "distill.safetensors", on_step)
     save_student(target, model, file, described(file.metadata, distiller, rank, codes), packing, overwrite)
     return distiller
 

@@ -1,0 +1,179 @@
+"""Quality on the miniature: `python -m benchmarks.quality [--quick]` compares ways to make it ternary.
+
+Every model paints the same held-out compositions from the same noise, and an exact checker judges the pictures. The
+miniature shows that the pipeline works and ranks recipes; it does not measure FLUX's own quality. Results go to
+benchmarks/results/quality.json and docs/quality.png. A run that is interrupted goes on where it stopped.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import _pack
+
+_pack.load()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from ternary_flux.benchmarks import quality_chart  # noqa: E402
+from ternary_flux.benchmarks.quality_models import dense_of, round_to_bits  # noqa: E402
+from ternary_flux.benchmarks.quality_scores import Scores, Stage, evaluate  # noqa: E402
+from ternary_flux.quantizer import calibrate, conditioning  # noqa: E402
+from ternary_flux.quantizer.atomic import atomic_file  # noqa: E402
+from ternary_flux.quantizer.conversion import round_checkpoint  # noqa: E402
+from ternary_flux.quantizer.distill import Settings  # noqa: E402
+from ternary_flux.quantizer.pipeline import Workshop, distill_file  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "benchmarks" / "miniature" / "weights"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much to do."""
+
+    prompts: int  # of each category
+    seeds: int
+    pictures: int  # that the teacher paints for training
+    states: int
+    steps: int  # of each distillation
+    calibration_states: int
+
+
+FULL = Scale(prompts=16, seeds=4, pictures=768, states=8192, steps=1200, calibration_states=512)
+QUICK = Scale(prompts=6, seeds=4, pictures=192, states=1024, steps=120, calibration_states=128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the same comparison in under ten minutes")
+    parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: output/quality)")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.png", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of each distillation")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    scale = QUICK if args.quick else FULL
+    if args.steps:
+        scale = replace(scale, steps=args.steps)
+    work = args.work or ROOT / "output" / ("quality-quick" if args.quick else "quality")
+    name = "quality-quick.json" if args.quick else "quality.json"
+    picture = args.picture.with_stem("quality-quick") if args.quick else args.picture
+    run(scale, work, args.results / name, picture, torch.device(args.device))
+
+
+def run(scale: Scale, work: Path, results: Path, picture: Path, device: torch.device) -> dict:
+    """Make every model that is missing in `work`, score all, write the JSON and the picture."""
+    started = time.perf_counter()
+    work.mkdir(parents=True, exist_ok=True)
+    stage = Stage.load(WEIGHTS, scale.prompts, scale.seeds, device)
+    shop = workshop(scale, work, stage, device)
+    say(f"teacher's {scale.pictures} pictures and {scale.states} states")
+    shop.pool, shop.swapped  # noqa: B018  made before anything is timed
+    rows: list[dict] = []
+    pictures: dict[str, np.ndarray] = {}
+    reference: Scores | None = None
+    for label, make in recipes(scale, shop).items():
+        path, seconds = timed(work / "models", label, make)
+        model, size, bits = dense_of(path, device)
+        scores = evaluate(model, stage, shop.teacher, reference)
+        reference = reference or scores
+        pictures[label] = scores.examples
+        rows.append({"name": label, "megabytes": size / 1e6, "bits": bits, "cpu_seconds": seconds, **scores.summary})
+        error, accuracy = scores.summary["velocity"]["error"], scores.summary["accuracy"]["overall"][0]
+        say(f"{label:<34} accuracy {accuracy:.3f}   velocity error {error:.4f}   {seconds:.0f} CPU seconds to make")
+    result = {
+        "note": "Measured on the miniature; it ranks recipes and does not measure FLUX's own quality.",
+        "scale": vars(scale),
+        "machine": {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "seconds": time.perf_counter() - started,
+        "models": rows,
+    }
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(results, overwrite=True) as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    quality_chart.draw(rows, pictures, stage.examples).save(picture, optimize=True)
+    say(f"{results} and {picture} written, {result['seconds']:.0f} s in all")
+    return result
+
+
+def workshop(scale: Scale, work: Path, stage: Stage, device: torch.device) -> Workshop:
+    """Training on seen compositions only; what is held out there is for the choice of the best step."""
+    path = work / "training-prompts.safetensors"
+    if not path.exists():
+        prompts = stage.training_prompts()
+        conditioning.write(path, prompts, *stage.encode(prompts))
+    return Workshop(
+        WEIGHTS / "flux-miniature.safetensors",
+        path,
+        work / "shop",
+        (stage.size,),
+        scale.pictures,
+        scale.states,
+        held_out=24,
+        sampler_steps=stage.steps,
+        device=device,
+    )
+
+
+def recipes(scale: Scale, shop: Workshop) -> dict[str, Callable[[Path], object]]:
+    """Name -> what makes the file, in the order of the table; the original comes first."""
+
+    def distilled(rank: int, codes: bool) -> Callable[[Path], object]:
+        def make(path: Path) -> None:
+            start = path.with_name("calibrated.safetensors")
+            settings = Settings(steps=scale.steps, batch=32, evaluate_every=max(1, scale.steps // 8))
+            state = path.with_suffix(".state")
+            distill_file(shop, start, path, settings, rank, codes, checkpoint=state)
+            state.unlink(missing_ok=True)
+
+        return make
+
+    return {
+        "original, bf16": lambda path: link(shop.dense, path),
+        "4-bit rounding": lambda path: round_to_bits(shop.dense, path, 4),
+        "3-bit rounding": lambda path: round_to_bits(shop.dense, path, 3),
+        "ternary, absmean": lambda path: round_checkpoint(shop.dense, path, method="absmean"),
+        "ternary, least squares": lambda path: round_checkpoint(shop.dense, path),
+        "calibrated": lambda path: calibrated(scale, shop, path),
+        "distilled: scales": distilled(0, False),
+        "distilled: scales, rank 16": distilled(16, False),
+        "distilled: codes": distilled(0, True),
+        "distilled: codes, rank 16": distilled(16, True),
+    }
+
+
+def calibrated(scale: Scale, shop: Workshop, path: Path) -> None:
+    states = shop.trajectories.states(shop.trajectories.plan(), scale.calibration_states, 1)
+    folder = path.with_suffix(".work")
+    calibrate.calibrate(shop.teacher, states, shop.conditioning, path, folder, calibrate.Settings(batch=64))
+
+
+def link(source: Path, path: Path) -> None:
+    path.symlink_to(source.resolve())
+
+
+def timed(folder: Path, label: str, make: Callable[[Path], object]) -> tuple[Path, float]:
+    """The model's file, made where it is missing, and the CPU seconds that took (of all threads)."""
+    folder.mkdir(exist_ok=True)
+    name = label.replace(",", "").replace(":", "").replace(" ", "-")
+    path, note = folder / f"{name}.safetensors", folder / f"{name}.json"
+    if not path.exists():
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        make(path)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        note.write_text(json.dumps({"cpu_seconds": after.ru_utime - before.ru_utime}))
+    return path, json.loads(note.read_text())["cpu_seconds"] if note.exists() else 0.0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`report`: a page that shows what every stage did to a model."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="write a page that compares ternary files with the original",
+        description="Write report.html and its charts: pictures from the same noise, velocity error by timestep, "
+        "divergence of free-running trajectories, weight errors by layer, sizes.",
+    )
+    parser.add_argument("files", nargs="*", metavar="NAME=FILE", help="ternary files, in the order of the stages")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the page is written")
+    parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="the original checkpoint")
+    parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
+    parser.add_argument(
+        "--work", type=Path, help="the work folder of `convert`: its stages come first, its states are used"
+    )
+    parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
+    parser.add_argument("--vae", type=Path, help="a VAE in TAESD form; without it latents are shown in false colours")
+    parser.add_argument("--pictures", type=int, default=4, help="to show (default: %(default)s)")
+    parser.add_argument("--held-out", type=int, default=16, help="pictures to measure on (default: %(default)s)")
+    parser.add_argument("--sampler-steps", type=int, help="(default: the model's own)")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..pipeline import Workshop, choose_device
+    from ..report import report, taesd_decoder
+    from ..trajectories import parse_sizes
+
+    files = {}
+    for stage, name in (("round", "rounded"), ("calibrate", "calibrated")):
+        path = (args.work or args.output) / f"{name}.safetensors"
+        if args.work and path.exists():
+            files[stage] = path
+    for text in args.files:
+        name, separator, path = text.partition("=")
+        files[name if separator else Path(text).stem] = Path(path if separator else text)
+    if not files:
+        raise ValueError("give ternary files as NAME=FILE, or --work with the work folder of a conversion")
+    shop = Workshop(
+        args.teacher,
+        args.conditioning,
+        args.work or args.output / "work",
+        parse_sizes(args.size),
+        held_out=args.held_out,
+        sampler_steps=args.sampler_steps,
+        seed=args.seed,
+        device=choose_device(args.device),
+    )
+    print(report(shop, files, args.output, args.pictures, args.vae and taesd_decoder(args.vae)))

@@ -1,0 +1,124 @@
+"""The whole conversion of a tiny FLUX through the command line: stages, resuming, plans for the device's memory."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from ternary_flux.quantizer import cli, conditioning
+from ternary_flux.quantizer.architecture import Architecture
+from ternary_flux.quantizer.convert import amounts
+from ternary_flux.quantizer.flux import Flux
+from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.quantizer.pipeline import plan
+
+ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
+DEV = Architecture(1, 3072, 19, 38, 16, 16, context_dim=4096, vec_dim=768, guidance=True)
+TOKENS = 4096 + 512
+GB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("convert")
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, parameter in Flux(ARCH).named_parameters():
+        scale, mean = (0.08, 0.0) if parameter.ndim == 2 else (0.1, float(name.endswith("scale")))
+        state[name] = (mean + scale * torch.randn(parameter.shape, generator=generator)).bfloat16()
+    save_file(state, folder / "tiny.safetensors")
+    context, pooled = torch.randn(20, 5, 32, generator=generator), torch.randn(20, 24, generator=generator)
+    conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(20)], context, pooled)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(source):
+    """A finished conversion of 0.2 minutes."""
+    assert cli.run(command(source, source / "out.safetensors")) == 0
+    return source
+
+
+def command(source, output, *more):
+    fixed = ["--conditioning", source / "cond.safetensors", "--size", "64x64", "--sampler-steps", 4, "--device", "cpu"]
+    return [str(x) for x in ["convert", source / "tiny.safetensors", "-o", output, *fixed, "--budget", 0.2, *more]]
+
+
+def test_every_stage_is_better_than_the_one_before(converted, capsys):
+    work = converted / "out.safetensors.work"
+    file = open_ternary(converted / "out.safetensors")
+    assert file.architecture == ARCH
+    assert json.loads(file.metadata["ternary.settings"])["distill"]["codes"]
+    assert {"rounded.safetensors", "calibrated.safetensors", "choices.json"} <= {path.name for path in work.iterdir()}
+
+
+def test_the_output_says_what_to_expect(converted, capsys):
+    assert cli.run(command(converted, converted / "out.safetensors", "--force")) == 0
+    printed = capsys.readouterr().out
+    errors = [
+        float(line.split()[1]) for line in printed.splitlines() if line.startswith(("round ", "calibrate ", "distill "))
+    ]
+    assert len(errors) == 3 and errors[0] > errors[1] > errors[2]
+    assert "What to expect: pictures" in printed
+
+
+def test_an_interrupted_conversion_goes_on_to_the_same_file(converted, tmp_path):
+    work = tmp_path / "again.safetensors.work"
+    shutil.copytree(converted / "out.safetensors.work", work)
+    (work / "calibrated.safetensors").unlink()
+    (work / "distill.safetensors").unlink()
+    shutil.rmtree(work / "calibrate", ignore_errors=True)
+    assert cli.run(command(converted, tmp_path / "again.safetensors")) == 0
+    first, again = (open_ternary(path) for path in (converted / "out.safetensors", tmp_path / "again.safetensors"))
+    # A budget in seconds is turned into steps by the clock: what does not depend on it is the same.
+    name = ARCH.linears[0]
+    assert (
+        open_ternary(work / "calibrated.safetensors")
+        .weight(name)
+        .trits.equal(open_ternary(converted / "out.safetensors.work" / "calibrated.safetensors").weight(name).trits)
+    )
+    assert first.layers == again.layers
+
+
+def test_a_work_folder_of_another_conversion_is_refused(converted, capsys):
+    assert cli.run(command(converted, converted / "out.safetensors", "--force", "--rank", 4)) == 2
+    assert "its rank is 0, not 4" in capsys.readouterr().err
+
+
+def test_an_existing_file_is_not_replaced(converted, capsys):
+    assert cli.run(command(converted, converted / "out.safetensors")) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+def test_prompts_of_another_model_are_refused(converted, tmp_path, capsys):
+    conditioning.write(tmp_path / "cond.safetensors", ["a"] * 4, torch.zeros(4, 3, 48), torch.zeros(4, 24))
+    arguments = command(converted, tmp_path / "out.safetensors")
+    arguments[arguments.index("--conditioning") + 1] = str(tmp_path / "cond.safetensors")
+    assert cli.run(arguments) == 2
+    assert "context" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gigabytes", [16, 24])
+def test_flux_on_a_consumer_card_trains_scales_with_recomputed_blocks(gigabytes):
+    chosen = plan(DEV, TOKENS, gigabytes * GB, torch.device("cuda"))
+    assert not chosen.codes and chosen.checkpointing and chosen.batch == 1
+    assert chosen.packed == (gigabytes == 16)
+
+
+def test_flux_on_a_large_accelerator_trains_codes():
+    chosen = plan(DEV, TOKENS, 180 * GB, torch.device("cuda"))
+    assert chosen.codes and chosen.eight_bit
+
+
+def test_a_small_model_trains_everything_in_full_precision():
+    chosen = plan(ARCH, 32, 4 * GB, torch.device("cpu"))
+    assert chosen.codes and not (chosen.packed or chosen.checkpointing or chosen.eight_bit)
+    assert chosen.batch == 32
+
+
+def test_amounts_follow_the_budget_and_stay_within_bounds():
+    small, large = amounts(60, 0.01, 20, 1000), amounts(6000, 0.01, 20, 1000)
+    assert small.pictures < large.pictures and small.states < large.states
+    tiny = amounts(1, 10.0, 50, 4)
+    assert tiny.pictures >= 16 and tiny.states >= 64 and tiny.held_out == 2
