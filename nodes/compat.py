@@ -89,13 +89,6 @@ def accepted(function, **wanted) -> dict:
     return {name: value for name, value in wanted.items() if name in known}
 
 
-def show_on_node(node_id: str, text: str) -> None:
-    """Show text below a node's widgets, for the client whose workflow runs; nothing where no server does."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id, server.client_id)
-
-
 @functools.cache
 def core() -> SimpleNamespace:
     """ComfyUI's internals as one namespace. Call it inside functions or after `problem()` returned None."""

@@ -11,7 +11,7 @@ from ..quantizer.checkpoint import kind_of
 from ..quantizer.container import FormatError, Header, read_header
 from ..quantizer.format import TernaryFile, open_ternary
 from . import layout
-from .compat import accepted, core, show_on_node
+from .compat import accepted, core
 from .linear import operations
 from .patcher import TernaryPatcher, TernaryPatcherDynamic
 
@@ -51,11 +51,14 @@ class LoadTernaryFlux(io.ComfyNode):
                     **accepted(io.Combo.Input, advanced=True),
                 ),
             ],
-            "hidden": [io.Hidden.unique_id],
             "outputs": [io.Model.Output(tooltip="The model, for samplers and every node that takes a FLUX model.")],
         }
-        aliases = accepted(io.Schema, search_aliases=["1.58-bit", "ternary", "bitnet", "quantized flux", "unet loader"])
-        return io.Schema(**schema, **aliases)
+        newer = accepted(
+            io.Schema,
+            search_aliases=["1.58-bit", "ternary", "bitnet", "quantized flux", "unet loader"],
+            has_intermediate_output=True,  # the status text is shown again when the model comes from the cache
+        )
+        return io.Schema(**schema, **newer)
 
     @classmethod
     def validate_inputs(cls, file: str):
@@ -77,7 +80,6 @@ class LoadTernaryFlux(io.ComfyNode):
         path = find(file)
         model = load(path, activations)
         status = describe(check(path), model.load_device, activations)
-        show_on_node(cls.hidden.unique_id, status)
         return io.NodeOutput(model, ui=ui.PreviewText(status))
 
 
@@ -166,7 +168,7 @@ def describe(file: TernaryFile, device: torch.device, activations: str) -> str:
             Path(file.path).name,
             f"{file.architecture.name}, {len(layers)} ternary layers, {bits:.2f} bits per weight",
             f"{_bytes(size)}, {dense / size:.1f}x smaller than bf16",
-            f"{choice.activations} activations, {choice.backend.NAME} ({choice.reason})",
+            f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         ]
     )
 
