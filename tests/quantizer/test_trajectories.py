@@ -1,0 +1,173 @@
+"""Pictures of the teacher: sampler, plan, cache, states."""
+
+import math
+
+import pytest
+import torch
+from ternary_flux.quantizer import trajectories
+from ternary_flux.quantizer.architecture import Architecture
+from ternary_flux.quantizer.conditioning import Conditioning
+from ternary_flux.quantizer.trajectories import Settings, Trajectories
+from ternary_flux.tests import host
+
+ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=12, vec_dim=5, guidance=True)
+
+
+def prompts(count: int = 20) -> Conditioning:
+    names = tuple(f"prompt {i}" for i in range(count))
+    values = torch.arange(count).float()
+    return Conditioning(values[:, None, None].expand(count, 3, 12), values[:, None].expand(count, 5), names)
+
+
+def velocity(latent, t, context, pooled, guidance):
+    """Straight to a picture that is all prompt number / 10."""
+    picture = pooled[:, :1, None, None] / 10
+    return (latent[:, :16] - picture) / t[:, None, None, None]
+
+
+def make(folder, arch=ARCH, count=20, **settings) -> Trajectories:
+    return Trajectories(folder, arch, prompts(count), Settings(**{"sizes": ((64, 96),), **settings}), "teacher")
+
+
+@pytest.mark.parametrize(("shift", "kind"), [(1.15, "Flux"), (0.0, "FluxSchnell"), (2.02, "Flux2")])
+def test_noise_levels_are_comfyuis(shift, kind):
+    host.comfyui()
+    import comfy.model_sampling
+    import comfy.samplers
+    import comfy.supported_models
+
+    config = getattr(comfy.supported_models, kind)
+    sampling = comfy.model_sampling.ModelSamplingFlux
+    if kind == "FluxSchnell":
+        sampling = comfy.model_sampling.ModelSamplingDiscreteFlow
+    holder = type("Config", (), {"sampling_settings": config.sampling_settings})
+    theirs = comfy.samplers.calculate_sigmas(sampling(holder), "simple", 20)
+    torch.testing.assert_close(trajectories.noise_levels(20, shift).float(), theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_models_own_settings():
+    plain = Architecture(1, 3072, 19, 38, 16, 16, context_dim=4096, vec_dim=768, guidance=False)
+    flux2 = Architecture(2, 3072, 5, 20, 128, 128, context_dim=7680, vec_dim=None, guidance=False)
+    assert [trajectories.default_shift(arch) for arch in (ARCH, plain, flux2)] == [1.15, 0.0, 2.02]
+    assert [trajectories.default_steps(arch) for arch in (ARCH, plain, flux2)] == [20, 4, 4]
+
+
+def test_sampling_follows_the_velocity():
+    conditions = prompts().batch([3, 7]) + (None,)
+    noise = torch.randn(2, 16, 4, 4)
+    path = list(trajectories.paint(velocity, noise, trajectories.noise_levels(5, 1.0), ARCH, conditions))
+    assert len(path) == 6 and path[0][0] == 1 and path[-1][0] == 0
+    assert torch.equal(path[0][1], noise)
+    torch.testing.assert_close(path[-1][1], torch.tensor([0.3, 0.7])[:, None, None, None].expand(2, 16, 4, 4))
+
+
+def test_pictures_are_cached_and_continued(tmp_path):
+    calls = []
+
+    def counted(latent, *rest):
+        calls.append(len(latent))
+        return velocity(latent, *rest)
+
+    shop = make(tmp_path / "pictures", pictures=6, steps=2, sizes=((64, 64), (32, 64)))
+    pictures = shop.plan()
+    shop.generate(counted, pictures[:3], batch=2)
+    first = {path: path.read_bytes() for path in shop.folder.glob("train-*")}
+    assert len(first) == 3
+    calls.clear()
+    seen = []
+    again = make(tmp_path / "pictures", pictures=6, steps=2, sizes=((64, 64), (32, 64)))
+    again.generate(counted, pictures, 2, seen.append)
+    assert sum(calls) == 2 * 3 and seen[0] == 3 and sum(seen) == 6
+    assert all(path.read_bytes() == data for path, data in first.items())
+    shop.generate(counted, pictures)
+    assert sum(calls) == 2 * 3
+    for picture in pictures:
+        latent = shop.latents([picture])[0]
+        assert latent.shape == picture.shape
+        torch.testing.assert_close(latent, torch.full(picture.shape, picture.prompt / 10))
+
+
+def test_pictures_do_not_depend_on_the_batch(tmp_path):
+    shops = [make(tmp_path / str(batch), pictures=3, steps=2) for batch in (1, 3)]
+    for batch, shop in zip((1, 3), shops, strict=True):
+        shop.generate(lambda latent, *_: 0.1 * latent, shop.plan(), batch)
+    assert torch.equal(*(shop.latents(shop.plan()) for shop in shops))
+
+
+def test_other_settings_or_models_are_refused(tmp_path):
+    make(tmp_path, steps=3)
+    with pytest.raises(ValueError, match="steps is 3, not 4"):
+        make(tmp_path, steps=4)
+    with pytest.raises(ValueError, match="model is teacher, not another"):
+        Trajectories(tmp_path, ARCH, prompts(), Settings(((64, 96),), steps=3), "another")
+    with pytest.raises(ValueError, match="prompts"):
+        make(tmp_path, count=19, steps=3)
+
+
+def test_held_out_prompts_are_never_painted_for_training(tmp_path):
+    shop = make(tmp_path, pictures=100, guidance=(2.5, 4.0))
+    train, held = shop.plan(), shop.plan("holdout", 5)
+    assert not {p.prompt for p in train} & {p.prompt for p in held}
+    assert len({p.prompt for p in train}) == 18 and len({p.prompt for p in held}) == 2
+    assert len({p.seed for p in train + held}) == 105
+    assert {p.guidance for p in train} == {2.5, 4.0}
+    assert shop.plan("train", 10) == train[:10]
+
+
+def test_one_prompt_serves_both(tmp_path):
+    shop = make(tmp_path, count=1)
+    assert shop.plan("train", 1)[0].prompt == shop.plan("holdout", 1)[0].prompt == 0
+
+
+def test_states_lie_between_picture_and_noise(tmp_path):
+    shop = make(tmp_path, pictures=4, steps=2, sizes=((64, 64), (32, 64)))
+    shop.generate(velocity, shop.plan())
+    groups = shop.states(shop.plan(), 40, seed=3)
+    assert sum(len(group) for group in groups) == 40 and len(groups) == 2
+    for group in groups:
+        noise = (group.latent - (1 - group.t)[:, None, None, None] * group.prompt[:, None, None, None] / 10)
+        noise = noise / group.t[:, None, None, None]
+        assert noise.std().item() == pytest.approx(1, abs=0.05)
+        assert torch.equal(group.guidance, torch.full((len(group),), 3.5))
+    again = shop.states(shop.plan(), 40, seed=3)
+    assert all(torch.equal(a.latent, b.latent) and torch.equal(a.t, b.t) for a, b in zip(groups, again, strict=True))
+    assert not torch.equal(groups[0].latent, shop.states(shop.plan(), 40, seed=4)[0].latent)
+    latent, t, context, pooled, guidance = groups[0].inputs(slice(0, 2), shop.conditioning)
+    assert latent.shape[0] == t.shape[0] == context.shape[0] == pooled.shape[0] == guidance.shape[0] == 2
+
+
+def test_times_are_spread_around_the_shift():
+    times = trajectories.draw_times(4000, 1.15)
+    assert times.min() > 0 and times.max() <= 1
+    middle = 1 / (1 + math.exp(-1.15))
+    assert times.median().item() == pytest.approx(middle, abs=0.02)
+    assert (times > 0.97).float().mean() > 0.02
+    assert trajectories.draw_times(1, 0.0).shape == (1,)
+
+
+def test_inpainting_and_control_models_get_their_channels():
+    fill = Architecture(1, 128, 1, 1, 96, 16, context_dim=12, vec_dim=5, guidance=True)
+    full = trajectories.with_companions(torch.ones(2, 16, 4, 6), fill)
+    assert full.shape == (2, 96, 4, 6)
+    assert not full[:, 16:32].any() and full[:, 32:].eq(1).all()
+    control = Architecture(1, 128, 1, 1, 32, 16, context_dim=12, vec_dim=5, guidance=True)
+    assert not trajectories.with_companions(torch.ones(2, 16, 4, 6), control)[:, 16:].any()
+
+
+def test_sizes():
+    assert trajectories.parse_sizes("1024x1024,832X1216") == ((1024, 1024), (832, 1216))
+    assert trajectories.latent_shape(ARCH, (832, 1216)) == (16, 152, 104)
+    flux2 = Architecture(2, 128, 1, 1, 128, 128, context_dim=12, vec_dim=None, guidance=False)
+    assert trajectories.latent_shape(flux2, (832, 1216)) == (128, 76, 52)
+    for text in ("1024", "axb", "1x2x3", ""):
+        with pytest.raises(ValueError, match="form 1024x1024"):
+            trajectories.parse_sizes(text)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        trajectories.latent_shape(ARCH, (1000, 1024))
+
+
+def test_broken_teachers_are_noticed(tmp_path):
+    shop = make(tmp_path, pictures=1, steps=1)
+    with pytest.raises(ValueError, match="not finite"):
+        shop.generate(lambda latent, *_: latent * torch.nan, shop.plan())
+    assert not list(shop.folder.glob("train-*"))
