@@ -23,7 +23,7 @@ from .velocity import Quality
 
 # Shares of the budget. Pictures and states stop at numbers beyond which more of them did not help.
 _PICTURES, _STATES, _CALIBRATION = 0.12, 0.08, 0.2
-_MAX_PICTURES, _MAX_STATES, _MAX_CALIBRATION = 768, 8192, 512
+_MAX_PICTURES, _MAX_STATES = 768, 8192
 _SMALL_MODEL = 100e6  # weights
 _BLOCKWISE = 0.4  # of the training time, where the codes cannot be trained all at once
 
@@ -36,7 +36,6 @@ class Amounts:
     states: int
     held_out: int
     calibration_states: int
-    calibration_batch: int
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def default_minutes(weights: int) -> float:
     return 15 if weights < _SMALL_MODEL else 240
 
 
-def amounts(budget: float, state_seconds: float, steps: int, prompts: int) -> Amounts:
-    """`budget` in seconds; `state_seconds`: what one teacher forward of one state takes."""
+def amounts(budget: float, state_seconds: float, steps: int, prompts: int, enough: int) -> Amounts:
+    """`budget` in seconds; `state_seconds`: of a teacher forward of one state; `enough` states for calibration."""
 
     def affordable(share: float, each: float, least: int, most: int) -> int:
         return int(min(most, max(least, share * budget / each)))
@@ -65,8 +64,8 @@ def amounts(budget: float, state_seconds: float, steps: int, prompts: int) -> Am
     states = affordable(_STATES, state_seconds, 64, _MAX_STATES)
     held_out = max(2, min(32, pictures // 8, max(1, prompts // 10)))
     # Calibration runs the block's Linears about eight times for each state.
-    calibration = affordable(_CALIBRATION, 16 * state_seconds, 32, _MAX_CALIBRATION)
-    return Amounts(pictures, states, held_out, min(calibration, states), 8)
+    calibration = affordable(_CALIBRATION, 16 * state_seconds, 32, enough)
+    return Amounts(pictures, states, held_out, calibration)
 
 
 class Conversion:
@@ -135,7 +134,9 @@ class Conversion:
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         state_seconds = self._time_teacher()
-        chosen = amounts(self.budget, state_seconds, self.shop.trajectories.steps, len(self.shop.conditioning))
+        enough = calibrate.enough_states(self.shop.arch, self.shop.tokens)
+        prompts, steps = len(self.shop.conditioning), self.shop.trajectories.steps
+        chosen = amounts(self.budget, state_seconds, steps, prompts, enough)
         choices = {"amounts": asdict(chosen), "state_seconds": state_seconds}
         _write_json(path, choices)
         return choices
@@ -173,7 +174,7 @@ class Conversion:
             self.shop.conditioning,
             path,
             self.shop.work / "calibrate",
-            calibrate.Settings(rank=self.rank, batch=chosen.calibration_batch),
+            calibrate.Settings(rank=self.rank, batch=self.shop.teacher_batch),
             overwrite=True,
             on_block=count,
         )
