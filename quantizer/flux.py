@@ -202,10 +202,27 @@ class DoubleBlock(nn.Module):
             setattr(self, f"{stream}_mlp", nn.Sequential(first, activation(arch.version), second))
 
     def forward(self, state: State) -> State:
+        return self.feed(self.attend(state))
+
+    def modulations(self, state: State) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Of image and text: shift, scale, gate of the attention, and of the MLP."""
         if state.modulation is None:
-            img_mod, txt_mod = self.img_mod(state.vec), self.txt_mod(state.vec)
-        else:
-            img_mod, txt_mod, _ = state.modulation
+            return self.img_mod(state.vec), self.txt_mod(state.vec)
+        return state.modulation[:2]
+
+    def gates(self, state: State) -> dict[str, Tensor]:
+        """What the outputs of some Linears are multiplied with [B, 1, hidden] before they are added to the tokens."""
+        img_mod, txt_mod = self.modulations(state)
+        return {
+            "img_attn.proj": img_mod[2],
+            "txt_attn.proj": txt_mod[2],
+            "img_mlp.2": img_mod[5],
+            "txt_mlp.2": txt_mod[5],
+        }
+
+    def attend(self, state: State) -> State:
+        """The first half: attention over both streams."""
+        img_mod, txt_mod = self.modulations(state)
         img_qkv = self.img_attn.qkv(modulate(state.img, *img_mod[:2]))
         txt_qkv = self.txt_attn.qkv(modulate(state.txt, *txt_mod[:2]))
         txt_heads = self.txt_attn.norm.heads(txt_qkv, self.heads)
@@ -213,17 +230,16 @@ class DoubleBlock(nn.Module):
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads, strict=True))
         attended = attention(q, k, v, state.pe)
         txt_attended, img_attended = attended.split((state.txt.shape[1], state.img.shape[1]), dim=1)
-        img = self._finish_stream(state.img, img_attended, self.img_attn, self.img_mlp, img_mod)
-        txt = self._finish_stream(state.txt, txt_attended, self.txt_attn, self.txt_mlp, txt_mod)
+        img = state.img + img_mod[2] * self.img_attn.proj(img_attended)
+        txt = state.txt + txt_mod[2] * self.txt_attn.proj(txt_attended)
         return replace(state, img=img, txt=txt)
 
-    @staticmethod
-    def _finish_stream(
-        x: Tensor, attended: Tensor, attn: StreamAttention, mlp: nn.Module, modulation: tuple[Tensor, ...]
-    ) -> Tensor:
-        _, _, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * attn.proj(attended)
-        return x + gate2 * mlp(modulate(x, shift2, scale2))
+    def feed(self, state: State) -> State:
+        """The second half: each stream's MLP."""
+        img_mod, txt_mod = self.modulations(state)
+        img = state.img + img_mod[5] * self.img_mlp(modulate(state.img, *img_mod[3:5]))
+        txt = state.txt + txt_mod[5] * self.txt_mlp(modulate(state.txt, *txt_mod[3:5]))
+        return replace(state, img=img, txt=txt)
 
 
 class SingleBlock(nn.Module):
@@ -239,8 +255,16 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(arch.head_dim)
         self.mlp_act = activation(arch.version)
 
+    def modulations(self, state: State) -> tuple[Tensor, ...]:
+        """Shift, scale and gate."""
+        return self.modulation(state.vec) if state.modulation is None else state.modulation[2]
+
+    def gates(self, state: State) -> dict[str, Tensor]:
+        """What the outputs of some Linears are multiplied with [B, 1, hidden] before they are added to the tokens."""
+        return {"linear2": self.modulations(state)[2]}
+
     def forward(self, state: State) -> State:
-        shift, scale, gate = self.modulation(state.vec) if state.modulation is None else state.modulation[2]
+        shift, scale, gate = self.modulations(state)
         x = torch.cat((state.txt, state.img), dim=1)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
         attended = attention(*self.norm.heads(qkv, self.heads), state.pe)

@@ -23,30 +23,64 @@ _MAX_DAMPING = 1e6
 
 
 class Moments:
-    """Sums over tokens of the inputs of one Linear with K inputs, fp32 on `device`; 8 K^2 bytes."""
+    """Sums over tokens of the inputs x of one Linear and of how far its outputs are from where they should be, fp32.
 
-    def __init__(self, inputs: int, device: torch.device | str = "cpu"):
-        self.count = 0
-        self.second = torch.zeros(inputs, inputs, device=device)
-        self.shift = torch.zeros(inputs, inputs, device=device)
-        self.mean = torch.zeros(inputs, device=device)
-        self.mean_shift = torch.zeros(inputs, device=device)
+    `weight` of a token is how much an error of the outputs there counts.
+    """
 
-    def add(self, student: Tensor, teacher: Tensor) -> None:
-        """Inputs [..., K] of the ternary model's and of the teacher's Linear, for the same states."""
-        x = student.reshape(-1, student.shape[-1]).float()
-        d = teacher.reshape(-1, teacher.shape[-1]).float() - x
-        self.count += x.shape[0]
-        self.second.addmm_(x.t(), x)
-        self.shift.addmm_(d.t(), x)
-        self.mean += x.sum(0)
+    def __init__(self, outputs: int, inputs: int, device: torch.device | str = "cpu"):
+        self.tokens = 0
+        self.count = torch.zeros((), device=device)  # sum of weights
+        self.second = torch.zeros(inputs, inputs, device=device)  # of weight x x^T
+        self.mean = torch.zeros(inputs, device=device)  # of weight x
+        self.shift: Tensor | None = None  # [K, K], of weight (teacher's x - x) x^T
+        self.mean_shift: Tensor | None = None
+        self.cross: Tensor | None = None  # [N, K], of gate^2 (wanted output - dense output) x^T
+        self.mean_cross: Tensor | None = None
+        self.gates = torch.zeros(outputs, device=device)  # of gate^2
+
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Inputs [B, L, K] of the ternary model's Linear, with a weight [B] for each state."""
+        x, weighted = self._weighted(x, weight)
+        self.tokens += len(x)
+        self.count += len(x) if weight is None else weight.sum() * (len(x) // len(weight))
+        self.second.addmm_(weighted.t(), x)
+        self.mean += weighted.sum(0)
+
+    def add_drift(self, x: Tensor, teacher: Tensor, weight: Tensor | None = None) -> None:
+        """The teacher's inputs [B, L, K] at the same places: the outputs should be those that the teacher has."""
+        if self.shift is None:
+            self.shift, self.mean_shift = torch.zeros_like(self.second), torch.zeros_like(self.mean)
+        _, d = self._weighted(teacher.float() - x.float(), weight)
+        self.shift.addmm_(d.t(), x.flatten(0, -2).float())
         self.mean_shift += d.sum(0)
 
-    def means(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """H, D, mean of x' and mean of x - x', in the memory of the sums, which are used up."""
-        sums = (self.second, self.shift, self.mean, self.mean_shift)
-        self.second = self.shift = self.mean = self.mean_shift = torch.empty(0)
-        return tuple(s.div_(max(self.count, 1)) for s in sums)
+    def add_residual(self, x: Tensor, missing: Tensor, gate: Tensor) -> None:
+        """What the tokens [B, L, N] miss after gate [B, 1, N] * outputs was added to them with the dense Linear."""
+        if self.cross is None:
+            self.cross = torch.zeros(len(self.gates), len(self.mean), device=self.mean.device)
+            self.mean_cross = torch.zeros_like(self.gates)
+        gate = gate.float()
+        wanted = (gate * missing.float()).flatten(0, -2)
+        self.cross.addmm_(wanted.t(), x.flatten(0, -2).float())
+        self.mean_cross += wanted.sum(0)
+        self.gates += gate.square().sum((0, 1)) * missing.shape[1]
+
+    @staticmethod
+    def _weighted(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        flat = x.flatten(0, -2).float()
+        if weight is None:
+            return flat, flat
+        return flat, flat * weight.float().repeat_interleave(x[0].numel() // x.shape[-1])[:, None]
+
+    def correction(self, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """E c x^T [N, K] and E c [N] of what the outputs of the dense weight [N, K] should have added."""
+        if self.cross is not None:
+            gates = self.gates.clamp_min(1e-30)
+            return self.cross / gates[:, None], self.mean_cross / gates
+        if self.shift is not None:
+            return dense @ (self.shift / self.count), dense @ (self.mean_shift / self.count)
+        return torch.zeros_like(dense), dense.new_zeros(len(dense))
 
 
 @dataclass(frozen=True)
@@ -86,27 +120,25 @@ def solve(
     if w.shape[1] % GROUP_SIZE:
         raise ValueError(f"a Linear with {w.shape[1]} inputs; multiples of {GROUP_SIZE} are supported")
     problem = _Problem.of(w, moments, centred=bias is not None, damping=damping)
-    codes, scales = error_feedback(problem.target, problem.hessian)
-    up = down = None
+    hessian = problem.hessian
+    codes, scales = error_feedback(problem.target, hessian)
+    projected, up, down = problem.target @ hessian, None, None
     for _ in range(sweeps):
-        low_rank = 0 if up is None else up @ down
-        codes, scales = fit_scales(codes, problem.target - low_rank, problem.hessian)
-        codes = descend(codes, scales, problem.target - low_rank, problem.hessian)
+        codes, scales = fit_scales(codes, projected, hessian)
+        codes = descend(codes, scales, projected, hessian)
         if rank:
-            residual = problem.target - dense(codes, scales)
-            up, down = low_rank_factors(residual, problem.factor, rank)
-    ternary = problem.target if up is None else problem.target - up @ down
-    codes, scales = fit_scales(codes, ternary, problem.hessian)
-    row, group = fit_integer_scales(codes, scales, ternary, problem.hessian)
-    codes = descend(codes, row[:, None] * group, ternary, problem.hessian)
-    row, group = fit_integer_scales(codes, row[:, None] * group, ternary, problem.hessian)
+            up, down = low_rank_factors(problem.target - dense(codes, scales), problem.factor, rank)
+            projected = (problem.target - up @ down) @ hessian
+    codes, scales = fit_scales(codes, projected, hessian)
+    row, group = fit_integer_scales(codes, scales, projected, hessian)
+    codes = descend(codes, row[:, None] * group, projected, hessian)
+    row, group = fit_integer_scales(codes, row[:, None] * group, projected, hessian)
     factors = {} if up is None else {"up": up.bfloat16(), "down": down.bfloat16()}
     group = group.t().to(torch.uint8).contiguous()
     result = TernaryWeight.from_codes(codes.to(torch.int8), row, group, **factors)
     approximation = result.dequantize(torch.float32)
     if bias is not None:
-        student, teacher = problem.mean, problem.mean + problem.mean_shift
-        bias = bias.to(w) + w @ teacher - approximation @ student
+        bias = bias.to(w) + problem.wanted + (w - approximation) @ problem.mean
     return Solution(result, bias, problem.report(w, approximation))
 
 
@@ -117,26 +149,28 @@ class _Problem:
     target: Tensor  # [N, K]
     hessian: Tensor  # [K, K], damped
     factor: Tensor  # [K, K], lower triangular
-    mean: Tensor  # [K] of the student's inputs
-    mean_shift: Tensor  # [K], teacher minus student
+    mean: Tensor  # [K] of the inputs
+    wanted: Tensor  # [N], what the outputs should have more on the mean
     damping: float
     effective_rank: float
     tokens: int
 
     @classmethod
     def of(cls, weight: Tensor, moments: Moments, centred: bool, damping: float) -> "_Problem":
-        hessian, shift, mean, mean_shift = moments.means()
+        count = moments.count.clamp_min(1e-30)
+        hessian, mean = moments.second.div_(count), moments.mean / count
+        cross, wanted = moments.correction(weight)
         if centred:
             hessian -= torch.outer(mean, mean)
-            shift -= torch.outer(mean_shift, mean)
+            cross -= torch.outer(wanted, mean)
         unit = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        hessian, shift = hessian.div_(unit), shift.div_(unit)
+        hessian, cross = hessian.div_(unit), cross.div_(unit)
         hessian = hessian.add_(hessian.t().clone()).div_(2)
         effective_rank = (hessian.trace().square() / hessian.square().sum().clamp_min(1e-30)).item()
         factor, damping = _factor(hessian, damping)
         hessian.diagonal().add_(damping)
-        target = weight + torch.cholesky_solve((weight @ shift).t(), factor).t()
-        return cls(target, hessian, factor, mean, mean_shift, damping, effective_rank, moments.count)
+        target = weight + torch.cholesky_solve(cross.t(), factor).t()
+        return cls(target, hessian, factor, mean, wanted, damping, effective_rank, moments.tokens)
 
     def report(self, weight: Tensor, approximation: Tensor) -> LayerReport:
         error = weight - approximation
@@ -231,11 +265,14 @@ def best_scale(weight: Tensor, importance: Tensor) -> Tensor:
     return (weighted.gather(1, best) / total.gather(1, best)).squeeze(1)
 
 
-def descend(codes: Tensor, scales: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
-    """One sweep of coordinate descent: every code in turn gets its best value given all others."""
+def descend(codes: Tensor, scales: Tensor, projected: Tensor, hessian: Tensor) -> Tensor:
+    """One sweep of coordinate descent: every code in turn gets its best value given all others.
+
+    `projected` is the target times H, here and below.
+    """
     result = torch.empty_like(codes)
     for rows in _chunks(codes):
-        gradient = (target[rows] - dense(codes[rows], scales[rows])) @ hessian
+        gradient = projected[rows] - dense(codes[rows], scales[rows]) @ hessian
         for group, scale in enumerate(scales[rows].unbind(1)):
             columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
             local, block = hessian[columns, columns], gradient[:, columns].t().contiguous()
@@ -249,17 +286,17 @@ def descend(codes: Tensor, scales: Tensor, target: Tensor, hessian: Tensor) -> T
     return result
 
 
-def fit_scales(codes: Tensor, target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def fit_scales(codes: Tensor, projected: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """The least-squares scales [N, K/128] of all groups of each row at once; negative ones flip the codes' signs."""
     scales = codes.new_empty(len(codes), codes.shape[1] // GROUP_SIZE)
     for rows in _chunks(codes):
-        matrix, vector = scale_system(codes[rows], target[rows], hessian)
+        matrix, vector = scale_system(codes[rows], projected[rows], hessian)
         scales[rows] = torch.linalg.solve(matrix.double(), vector.double()).float()
     signs = torch.where(scales < 0, -1.0, 1.0)
     return dense(codes, signs), scales.abs()
 
 
-def fit_integer_scales(codes: Tensor, scales: Tensor, target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def fit_integer_scales(codes: Tensor, scales: Tensor, projected: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Row scales [N] and group multipliers 1..127 [N, K/128] near `scales`, by coordinate descent over the multipliers.
 
     Rounding each scale alone costs where inputs are strongly correlated: the others can make up for its rounding.
@@ -267,7 +304,7 @@ def fit_integer_scales(codes: Tensor, scales: Tensor, target: Tensor, hessian: T
     row, group = fit_integer_groups(scales.t())
     row, group = row.clone(), group.t().float().contiguous()
     for rows in _chunks(codes):
-        matrix, vector = scale_system(codes[rows], target[rows], hessian)
+        matrix, vector = scale_system(codes[rows], projected[rows], hessian)
         r, g = row[rows].clamp_min(1e-30), group[rows]
         for _ in range(_INTEGER_SWEEPS):
             for j in range(g.shape[1]):
@@ -279,14 +316,14 @@ def fit_integer_scales(codes: Tensor, scales: Tensor, target: Tensor, hessian: T
     return row, group
 
 
-def scale_system(codes: Tensor, target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def scale_system(codes: Tensor, projected: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """The normal equations of the scales of each row: [N, G, G] and [N, G]. Groups without codes get a scale of 0."""
     groups = codes.shape[1] // GROUP_SIZE
     matrix = codes.new_empty(len(codes), groups, groups)
     for i in range(groups):
         columns = slice(i * GROUP_SIZE, (i + 1) * GROUP_SIZE)
         matrix[:, i] = ((codes[:, columns] @ hessian[columns]) * codes).unflatten(1, (groups, -1)).sum(-1)
-    vector = ((target @ hessian) * codes).unflatten(1, (groups, -1)).sum(-1)
+    vector = (projected * codes).unflatten(1, (groups, -1)).sum(-1)
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-12
     return matrix, vector

@@ -72,20 +72,48 @@ class Streams:
     def moments(self, dense: nn.Module, student: nn.Module, linears: Sequence[str]) -> dict[str, Moments]:
         """Second moments of the inputs of some Linears of a block, over all states; `dense` is the teacher's block."""
         device = self.teacher.device
-        moments = {name: Moments(student.get_submodule(name).in_features, device) for name in linears}
+        modules = {name: student.get_submodule(name) for name in linears}
+        moments = {name: Moments(m.out_features, m.in_features, device) for name, m in modules.items()}
         if linears[0].endswith(".lin"):
             for vectors in self.vectors.split(1024):
-                x = nn.functional.silu(vectors)
                 for name in linears:
-                    moments[name].add(x, x)
+                    moments[name].add(nn.functional.silu(vectors)[:, None])
             return moments
         for group in self.groups:
             for rows in group.rows(self.batch):
-                theirs = inputs_of(dense, linears, group.state(self.teacher.stem, rows, TEACHER))
-                ours = inputs_of(student, linears, group.state(self.teacher.stem, rows, STUDENT))
-                for name in linears:
-                    moments[name].add(ours[name], theirs[name])
+                theirs, ours = (group.state(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
+                gates = branch_gates(student, ours)
+                weights = {name: gates[name].float().square().mean((1, 2)) for name in linears}
+                if linears[0] in student.gates(ours):
+                    self._add_residuals(moments, dense, student, theirs, ours, weights)
+                else:
+                    teacher_inputs, inputs = inputs_of(dense, linears, theirs), inputs_of(student, linears, ours)
+                    for name in linears:
+                        moments[name].add(inputs[name], weights[name])
+                        moments[name].add_drift(inputs[name], teacher_inputs[name], weights[name])
         return moments
+
+    @staticmethod
+    def _add_residuals(moments, dense, student, theirs: State, ours: State, weights) -> None:
+        linears = list(moments)
+        half = "attend" if linears[0].endswith("attn.proj") else "forward"
+        wanted = getattr(dense, half)(theirs)
+        captured = {}
+        handles = [
+            student.get_submodule(name).register_forward_pre_hook(
+                lambda _, arguments, name=name: captured.__setitem__(name, arguments[0])
+            )
+            for name in linears
+        ]
+        found = getattr(student, half)(ours)
+        for handle in handles:
+            handle.remove()
+        missing = {"img": wanted.img.float() - found.img.float(), "txt": wanted.txt.float() - found.txt.float()}
+        gates = student.gates(ours)
+        for name in linears:
+            part = missing[name[:3]] if name[:3] in missing else torch.cat((missing["txt"], missing["img"]), dim=1)
+            moments[name].add(captured[name], weights[name])
+            moments[name].add_residual(captured[name], part, gates[name])
 
     def advance(self, dense: nn.Module, student: nn.Module) -> tuple[float, float]:
         """Run both models through a block; returns the relative drift of image and of text tokens."""
@@ -123,17 +151,20 @@ class Streams:
 def many_vectors(
     teacher: Teacher, states: Sequence[States], conditioning: Conditioning, count: int = _VECTORS
 ) -> Tensor:
-    """Modulation vectors [count, hidden] of the states' times, prompts and guidance values in new combinations."""
+    """Modulation vectors [count, hidden] of times as the states have them, with their prompts and guidance values."""
     t, prompt = (torch.cat([getattr(group, name) for group in states]) for name in ("t", "prompt"))
+    t = t.sort().values
     guided = states[0].guidance is not None
     guidance = torch.cat([group.guidance for group in states]) if guided else None
     generator = torch.Generator().manual_seed(0)
     vectors = []
     for rows in slices(count, 1024):
-        some = [torch.randint(len(t), (rows.stop - rows.start,), generator=generator) for _ in range(3)]
-        pooled = None if conditioning.pooled is None else conditioning.pooled[prompt[some[1]]]
-        values = guidance[some[2]] if guided else None
-        _, times, _, pooled, values = teacher.cast(None, t[some[0]], None, pooled, values)
+        size = (rows.stop - rows.start,)
+        after, between = torch.randint(len(t), size, generator=generator), torch.rand(size, generator=generator)
+        times = torch.lerp(t[(after - 1).clamp_min(0)], t[after], between)
+        pick, other = (torch.randint(len(t), size, generator=generator) for _ in range(2))
+        pooled = None if conditioning.pooled is None else conditioning.pooled[prompt[pick]]
+        _, times, _, pooled, values = teacher.cast(None, times, None, pooled, guidance[other] if guided else None)
         vectors.append(teacher.stem.vector(times, pooled, values, teacher.dtype))
     return torch.cat(vectors)
 
@@ -167,3 +198,13 @@ def inputs_of(block: nn.Module, linears: Sequence[str], state: State) -> dict[st
 
 def slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def branch_gates(block: nn.Module, state: State) -> dict[str, Tensor]:
+    """For each Linear of a block's branches, the gate [B, 1, hidden] through which its errors reach the tokens."""
+    gates = block.gates(state)
+    inner = {"linear1": "linear2"} if "linear2" in gates else {}
+    if not inner:
+        for stream in ("img", "txt"):
+            inner |= {f"{stream}_attn.qkv": f"{stream}_attn.proj", f"{stream}_mlp.0": f"{stream}_mlp.2"}
+    return gates | {name: gates[output] for name, output in inner.items()}

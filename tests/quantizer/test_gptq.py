@@ -17,10 +17,12 @@ def inputs(seed: int = 0, tokens: int = 2000, decay: float = 1.0) -> torch.Tenso
 
 
 def moments(student: torch.Tensor, teacher: torch.Tensor | None = None) -> Moments:
-    collected = Moments(student.shape[1])
+    collected = Moments(N, student.shape[1])
     for part in range(0, len(student), 500):
         rows = slice(part, part + 500)
-        collected.add(student[rows], (student if teacher is None else teacher)[rows])
+        collected.add(student[rows, None])
+        if teacher is not None:
+            collected.add_drift(student[rows, None], teacher[rows, None])
     return collected
 
 
@@ -63,6 +65,30 @@ def test_follows_the_teacher_where_the_inputs_drifted():
     assert errors[0] < 0.8 * errors[1]
 
 
+def test_a_residual_is_made_up_for():
+    """Outputs are added to tokens through a gate; what the tokens miss depends on the inputs, and is learnt."""
+    x, w, bias = inputs(tokens=2000).view(20, 100, K), weight(), torch.zeros(N)
+    gate = 0.5 + torch.rand(20, 1, N, generator=torch.Generator().manual_seed(2))
+    wanted = w + 0.01 * torch.randn(N, K, generator=torch.Generator().manual_seed(3))
+    missing = gate * (x @ (wanted - w).t() + 0.2)
+    collected = moments(x.flatten(0, 1))
+    collected.add_residual(x, missing, gate)
+    errors = []
+    for solution in (gptq.solve(w, bias, collected), gptq.solve(w, bias, moments(x.flatten(0, 1)))):
+        errors.append(output_error(solution, x.flatten(0, 1), x.flatten(0, 1), wanted, bias + 0.2))
+    assert errors[0] < 0.75 * errors[1]
+
+
+def test_weights_say_where_errors_count():
+    x, w, bias = torch.stack((inputs(1), inputs(2, decay=0.2))), weight(), torch.zeros(N)
+    collected = Moments(N, K)
+    collected.add(x, torch.tensor([1.0, 1e-4]))
+    first = gptq.solve(w, bias, collected)
+    second = gptq.solve(w, bias, moments(x.flatten(0, 1)))
+    errors = [output_error(solution, x[0], x[0], w, bias) for solution in (first, second)]
+    assert errors[0] < 0.95 * errors[1]
+
+
 def test_the_bias_takes_up_the_mean():
     x, w, bias = inputs() + 3, weight(), torch.randn(N)
     solution = gptq.solve(w, bias, moments(x))
@@ -80,13 +106,14 @@ def test_each_step_lowers_what_is_minimised():
 
     codes, scales = gptq.error_feedback(problem.target, problem.hessian)
     losses = [loss(codes, scales)]
+    projected = problem.target @ problem.hessian
     for _ in range(2):
-        codes, scales = gptq.fit_scales(codes, problem.target, problem.hessian)
+        codes, scales = gptq.fit_scales(codes, projected, problem.hessian)
         losses.append(loss(codes, scales))
-        codes = gptq.descend(codes, scales, problem.target, problem.hessian)
+        codes = gptq.descend(codes, scales, projected, problem.hessian)
         losses.append(loss(codes, scales))
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
-    row, group = gptq.fit_integer_scales(codes, scales, problem.target, problem.hessian)
+    row, group = gptq.fit_integer_scales(codes, scales, projected, problem.hessian)
     assert loss(codes, row[:, None] * group) < 1.01 * losses[-1]
     assert group.min() >= 1 and group.max() <= 127
 
@@ -131,15 +158,15 @@ def test_few_tokens_are_handled(tokens):
 def test_dead_inputs_and_no_inputs_are_handled():
     x = inputs()
     x[:, 128:] = 0
-    for collected in (moments(x), moments(torch.zeros(10, K)), Moments(K)):
+    for collected in (moments(x), moments(torch.zeros(10, K)), Moments(N, K)):
         solution = gptq.solve(weight(), None, collected)
         assert torch.isfinite(solution.weight.dequantize(torch.float32)).all()
         assert solution.report.weight_error < 0.8
 
 
 def test_damping_rises_until_the_moments_can_be_factored():
-    collected = Moments(K)
-    collected.count, collected.second = 1, torch.eye(K)
+    collected = Moments(N, K)
+    collected.count, collected.second = torch.tensor(1.0), torch.eye(K)
     collected.second[0, 0] = -5
     solution = gptq.solve(weight(), None, collected)
     assert solution.report.damping > 1 and torch.isfinite(solution.weight.dequantize(torch.float32)).all()
@@ -154,4 +181,4 @@ def test_activations_that_overflow_are_an_error():
 
 def test_inputs_must_fill_groups():
     with pytest.raises(ValueError, match="multiples of 128"):
-        gptq.solve(torch.zeros(4, 100), None, Moments(100))
+        gptq.solve(torch.zeros(4, 100), None, Moments(4, 100))
