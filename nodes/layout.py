@@ -90,7 +90,7 @@ def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight
 
 @lru_cache(maxsize=64)
 def choose(device: torch.device, activations: str, integer_scales: bool = True) -> Choice:
-    """`ops.resolve`, remembered. int8 needs row x integer scales; a weight without them is multiplied in full precision."""
+    """`ops.resolve`, remembered. int8 needs row x integer scales; weights without them use full precision."""
     return resolve(device, activations if integer_scales else "full")
 
 
@@ -138,7 +138,7 @@ def _dense(*tensors):
 
 
 def register() -> None:
-    """Make the layout known. Core's own loader then refuses our files with `Unsupported quantization format: ternary_v1`."""
+    """Make the layout known. Core's own loader refuses our files with `Unsupported quantization format: ternary_v1`."""
     comfy.register_layout_class(LAYOUT, TernaryLayout)
     aten = torch.ops.aten
     handlers = {aten.linear.default: _linear, aten.t.default: _t, aten.mm.default: _mm, aten.addmm.default: _addmm}

@@ -124,7 +124,8 @@ def read_configuration(state_dict: dict, prefix: str) -> dict:
 def take_weight(state_dict: dict, prefix: str, configuration: dict) -> TernaryWeight:
     """Remove a ternary layer's entries from a state dict and return its weight, unpacked to planes32 if need be."""
     state_dict.pop(f"{prefix}comfy_quant")
-    packed, scale, *rest = (state_dict.pop(f"{prefix}weight{s}", None) for s in ("", "_scale", "_group", "_down", "_up"))
+    suffixes = ("", "_scale", "_group", "_down", "_up")
+    packed, scale, *rest = (state_dict.pop(f"{prefix}weight{suffix}", None) for suffix in suffixes)
     plan = LayerPlan(tuple(configuration["shape"]), configuration["packing"])
     return TernaryWeight(planes32(packed, plan), scale, plan.shape, *rest)
 

@@ -36,7 +36,8 @@ class LoadTernaryFlux(io.ComfyNode):
             "node_id": "TernaryFluxLoader",
             "display_name": "Load Ternary FLUX",
             "category": "model/loaders",
-            "description": "Loads a FLUX.1 or FLUX.2 model with 1.58-bit weights. LoRA, ControlNet and other model nodes work as usual.",
+            "description": "Loads a FLUX.1 or FLUX.2 model with 1.58-bit weights. "
+            "LoRA, ControlNet and other model nodes work as usual.",
             "inputs": [
                 io.Combo.Input(
                     "file",
@@ -111,7 +112,7 @@ def _not_ternary(header: Header) -> str | None:
             return None
         case "flux":
             return (
-                "this FLUX model is not ternary. Load it with the node Load Diffusion Model, or make a ternary file of it: "
+                "this FLUX model is not ternary. Load it with the node Load Diffusion Model, or convert it: "
                 f"python -m quantizer round {name} -o {header.path.stem}-ternary.safetensors"
             )
         case "quantized":

@@ -17,7 +17,7 @@ from .compat import core
 
 comfy = core()
 
-# ComfyUI's patch: (strength, adapter or tuple, strength of the model's own weight, offset (dim, start, length), function)
+# ComfyUI's: (strength, adapter or tuple, strength of the model's own weight, offset (dim, start, length), function)
 Patch = tuple
 
 

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from ternary_flux.tests import host
 from ternary_flux.tests.nodes import tiny
 
@@ -19,7 +18,6 @@ def comfy() -> SimpleNamespace:
     import comfy.sd
     import comfy.utils
     import folder_paths
-
     from ternary_flux.nodes import compat, layout, linear, loader, lora, patcher
 
     return SimpleNamespace(

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.functional import linear
-
 from ternary_flux.tests.nodes import tiny
+from torch.nn.functional import linear
 
 N, K = 96, 200
 VARIANTS = {"integer": {}, "float": {"float_groups": True}, "low rank": {"rank": 8}}
@@ -24,7 +23,6 @@ def test_says_what_it_is(comfy, weight):
     assert tuple(weight.shape) == (N, K)
     assert weight.dtype == torch.float32
     assert comfy.layout.is_ternary(weight)
-    assert weight.params._tensor_fields() == [f for f in ("scale", "group", "down", "up") if getattr(weight.params, f) is not None]
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -62,7 +60,8 @@ def tensors_of(weight):
 
 def test_quantizing_keeps_a_ternary_weight(comfy):
     weight = comfy.layout.wrap(tiny.ternary_weight((N, 256), tiny.generator(0)), torch.float32, "full")
-    again = weight.requantize_from_float(weight.dequantize(), scale="recalculate", stochastic_rounding=1, inplace_ops=True)
+    options = {"scale": "recalculate", "stochastic_rounding": 1, "inplace_ops": True}
+    again = weight.requantize_from_float(weight.dequantize(), **options)
     assert again._params.activations == "full"
     assert tiny.distance(again.dequantize(), weight.dequantize()) < 0.01
 
@@ -105,7 +104,7 @@ def test_gathers_into_one_buffer(comfy, weight):
 
 @pytest.fixture
 def dynamic_layer(comfy, path):
-    """A ternary Linear as dynamic VRAM holds it: its weight gathered in a buffer, waiting for the cast of the next call.
+    """A ternary Linear as dynamic VRAM holds it: its weight gathered in a buffer, waiting for the next call.
 
     The memory itself needs a GPU; here the buffer lies in CPU memory and the module claims its weights do not.
     """
@@ -157,6 +156,46 @@ def test_the_dynamic_patcher_falls_back_on_cpus(comfy, path):
     model = comfy.loader.load(str(path))
     patcher = comfy.patcher.TernaryPatcherDynamic(model.model, model.load_device, model.offload_device)
     assert type(patcher) is comfy.patcher.TernaryPatcher
+
+
+@pytest.fixture
+def dynamic_model(comfy, path, monkeypatch):
+    """A model in ComfyUI's dynamic patcher. Its memory needs a GPU; without one only the bookkeeping around it runs."""
+    import comfy_aimdo.host_buffer
+
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", lambda *_: SimpleNamespace(size=0))
+    model = comfy.loader.load(str(path), "full")
+    patcher = object.__new__(comfy.patcher.TernaryPatcherDynamic)  # its constructor gives CPUs another class
+    patcher.__init__(model.model, model.load_device, model.offload_device)
+    patcher.cached_patcher_init = model.cached_patcher_init
+    return patcher
+
+
+def test_the_dynamic_patcher_attaches_loras_and_drops_cores_patches(comfy, dynamic_model, twin, reference):
+    from ternary_flux.tests.nodes import test_lora
+
+    layer = dynamic_model.model.diffusion_model.double_blocks[0].img_attn.qkv
+    for loras in ([], test_lora.COMBINATIONS["stacked"], test_lora.COMBINATIONS["dora and lora"], []):
+        model = test_lora.with_loras(comfy, dynamic_model, loras)
+        model.partially_load(tiny.CPU)
+        assert layer.weight_lowvram_function is None
+        assert tiny.distance(tiny.run(model), test_lora.merged(comfy, twin, loras)) < 1e-5
+
+
+def test_a_clone_without_dynamic_vram_keeps_loras(comfy, dynamic_model, twin):
+    from ternary_flux.tests.nodes import test_lora
+
+    loras = test_lora.COMBINATIONS["stacked"]
+    clone = test_lora.with_loras(comfy, dynamic_model, loras).clone(disable_dynamic=True)
+    assert type(clone) is comfy.patcher.TernaryPatcher
+    comfy.model_management.load_models_gpu([clone])
+    assert tiny.distance(tiny.run(clone), test_lora.merged(comfy, twin, loras)) < 1e-5
+
+
+def test_an_unloaded_dynamic_model_can_be_saved(dynamic_model, path):
+    state = dynamic_model.state_dict_for_saving()
+    weight = state["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"]
+    assert weight.dtype == torch.uint8
 
 
 def test_small_layers_made_resident_are_restored(comfy, path, reference):

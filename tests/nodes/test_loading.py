@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
 from ternary_flux.tests.nodes import tiny
 
 QKV = "double_blocks.0.img_attn.qkv"
@@ -123,7 +122,8 @@ def test_other_quantized_layers_in_the_same_file_work(comfy, path, reference):
     scale = weight.abs().max() / 127
     state[f"{QKV}.weight"] = (weight / scale).round().to(torch.int8)
     state[f"{QKV}.weight_scale"] = scale.reshape(())
-    state[f"{QKV}.comfy_quant"] = torch.tensor(list(json.dumps({"format": "int8_tensorwise"}).encode()), dtype=torch.uint8)
+    configuration = json.dumps({"format": "int8_tensorwise"}).encode()
+    state[f"{QKV}.comfy_quant"] = torch.tensor(list(configuration), dtype=torch.uint8)
     operations = comfy.linear.operations(torch.float32, tiny.CPU, "full")
     model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"custom_operations": operations})
     assert 1e-5 < tiny.distance(tiny.run(model), reference) < 0.05
@@ -196,6 +196,7 @@ def test_damaged_files_are_refused(comfy, path, tmp_path):
     with pytest.raises(ValueError, match="web page"):
         comfy.loader.load(str(page))
     incomplete = tmp_path / "incomplete.safetensors"
-    save_file({k: v for k, v in load_file(path).items() if not k.startswith("single_blocks.0.linear2.weight")}, incomplete)
+    missing = "single_blocks.0.linear2.weight"
+    save_file({k: v for k, v in load_file(path).items() if not k.startswith(missing)}, incomplete)
     with pytest.raises(ValueError, match="single_blocks.0.linear2.weight"):
         comfy.loader.load(str(incomplete))

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from ternary_flux.tests import host
 from ternary_flux.tests.nodes import tiny
 
@@ -20,22 +19,25 @@ def server(tmp_path_factory):
     models = base / "models"
     for folder in ("diffusion_models", "vae"):
         (models / folder).mkdir(parents=True)
-    path = tiny.write(models / "diffusion_models" / "tiny.safetensors")
-    (models / "diffusion_models" / "truncated.safetensors").write_bytes(path.read_bytes()[:-1000])
-    save_file({"lora_unet_single_blocks_0_linear1.lora_up.weight": torch.zeros(2)}, models / "diffusion_models" / "style.safetensors")
-    (models / "diffusion_models" / "notes.txt").write_text("not a model")
+    folder = models / "diffusion_models"
+    path = tiny.write(folder / "tiny.safetensors")
+    (folder / "truncated.safetensors").write_bytes(path.read_bytes()[:-1000])
+    save_file({"lora_unet_single_blocks_0_linear1.lora_up.weight": torch.zeros(2)}, folder / "style.safetensors")
+    (folder / "notes.txt").write_text("not a model")
     host.comfyui()
     from comfy.taesd.taesd import TAESD
 
     save_file(TAESD(latent_channels=16).state_dict(), models / "vae" / "tiny-vae.safetensors")
-    helpers = Path(__file__).parent / "helpers"
-    with host.Server(base, {PACK: host.ROOT, "helpers": helpers}) as running:
+    helpers = Path(__file__).with_name("conditioning_pack.py")
+    with host.Server(base, {PACK: host.ROOT, helpers.name: helpers}) as running:
         yield running
 
 
 def workflow(file="tiny.safetensors", activations="auto", loader=NODE) -> dict:
     """API form: load, sample, decode, save."""
-    inputs = {"file": file, "activations": activations} if loader == NODE else {"unet_name": file, "weight_dtype": "default"}
+    inputs = {"file": file, "activations": activations}
+    if loader == "UNETLoader":
+        inputs = {"unet_name": file, "weight_dtype": "default"}
     nodes = {
         "model": (loader, inputs),
         "vae": ("VAELoader", {"vae_name": "tiny-vae.safetensors"}),
@@ -70,7 +72,8 @@ def test_the_node_is_listed_with_its_inputs(server):
     assert node["output"] == ["MODEL"]
     required = node["input"]["required"]
     kind, file = required["file"]
-    assert set(file["options"] if kind == "COMBO" else kind) == {"tiny.safetensors", "truncated.safetensors", "style.safetensors"}
+    names = file["options"] if kind == "COMBO" else kind
+    assert set(names) == {"tiny.safetensors", "truncated.safetensors", "style.safetensors"}
     kind, activations = required["activations"]
     assert (activations["options"] if kind == "COMBO" else kind) == ["auto", "int8", "full"]
     assert activations["advanced"] and "W1.58A8" in activations["tooltip"]

@@ -1,9 +1,8 @@
-"""A random FLUX.1 of the real architecture, small enough for every test: its ternary file, its dense twin, its inputs."""
+"""A random FLUX.1 of the real architecture, small enough for every test: ternary file, dense twin, inputs."""
 
 from pathlib import Path
 
 import torch
-
 from ternary_flux.ops import TernaryWeight
 from ternary_flux.ops.packing import blocks
 from ternary_flux.quantizer.architecture import Architecture

@@ -1,4 +1,4 @@
-"""A node pack for tests only: conditioning without a text encoder."""
+"""A node for tests only, as a custom node pack of one file: conditioning without a text encoder."""
 
 import torch
 from comfy_api.latest import ComfyExtension, io
@@ -10,7 +10,7 @@ class RandomConditioning(io.ComfyNode):
         return io.Schema(
             node_id="TestRandomConditioning",
             category="_for_testing",
-            inputs=[io.Int.Input("seed", default=0), io.Int.Input("context_dim", default=128), io.Int.Input("vec_dim", default=64)],
+            inputs=[io.Int.Input("seed"), io.Int.Input("context_dim"), io.Int.Input("vec_dim")],
             outputs=[io.Conditioning.Output()],
         )
 
