@@ -1,0 +1,159 @@
+"""Trains the miniature's FLUX.1 transformer and text encoder: rectified flow on the latents of rendered scenes."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...quantizer.architecture import Architecture
+from ...quantizer.flux import Flux
+from . import autoencoder, scenes
+from .checker import check
+from .sampling import sample
+from .text import CHANNELS, TextEncoder, tokens
+from .trainer import Trainer
+
+ARCHITECTURE = Architecture(
+    version=1, hidden=256, depth=2, depth_single=4, in_channels=16, out_channels=16,
+    context_dim=CHANNELS, vec_dim=CHANNELS, guidance=False,
+)  # fmt: skip
+
+
+class Painter(nn.Module):
+    """What is trained: the transformer and the text encoder."""
+
+    def __init__(self, arch: Architecture = ARCHITECTURE):
+        super().__init__()
+        self.flux = Flux(arch)
+        self.text = TextEncoder(arch.context_dim)
+        for name, parameter in self.flux.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                nn.init.xavier_uniform_(parameter)
+            # Blocks start as the identity and the velocity as zero (adaLN-zero, https://arxiv.org/abs/2212.09748).
+            if any(part in name for part in ("_mod.", ".modulation.", "final_layer.")):
+                nn.init.zeros_(parameter)
+
+    def forward(self, latents: Tensor, t: Tensor, words: Tensor) -> Tensor:
+        return self.flux(latents, t, *self.text(words))
+
+
+def latents(work: Path, vae: Path, count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Latents [count, 16, size/8, size/8] and word numbers [count, 12] of training scenes; kept in a file."""
+    path = work / f"latents-{size}-{count}-{seed}.safetensors"
+    if not path.exists():
+        encoder = autoencoder.load(load_file(vae))
+        drawn = list(scenes.training_scenes(count, seed))
+        encoded, started = [], time.perf_counter()
+        for i in range(0, count, 128):
+            images = torch.from_numpy(scenes.render(drawn[i : i + 128], size)).movedim(3, 1)
+            with torch.inference_mode():
+                encoded.append(encoder.encode(images))
+            if i % 3200 == 0:
+                print(f"encoded {i}/{count}  {time.perf_counter() - started:.0f} s", flush=True)
+        words = tokens([scene.prompt.text for scene in drawn])
+        save_file({"latents": torch.cat(encoded).contiguous(), "words": words}, path)
+    data = load_file(path)
+    return data["latents"], data["words"]
+
+
+def train(
+    work: Path,
+    output: Path,
+    steps: int,
+    size: int = 64,
+    device: str = "cpu",
+    seed: int = 0,
+    pictures: int = 36_000,
+    batch: int = 64,
+    arch: Architecture = ARCHITECTURE,
+    evaluate_every: int = 250,
+    checked: int = 24,
+    stop: int | None = None,
+    compiled: bool = True,
+) -> Painter:
+    """Train up to `steps`, or `stop` of them, resuming from `work`. Returns the averaged model.
+
+    Every evaluation paints `checked` captions of each category and writes the averaged weights to `output`.
+    """
+    torch.manual_seed(seed)
+    model = Painter(arch).to(device)
+    trainer = Trainer(model, steps, 1e-3, seed=seed)
+    checkpoint = work / "transformer.pt"
+    trainer.resume(checkpoint)
+    vae = output / "autoencoder.safetensors"
+    clean, words = (x.to(device) for x in latents(work, vae, pictures, size, seed + 1))
+    forward = torch.compile(model) if compiled else model
+
+    def loss(generator: torch.Generator) -> Tensor:
+        # An epoch is a permutation of its own, so that the order depends on the step alone.
+        epoch, position = divmod(trainer.step, pictures // batch)
+        order = torch.randperm(pictures, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
+        chosen = order[position * batch : (position + 1) * batch].to(device)
+        noise = torch.randn(batch, *clean.shape[1:], generator=generator).to(device)
+        t = torch.sigmoid(torch.randn(batch, generator=generator)).to(device)
+        level = t[:, None, None, None]
+        picture = clean[chosen]
+        velocity = forward((1 - level) * picture + level * noise, t, words[chosen])
+        return (velocity - (noise - picture)).square().mean()
+
+    recent = []
+    while trainer.step < (stop or steps):
+        recent.append(trainer.advance(loss))
+        if trainer.step % 50 == 0:
+            print(f"step {trainer.step}/{steps}  loss {np.mean(recent):.4f}  {trainer.seconds:.0f} s", flush=True)
+            recent.clear()
+        if trainer.step % evaluate_every == 0 or trainer.step == steps:
+            trainer.save(checkpoint)
+            averaged = Painter(arch).to(device)
+            averaged.load_state_dict(trainer.ema)
+            write(averaged, output, trainer, size)
+            accuracy = evaluate(averaged.eval(), autoencoder.load(load_file(vae)).to(device), size, device, checked)
+            rows = "  ".join(f"{name} {value:.2f}" for name, value in accuracy.items())
+            print(f"  held out: {np.mean(list(accuracy.values())):.3f}  ({rows})", flush=True)
+    averaged = Painter(arch).to(device)
+    averaged.load_state_dict(trainer.ema)
+    return averaged.eval()
+
+
+def evaluate(
+    model: Painter,
+    vae: autoencoder.Autoencoder,
+    size: int,
+    device: str,
+    count: int,
+    split: str = "held_out",
+    seed: int = 0,
+) -> dict[str, float]:
+    """Checker accuracy per category on `count` captions each."""
+    generator, accuracy = torch.Generator().manual_seed(seed), {}
+    for category in scenes.CATEGORIES:
+        captions = scenes.prompts(split, category, count, seed)
+        noise = torch.randn(count, 16, size // 8, size // 8, generator=generator).to(device)
+        with torch.inference_mode():
+            painted = vae.decode(sample(model.flux, *model.text.encode(captions), noise)).clamp(0, 1)
+        images = painted.movedim(1, 3).cpu().numpy()
+        verdicts = [check(image, caption).correct for image, caption in zip(images, captions, strict=True)]
+        accuracy[category] = float(np.mean(verdicts))
+    return accuracy
+
+
+def write(model: Painter, output: Path, trainer: Trainer, size: int) -> None:
+    """`flux-miniature.safetensors` with BFL's names and `text-encoder.safetensors`, bf16."""
+    metadata = {
+        "format": "pt",
+        "modelspec.title": "FLUX miniature",
+        "modelspec.architecture": "flux-1",
+        "modelspec.license": "Apache-2.0",
+        "steps": str(trainer.step),
+        "seconds": f"{trainer.seconds:.0f}",
+        "size": str(size),
+        "seed": str(trainer.seed),
+    }
+    for name, part in (("flux-miniature", model.flux), ("text-encoder", model.text)):
+        state = {key: value.bfloat16().contiguous() for key, value in part.state_dict().items()}
+        save_file(state, output / f"{name}.safetensors", metadata)
