@@ -19,6 +19,8 @@ def ternary_linear(
     activations  "full": the weight is expanded to the dtype of x (W1.58A16, as in arXiv 2412.18653).
                  "int8": every token is quantized to int8 with scale absmax / 127, the products are summed exactly in
                  int32, and scales, low-rank part and bias are applied in fp32 (W1.58A8). Needs row x integer scales.
+                 "e4m3": the same with 8-bit floats and fp32 sums, scale absmax / 448 (Triton, compute capability 9.0
+                 and 10.x; int8 elsewhere). "auto": the fastest on the device of x.
     backend      a name of `registry.BACKENDS`; by default the best one for the device of x.
 
     Not differentiable. Raises ValueError where K of x and weight differ or the scales do not fit the activations.
@@ -27,7 +29,8 @@ def ternary_linear(
     if x.shape[-1] != k:
         raise ValueError(f"input has {x.shape[-1]} features, the ternary weight {n} x {k} needs {k}")
     if backend is None:
-        backend = resolve(x.device, activations).backend.NAME
+        choice = resolve(x.device, activations)
+        backend, activations = choice.backend.NAME, choice.activations
     if torch.compiler.is_compiling():
         w = weight
         return torch.ops.ternary_flux.linear(

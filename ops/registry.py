@@ -8,12 +8,12 @@ import torch
 from .backends import eager, triton
 
 BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, eager)}
-ACTIVATIONS = ("auto", "int8", "full")
+ACTIVATIONS = ("auto", "int8", "e4m3", "full")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend (module with `linear`), the activations it will use ("int8" or "full"), and why."""
+    """A backend (module with `linear`), the activations it will use ("int8", "e4m3" or "full"), and why."""
 
     backend: ModuleType
     activations: str
@@ -21,16 +21,23 @@ class Choice:
 
 
 def resolve(device: torch.device | str, activations: str = "auto") -> Choice:
-    """The best backend on `device`. "auto" means int8 where a kernel makes it fast, and full precision elsewhere."""
+    """The best backend on `device`. "auto" means 8 bits where a kernel makes them fast, and full precision elsewhere.
+
+    "e4m3" becomes "int8" where the chosen backend has no e4m3 kernel.
+    """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
     device = torch.device(device)
-    refusals = []
+    reasons = []
     for backend in BACKENDS.values():
         refusal = backend.unavailable(device)
         if refusal is None:
             break
-        refusals.append(f"{backend.NAME}: {refusal}")
+        reasons.append(f"{backend.NAME}: {refusal}")
+    formats = backend.formats(device)
     if activations == "auto":
-        activations = "full" if backend is eager else "int8"
-    return Choice(backend, activations, "; ".join(refusals) or f"{backend.NAME} runs on {device}")
+        activations = formats[0]
+    elif activations not in formats:
+        reasons.append(f"{backend.NAME}: no {activations} kernel for {device}, int8 instead")
+        activations = "int8"
+    return Choice(backend, activations, "; ".join(reasons) or f"{backend.NAME} runs on {device}")

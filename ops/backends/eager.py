@@ -22,6 +22,11 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def formats(device: torch.device) -> tuple[str, ...]:
+    """The activations it multiplies, fastest first."""
+    return ("full", "int8")
+
+
 def linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activations: str) -> Tensor:
     """x [M, K] times the weight, [M, N] in the dtype of x; see `ops.ternary_linear`."""
     multiply = _linear_int8 if activations == "int8" else _linear_full
