@@ -13,20 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import _pack
-
-_pack.load()
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from ternary_flux.benchmarks import quality_chart  # noqa: E402
-from ternary_flux.benchmarks.quality_models import dense_of, round_to_bits  # noqa: E402
-from ternary_flux.benchmarks.quality_scores import Scores, Stage, evaluate  # noqa: E402
-from ternary_flux.quantizer import calibrate, conditioning  # noqa: E402
-from ternary_flux.quantizer.atomic import atomic_file  # noqa: E402
-from ternary_flux.quantizer.conversion import round_checkpoint  # noqa: E402
-from ternary_flux.quantizer.distill import Settings  # noqa: E402
-from ternary_flux.quantizer.pipeline import Workshop, distill_file  # noqa: E402
+import numpy as np
+import torch
+from ternary_flux.benchmarks import quality_chart
+from ternary_flux.benchmarks.quality_models import dense_of, round_to_bits
+from ternary_flux.benchmarks.quality_scores import Scores, Stage, evaluate
+from ternary_flux.quantizer import calibrate, conditioning
+from ternary_flux.quantizer.atomic import atomic_file
+from ternary_flux.quantizer.conversion import round_checkpoint
+from ternary_flux.quantizer.distill import Settings
+from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.quantizer.mixed import choose, sensitivities, write_mixed
+from ternary_flux.quantizer.pipeline import Workshop, distill_file
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "benchmarks" / "miniature" / "weights"
@@ -66,12 +64,12 @@ def main() -> None:
     run(scale, work, args.results / name, picture, torch.device(args.device))
 
 
-def run(scale: Scale, work: Path, results: Path, picture: Path, device: torch.device) -> dict:
+def run(scale: Scale, work: Path, results: Path, picture: Path, device: torch.device, weights: Path = WEIGHTS) -> dict:
     """Make every model that is missing in `work`, score all, write the JSON and the picture."""
     started = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
-    stage = Stage.load(WEIGHTS, scale.prompts, scale.seeds, device)
-    shop = workshop(scale, work, stage, device)
+    stage = Stage.load(weights, scale.prompts, scale.seeds, device)
+    shop = workshop(scale, work, stage, device, weights)
     say(f"teacher's {scale.pictures} pictures and {scale.states} states")
     shop.pool, shop.swapped  # noqa: B018  made before anything is timed
     rows: list[dict] = []
@@ -102,14 +100,14 @@ def run(scale: Scale, work: Path, results: Path, picture: Path, device: torch.de
     return result
 
 
-def workshop(scale: Scale, work: Path, stage: Stage, device: torch.device) -> Workshop:
+def workshop(scale: Scale, work: Path, stage: Stage, device: torch.device, weights: Path) -> Workshop:
     """Training on seen compositions only; what is held out there is for the choice of the best step."""
     path = work / "training-prompts.safetensors"
     if not path.exists():
         prompts = stage.training_prompts()
         conditioning.write(path, prompts, *stage.encode(prompts))
     return Workshop(
-        WEIGHTS / "flux-miniature.safetensors",
+        weights / "flux-miniature.safetensors",
         path,
         work / "shop",
         (stage.size,),
@@ -145,6 +143,7 @@ def recipes(scale: Scale, shop: Workshop) -> dict[str, Callable[[Path], object]]
         "distilled: scales, rank 16": distilled(16, False),
         "distilled: codes": distilled(0, True),
         "distilled: codes, rank 16": distilled(16, True),
+        "mixed: codes, a quarter larger": lambda path: mixed(shop, path.with_name("distilled-codes.safetensors"), path),
     }
 
 
@@ -152,6 +151,12 @@ def calibrated(scale: Scale, shop: Workshop, path: Path) -> None:
     states = shop.trajectories.states(shop.trajectories.plan(), scale.calibration_states, 1)
     folder = path.with_suffix(".work")
     calibrate.calibrate(shop.teacher, states, shop.conditioning, path, folder, calibrate.Settings(batch=64))
+
+
+def mixed(shop: Workshop, start: Path, path: Path) -> None:
+    file = open_ternary(start)
+    ranking = sensitivities(file, shop.teacher.checkpoint, shop.holdout[::4], shop.device)
+    write_mixed(path, file, shop.teacher.checkpoint, choose(ranking, start.stat().st_size // 4))
 
 
 def link(source: Path, path: Path) -> None:

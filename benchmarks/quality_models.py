@@ -21,7 +21,8 @@ def dense_of(path: Path, device: torch.device) -> tuple[Flux, int, float]:
     header = read_header(path)
     if kind_of(header) == "ternary":
         file = open_ternary(path)
-        state = {name: file.tensor(name).float() for name in file.dense}
+        extra = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
+        state = {name: file.parameter(name).float() for name in file.dense.keys() - extra}
         state |= {f"{name}.weight": file.weight(name).dequantize() for name in file.layers}
         return _model(file.architecture, state, device), path.stat().st_size, bits(file)
     checkpoint = open_checkpoint(path)

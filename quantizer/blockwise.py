@@ -19,7 +19,7 @@ from .flux import Flux, State
 from .format import LayerPlan, TernaryFile, create_ternary, open_ternary
 from .optimizer import Adam
 from .states import Pool
-from .student import add_low_rank, input_moments, load_block, load_stem, ternary_linears, train_codes
+from .student import add_low_rank, input_moments, load_block, load_stem, stored_dense, ternary_linears, train_codes
 from .teacher import Teacher
 from .trainable import TernaryLinear
 
@@ -106,7 +106,7 @@ def train_block(
         add_low_rank(layers, teacher, settings.rank, moments)
     if settings.codes:
         train_codes(layers, teacher)
-    parameters = dict(block.named_parameters())
+    parameters = {name: p for name, p in block.named_parameters() if p.requires_grad}
     rates = learning_rates(block, settings.rates)
     optimizer = Adam(parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -162,8 +162,8 @@ def _write_part(
     path: Path, name: str, block: nn.Module, layers: Mapping[str, TernaryLinear], start: TernaryFile
 ) -> None:
     weights = {layer: module.export() for layer, module in layers.items()}
-    parameters = {f"{name}.{leaf}": p.detach() for leaf, p in block.named_parameters()}
-    dense = {key: p.to(start.tensor(key).dtype) for key, p in parameters.items() if key in start.dense}
+    parameters = {f"{name}.{leaf}": p for leaf, p in block.named_parameters()}
+    dense = {key: t for key, t in stored_dense(start, parameters).items() if key.startswith(f"{name}.")}
     plans = {layer: LayerPlan.of(weight) for layer, weight in weights.items()}
     _write(path, plans, weights.__getitem__, dense, {}, False)
 

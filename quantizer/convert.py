@@ -184,18 +184,21 @@ class Conversion:
         if "training" not in choices:
             self.shop.release_teacher()
             plan, seconds = plan_for(self.shop), max(30.0, self.left - 0.03 * self.budget)
-            choices["training"] = self._training(plan, seconds)
+            choices["training"] = self._training(plan, seconds, choices["state_seconds"])
             _write_json(plan_file, choices)
         training = choices["training"]
         dtype = torch.bfloat16 if training["autocast"] else None
         plan = Plan(**{**training["plan"], "autocast": dtype})
         blocks = training["blocks"]
-        settings = settings_for(plan, seconds=training["seconds"])
+        settings = settings_for(plan, steps=training["steps"], seconds=training["seconds"])
         block_settings = BlockSettings(**blocks) if blocks else None
         if block_settings and dtype:
             block_settings = replace(block_settings, stream=dtype)
 
         def step(row: dict) -> None:
+            if training["steps"] is None and row["total"]:
+                training["steps"] = row["total"]
+                _write_json(plan_file, choices)
             self.shop.on_progress("training steps", row["step"], row["total"] or 0)
 
         distill_file(
@@ -212,14 +215,14 @@ class Conversion:
             on_block=lambda result: self.say(f"  {result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
 
-    def _training(self, plan: Plan, seconds: float) -> dict:
+    def _training(self, plan: Plan, seconds: float, state_seconds: float) -> dict:
         """What to train and for how long."""
         codes = plan.codes if self.codes is None else self.codes and plan.codes
         blocks = None
         if not codes and self.codes is not False:
             count = len(self.shop.arch.block_names)
             # A step of a block costs about four teacher forwards of the block.
-            each = 4 * self.shop_state_seconds() * plan.batch / count
+            each = 4 * state_seconds * plan.batch / count
             steps = int(min(400, _BLOCKWISE * seconds / count / max(each, 1e-9)))
             states = max(plan.batch, 64 // plan.batch * plan.batch)
             blocks = {"steps": steps, "batch": plan.batch, "states": states, "rank": self.rank, "eight_bit": True}
@@ -228,14 +231,12 @@ class Conversion:
         description = asdict(plan) | {"autocast": None}
         return {
             "codes": codes,
+            "steps": None,
             "seconds": seconds,
             "blocks": blocks,
             "plan": description,
             "autocast": bool(plan.autocast),
         }
-
-    def shop_state_seconds(self) -> float:
-        return json.loads((self.shop.work / "choices.json").read_text(encoding="utf-8"))["state_seconds"]
 
 
 def _write_json(path: Path, value: dict) -> None:

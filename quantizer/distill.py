@@ -28,7 +28,8 @@ from .velocity import Batch, Quality, measure
 # by this part of its own typical size: the same numbers mean the same in every layer and model.
 RATES = {"scale": 4e-3, "code": 4e-3, "rank": 1e-2, "bias": 4e-3, "norm": 4e-3, "dense": 4e-3}
 _FLOOR = 0.02  # of the peak: where the cosine ends
-_CALIBRATION_STEPS = 12  # steps that are timed before a budget in seconds is turned into a number of steps
+_TIMED_STEPS = 12  # steps that are timed before a budget in seconds is turned into a number of steps
+_FREE = ("checkpoint_minutes", "steps", "seconds")  # settings that do not change what a step does
 _COLLAPSED = 0.5  # of the best following seen
 
 
@@ -112,9 +113,9 @@ class Distiller:
                 self.average[name].lerp_(parameter, weight if exact else 1.0)
         self.step += 1
         self.used += time.perf_counter() - started
-        if self.total is None and self.step == _CALIBRATION_STEPS:
-            timed = self.used / _CALIBRATION_STEPS
-            self.total = max(_CALIBRATION_STEPS, int(self.settings.seconds / timed))
+        if self.total is None and self.step == _TIMED_STEPS:
+            timed = self.used / _TIMED_STEPS
+            self.total = max(_TIMED_STEPS, int(self.settings.seconds / timed))
         return total
 
     def evaluate(self) -> Quality:
@@ -162,6 +163,8 @@ class Distiller:
         if file.header.metadata.get("settings") != self.fingerprint():
             raise ValueError(f"{path} comes from a run with other settings; delete it, or use those settings again")
         progress = json.loads(file.header.metadata["progress"])
+        if self.settings.steps not in (None, progress["total"]):
+            raise ValueError(f"{path} comes from a run of {progress['total']} steps; delete it, or give that number")
         self.step, self.total, self.used, self.log = (progress[key] for key in ("step", "total", "used", "log"))
         adam = {}
         with torch.no_grad():
@@ -177,7 +180,7 @@ class Distiller:
 
     def fingerprint(self) -> str:
         """What must be equal for a checkpoint to be continued."""
-        settings = {k: v for k, v in asdict(self.settings).items() if k not in ("checkpoint_minutes",)}
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
         shapes = {name: list(p.shape) for name, p in self.parameters.items()}
         return json.dumps({"settings": settings, "parameters": shapes, "pool": self.pool.fingerprint}, default=str)
 
@@ -221,8 +224,11 @@ def forward(model: Flux, batch: Batch, checkpointing: bool) -> Tensor:
 
 
 def schedule(step: int, total: int | None, warmup: int) -> float:
-    """Linear warm-up, then a cosine over the whole run (flat while its length is not known)."""
-    progress = min(step / total, 1.0) if total else 0.0
+    """Linear warm-up, then a cosine over the whole run.
+
+    The first steps do not depend on the length of the run, which may not be known yet: see `_TIMED_STEPS`.
+    """
+    progress = 0.0 if step < _TIMED_STEPS else min(step / total, 1.0)
     return min(1.0, (step + 1) / warmup) * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

@@ -29,11 +29,12 @@ def export_checkpoint(
     if os.path.exists(target) and os.path.samefile(file.path, target):
         raise ValueError(f"{target}: the output is the input; choose another name")
     check_target(target, 0, overwrite)
-    plan = {name: (dtype, shape) for name, shape in file.shapes.items()}
+    eight_bit = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
+    plan = {name: (dtype, shape) for name, shape in file.shapes.items() if name not in eight_bit}
     metadata = {key: value for key, value in file.metadata.items() if key.startswith("modelspec.")}
     with create(target, plan, metadata | {"ternary.exported_from": file.path.name}, 0, overwrite) as writer:
-        for name in file.dense:
-            writer.write(name, file.tensor(name).to(dtype))
+        for name in file.dense.keys() - eight_bit:
+            writer.write(name, file.parameter(name).to(dtype))
         for name, layer in file.layers.items():
             weight = file.weight(name)
             n, k = layer.shape

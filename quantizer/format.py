@@ -10,7 +10,9 @@ A ternary Linear X of logical shape [N, K], with G = ceil(K/128) groups of input
     X.comfy_quant   uint8, JSON: {"format": "ternary_v1", "packing": ..., "group_size": 128, "shape": [N, K]}
 
 Everything else is dense (fp32, fp16 or bf16) under its own name. The header's metadata informs people and is not needed
-to decode.
+to decode. Files of the mixed profile have some Linears in ComfyUI's own 8-bit format beside the ternary ones:
+
+    X.weight        int8 [N, K], X.weight_scale fp32 [N, 1], X.comfy_quant {"format": "int8_tensorwise"}
 """
 
 import contextlib
@@ -42,6 +44,7 @@ from .checkpoint import DENSE_DTYPES, find_prefix
 from .container import DTYPE_NAMES, DTYPES, FormatError, TensorFile, TensorWriter, create
 
 FORMAT = "ternary_v1"
+INT8 = "int8_tensorwise"  # ComfyUI's name of its 8-bit format
 SCALES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _REDO = "download or convert the file again"
 _PARTS = ("weight", "weight_scale", "weight_group", "weight_down", "weight_up", "comfy_quant")
@@ -183,6 +186,17 @@ class TernaryFile:
         """A dense tensor, memory-mapped."""
         return self.file.tensor(self.dense[name])
 
+    @cached_property
+    def int8(self) -> tuple[str, ...]:
+        """The Linears in ComfyUI's 8-bit format."""
+        return tuple(name.removesuffix(".comfy_quant") for name in self.dense if name.endswith(".comfy_quant"))
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter that is not ternary; 8-bit weights are decoded to fp32."""
+        if name.removesuffix(".weight") not in self.int8:
+            return self.tensor(name)
+        return self.tensor(name).float() * self.tensor(f"{name}_scale")
+
     def weight(self, name: str) -> TernaryWeight:
         """The weight of a ternary Linear: memory-mapped, except that base3 trits are unpacked to planes32."""
         layer = self.layers[name]
@@ -221,14 +235,20 @@ def open_ternary(path: str | os.PathLike, check_codes: bool = True) -> TernaryFi
     file = TensorFile(path)
     prefix = find_prefix(file.entries)
     keys = [key for key in file.entries if key.startswith(prefix)]
-    names = [key.removeprefix(prefix).removesuffix(".comfy_quant") for key in keys if key.endswith(".comfy_quant")]
+    quantized = [key.removesuffix(".comfy_quant") for key in keys if key.endswith(".comfy_quant")]
+    int8 = [key for key in quantized if _is_int8(file, f"{key}.comfy_quant")]
+    names = [key.removeprefix(prefix) for key in quantized if key not in int8]
     if not names:
         raise FormatError(path, "this is not a ternary file: it has no .comfy_quant keys; make one with `round`")
     layers = {name: _read_layer(file, f"{prefix}{name}") for name in names}
     parts = {f"{prefix}{name}.{part}" for name in names for part in _PARTS}
     dense = {canonical(key.removeprefix(prefix)): key for key in keys if key not in parts}
+    eight_bit = {f"{key}.{part}" for key in int8 for part in ("weight", "weight_scale", "comfy_quant")}
     for key in dense.values():
-        _check_dense(file, key)
+        if key not in eight_bit:
+            _check_dense(file, key)
+    for key in int8:
+        _check_int8(file, key)
     if check_codes:
         with ThreadPoolExecutor() as pool:
             checks = [pool.submit(_check_values, file, f"{prefix}{name}", layer) for name, layer in layers.items()]
@@ -302,6 +322,19 @@ def _check_dense(file: TensorFile, key: str) -> None:
         problem = f"packed weights without {key.removesuffix('weight')}comfy_quant, which says how to decode them"
         raise FormatError(file.path, f"{problem}; {_REDO}", key)
     raise FormatError(file.path, f"a dense tensor of dtype {dtype}; fp32, fp16 or bf16 is expected; {_REDO}", key)
+
+
+def _is_int8(file: TensorFile, key: str) -> bool:
+    return file.entries[key].dtype == "U8" and f'"{INT8}"'.encode() in file.bytes(key)[:4096].tobytes()
+
+
+def _check_int8(file: TensorFile, key: str) -> None:
+    weight, scale = (file.entries.get(f"{key}.{part}") for part in ("weight", "weight_scale"))
+    if weight is None or weight.dtype != "I8" or len(weight.shape) != 2:
+        raise FormatError(file.path, f"{INT8} needs an int8 matrix here; {_REDO}", f"{key}.weight")
+    if scale is None or (scale.dtype, scale.shape) != ("F32", (weight.shape[0], 1)):
+        problem = f"{INT8} needs one fp32 scale for each of the {weight.shape[0]} outputs here; {_REDO}"
+        raise FormatError(file.path, problem, f"{key}.weight_scale")
 
 
 def _check_values(file: TensorFile, key: str, layer: LayerPlan) -> None:

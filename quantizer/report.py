@@ -100,9 +100,11 @@ def _trajectory(velocity, shop: Workshop, pictures: Sequence[Picture]) -> list[T
 
 
 def bits(file: TernaryFile) -> float:
-    """Bits for each weight of the ternary Linears, with scales, multipliers and low-rank factors."""
-    weights = sum(n * k for n, k in (layer.shape for layer in file.layers.values()))
-    return 8 * sum(layer.nbytes for layer in file.layers.values()) / weights
+    """Bits for each weight of the quantized Linears, with scales, multipliers and low-rank factors."""
+    eight_bit = [file.shapes[f"{name}.weight"] for name in file.int8]
+    weights = sum(n * k for n, k in [*(layer.shape for layer in file.layers.values()), *eight_bit])
+    size = sum(layer.nbytes for layer in file.layers.values()) + sum(n * (k + 4) for n, k in eight_bit)
+    return 8 * size / weights
 
 
 def weight_errors(file: TernaryFile, teacher: Checkpoint) -> dict[str, float]:

@@ -47,9 +47,12 @@ def _fill(module: nn.Module, file: TernaryFile, prefix: str, packed: bool) -> nn
         if name in file.layers:
             layer = TernaryLinear(file.weight(name), bias, packed)
         else:
-            weight = file.tensor(f"{name}.weight").float()
+            # 8-bit layers are near the original already: their weights stay, only the bias is trained.
+            eight_bit = name in file.int8
+            weight = file.parameter(f"{name}.weight").float()
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-            layer.weight, layer.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+            layer.weight = nn.Parameter(weight, requires_grad=not eight_bit)
+            layer.bias = None if bias is None else nn.Parameter(bias)
         parent, _, leaf = hole.rpartition(".")
         setattr(module.get_submodule(parent), leaf, layer)
     return module
@@ -120,17 +123,20 @@ def save_student(
     """Write a ternary file atomically; dense tensors keep the dtypes of the file the student came from."""
     layers = {name: layer.export() for name, layer in ternary_linears(model).items()}
     plans = {name: LayerPlan.of(weight, packing or start.layers[name].packing) for name, weight in layers.items()}
-    parameters = dict(model.named_parameters())
-    dense = {name: start.tensor(name) for name in start.dense}
-    for name, tensor in dense.items():
-        if name in parameters:
-            dense[name] = parameters[name].detach().to(tensor.dtype)
+    dense = stored_dense(start, dict(model.named_parameters()))
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
     with create_ternary(path, plans, specs, metadata, overwrite=overwrite) as writer:
         for name, weight in layers.items():
             writer.layer(name, weight)
         for name, tensor in dense.items():
             writer.dense(name, tensor)
+
+
+def stored_dense(start: TernaryFile, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's dense tensors with those that were trained in their place, in the file's dtypes."""
+    trained = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
+    dense = {name: start.tensor(name) for name in start.dense}
+    return dense | {name: trained[name].to(dense[name].dtype) for name in dense.keys() & trained.keys()}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,66 @@
+"""`mixed`: give the most sensitive Linears of a ternary file 8 bits."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "mixed",
+        help="give the most sensitive Linears of a ternary file 8 bits",
+        description="Measure how much each ternary Linear costs in velocity error and store those that cost most for "
+        "their bytes as int8, until the file has grown by --growth. ComfyUI loads them in its own int8 format. "
+        "`distill` goes on from the result.",
+    )
+    parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `calibrate` or `distill`")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the file to write")
+    parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
+    parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
+    parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
+    parser.add_argument("--growth", type=float, default=0.25, help="of the file (default: %(default)s: a quarter)")
+    parser.add_argument("--pictures", type=int, default=8, help="whose states are measured (default: %(default)s)")
+    parser.add_argument("--sampler-steps", type=int, help="(default: the model's own)")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    parser.add_argument("--work", type=Path, help="folder for the states (default: OUT.work)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..atomic import check_target
+    from ..bars import Bars
+    from ..format import open_ternary
+    from ..mixed import choose, sensitivities, write_mixed
+    from ..pipeline import Workshop, choose_device
+    from ..trajectories import parse_sizes
+
+    check_target(args.output, 0, args.force)
+    file = open_ternary(args.start)
+    with Bars() as bars:
+        shop = Workshop(
+            args.teacher,
+            args.conditioning,
+            args.work or args.output.with_name(args.output.name + ".work"),
+            parse_sizes(args.size),
+            held_out=args.pictures,
+            sampler_steps=args.sampler_steps,
+            seed=args.seed,
+            device=choose_device(args.device),
+        )
+        batches, checkpoint = shop.holdout, shop.teacher.checkpoint
+        shop.release_teacher()
+        done = 0
+
+        def count(layers: int) -> None:
+            nonlocal done
+            done += layers
+            bars.show("measured layers", done, len(file.layers))
+
+        ranking = sensitivities(file, checkpoint, batches, shop.device, count)
+    names = choose(ranking, int(args.growth * args.start.stat().st_size))
+    write_mixed(args.output, file, checkpoint, names, args.force)
+    gains = {result.name: result.gain for result in ranking}
+    for name in names:
+        print(f"  {name:<40} velocity error falls by {gains[name]:.4f}")
+    size = args.output.stat().st_size
+    print(f"{args.output}: {len(names)} of {len(file.layers)} Linears in 8 bits, {size / 1e6:,.1f} MB")

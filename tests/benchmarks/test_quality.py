@@ -1,0 +1,111 @@
+"""The quality benchmark's parts, with untrained models: rounding to bits, intervals, scores, the picture."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from ternary_flux.benchmarks import quality, quality_chart
+from ternary_flux.benchmarks.miniature import autoencoder, scenes
+from ternary_flux.benchmarks.miniature.text import TextEncoder
+from ternary_flux.benchmarks.quality_models import dense_of, round_to_bits, rounded
+from ternary_flux.benchmarks.quality_scores import Stage, evaluate, interval
+from ternary_flux.quantizer.architecture import Architecture
+from ternary_flux.quantizer.conversion import round_checkpoint
+from ternary_flux.quantizer.flux import Flux
+from ternary_flux.quantizer.format import open_ternary
+
+ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=32, guidance=False)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    model, generator = Flux(ARCH), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.08 * torch.randn(parameter.shape, generator=generator)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def stage():
+    torch.manual_seed(0)
+    prompts = [p for category in scenes.CATEGORIES for p in scenes.prompts("held_out", category, 2)]
+    text, vae = TextEncoder(32).requires_grad_(False), autoencoder.Autoencoder(4).requires_grad_(False)
+    return Stage(text, vae, 32, prompts, 2, CPU)
+
+
+# What the best clipped rounding of Gaussian weights in groups of 128 leaves of them.
+@pytest.mark.parametrize("bits, expected", [(4, 0.099), (3, 0.187)])
+def test_rounding_to_bits_is_as_good_as_known(bits, expected):
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    result = rounded(weight, bits)
+    assert float((result - weight).norm() / weight.norm()) == pytest.approx(expected, rel=0.1)
+    assert all(len(group.unique()) <= 2**bits - 1 for group in result.view(-1, 128)[:20])
+
+
+def test_files_become_models(teacher, tmp_path):
+    state = {name: value.bfloat16() for name, value in teacher.state_dict().items()}
+    save_file(state, tmp_path / "dense.safetensors")
+    round_to_bits(tmp_path / "dense.safetensors", tmp_path / "four.safetensors", 4)
+    round_checkpoint(tmp_path / "dense.safetensors", tmp_path / "ternary.safetensors")
+    models = {name: dense_of(tmp_path / f"{name}.safetensors", CPU) for name in ("dense", "four", "ternary")}
+    assert [round(bits, 2) for _, _, bits in models.values()][:2] == [16, 4.12]
+    assert 2 < models["ternary"][2] < 2.5
+    sizes = [size for _, size, _ in models.values()]
+    assert sizes[0] > sizes[1] > sizes[2]
+    weight = open_ternary(tmp_path / "ternary.safetensors").weight(ARCH.linears[0]).dequantize()
+    assert torch.equal(models["ternary"][0].get_parameter(f"{ARCH.linears[0]}.weight"), weight)
+
+
+def test_scores_of_the_teacher_and_of_another_model(teacher, stage):
+    reference = evaluate(teacher, stage, teacher, None)
+    assert reference.summary["velocity"]["error"] == 0 and "psnr" not in reference.summary
+    assert reference.pictures.shape == (12, 2, 32, 32, 3)
+    scores = evaluate(lambda *inputs: 0.9 * teacher(*inputs), stage, teacher, reference)
+    assert scores.summary["velocity"]["error"] == pytest.approx(0.01, rel=1e-3)
+    assert scores.summary["velocity"]["response"] == pytest.approx(0.9, rel=1e-3)
+    assert set(scores.summary["accuracy"]) == {"overall", *scenes.CATEGORIES}
+    value, low, high = scores.summary["psnr"]
+    assert low <= value <= high
+    rows = [
+        {"name": name, "accuracy": s.summary["accuracy"], "velocity": s.summary["velocity"]}
+        for name, s in (("original", reference), ("other", scores))
+    ]
+    picture = quality_chart.draw(rows, {"original": reference.examples, "other": scores.examples}, stage.examples)
+    assert picture.width > 600 and picture.height > 500
+
+
+def test_the_same_noise_for_every_model(stage):
+    assert torch.equal(stage.noise(1), stage.noise(1)) and not torch.equal(stage.noise(0), stage.noise(1))
+
+
+def test_training_prompts_are_seen_compositions(stage):
+    prompts = stage.training_prompts()
+    assert not set(prompts) & {p for p in stage.prompts if scenes.parse(p).category != "single"}
+
+
+def test_intervals_hold_the_value():
+    correct = np.random.default_rng(0).random((60, 4)) < 0.7
+    categories = np.repeat(np.arange(6), 10)
+    value, low, high = interval(correct, categories, lambda rows: correct[rows].mean())
+    assert low < value < high and value == pytest.approx(correct.mean())
+    assert interval(correct, categories, lambda rows: correct[rows].mean(), 2)[0] == pytest.approx(
+        correct[20:30].mean()
+    )
+
+
+def test_a_whole_run(teacher, stage, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    parts = {"flux-miniature": teacher, "text-encoder": stage.text, "autoencoder": stage.vae}
+    for name, part in parts.items():
+        state = {key: value.bfloat16().contiguous() for key, value in part.state_dict().items()}
+        save_file(state, weights / f"{name}.safetensors", {"size": "32"})
+    scale = quality.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=14, calibration_states=16)
+    outputs = tmp_path / "quality.json", tmp_path / "quality.png"
+    result = quality.run(scale, tmp_path / "work", *outputs, CPU, weights)
+    errors = {row["name"]: row["velocity"]["error"] for row in result["models"]}
+    assert errors["original, bf16"] == 0
+    assert errors["4-bit rounding"] < errors["3-bit rounding"] < errors["ternary, least squares"]
+    assert errors["distilled: scales"] < errors["calibrated"]
+    assert all(path.stat().st_size > 1000 for path in outputs)
