@@ -2,11 +2,12 @@
 
 import re
 
-import _pack
 import pytest
 import torch
 from ternary_flux.ops import TernaryWeight
 from ternary_flux.quantizer.format import LayerPlan, create_ternary
+
+import _pack
 
 
 @pytest.mark.parametrize("packing", ["planes32", "base3"])

@@ -3,10 +3,11 @@
 import ast
 import subprocess
 import sys
+
+import pytest
 import tomllib
 
 import _pack
-import pytest
 
 LAYERS = ("ops", "quantizer", "nodes")  # each may import itself and what stands before it
 SOURCES = [path for layer in LAYERS for path in sorted((_pack.ROOT / layer).rglob("*.py"))]

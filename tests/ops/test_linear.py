@@ -3,7 +3,6 @@
 import importlib.util
 import sys
 
-import _pack
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +11,8 @@ from ternary_flux.ops import TernaryWeight, linear, registry, resolve, ternary_l
 from ternary_flux.ops.backends import eager
 from ternary_flux.ops.scales import fit_integer_groups
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import _pack
 
 DIMENSIONS = st.tuples(st.integers(0, 20), st.integers(1, 70), st.integers(1, 520))
 
