@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .conditioning import Conditioning
 from .flux import Flux, State
-from .gptq import Moments
+from .moments import Moments
 from .teacher import Teacher
 from .trajectories import States
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ternary_flux.quantizer import gptq
-from ternary_flux.quantizer.gptq import Moments
+from ternary_flux.quantizer.moments import Moments
 
 K, N = 256, 48
 

@@ -1,0 +1,65 @@
+"""What is collected about one Linear while states run through the teacher and the ternary model."""
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Sums over tokens of the inputs x of one Linear and of how far its outputs are from where they should be, fp32.
+
+    `weight` of a token is how much an error of the outputs there counts.
+    """
+
+    def __init__(self, outputs: int, inputs: int, device: torch.device | str = "cpu"):
+        self.tokens = 0
+        self.count = torch.zeros((), device=device)  # sum of weights
+        self.second = torch.zeros(inputs, inputs, device=device)  # of weight x x^T
+        self.mean = torch.zeros(inputs, device=device)  # of weight x
+        self.shift: Tensor | None = None  # [K, K], of weight (teacher's x - x) x^T
+        self.mean_shift: Tensor | None = None
+        self.cross: Tensor | None = None  # [N, K], of gate^2 (wanted output - dense output) x^T
+        self.mean_cross: Tensor | None = None
+        self.gates = torch.zeros(outputs, device=device)  # of gate^2
+
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Inputs [B, L, K] of the ternary model's Linear, with a weight [B] for each state."""
+        x, weighted = self._weighted(x, weight)
+        self.tokens += len(x)
+        self.count += len(x) if weight is None else weight.sum() * (len(x) // len(weight))
+        self.second.addmm_(weighted.t(), x)
+        self.mean += weighted.sum(0)
+
+    def add_drift(self, x: Tensor, teacher: Tensor, weight: Tensor | None = None) -> None:
+        """The teacher's inputs [B, L, K] at the same places: the outputs should be those that the teacher has."""
+        if self.shift is None:
+            self.shift, self.mean_shift = torch.zeros_like(self.second), torch.zeros_like(self.mean)
+        _, d = self._weighted(teacher.float() - x.float(), weight)
+        self.shift.addmm_(d.t(), x.flatten(0, -2).float())
+        self.mean_shift += d.sum(0)
+
+    def add_residual(self, x: Tensor, missing: Tensor, gate: Tensor) -> None:
+        """What the tokens [B, L, N] miss after gate [B, 1, N] * outputs was added to them with the dense Linear."""
+        if self.cross is None:
+            self.cross = torch.zeros(len(self.gates), len(self.mean), device=self.mean.device)
+            self.mean_cross = torch.zeros_like(self.gates)
+        gate = gate.float()
+        wanted = (gate * missing.float()).flatten(0, -2)
+        self.cross.addmm_(wanted.t(), x.flatten(0, -2).float())
+        self.mean_cross += wanted.sum(0)
+        self.gates += gate.square().sum((0, 1)) * missing.shape[1]
+
+    @staticmethod
+    def _weighted(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        flat = x.flatten(0, -2).float()
+        if weight is None:
+            return flat, flat
+        return flat, flat * weight.float().repeat_interleave(x[0].numel() // x.shape[-1])[:, None]
+
+    def correction(self, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """E c x^T [N, K] and E c [N] of what the outputs of the dense weight [N, K] should have added."""
+        if self.cross is not None:
+            gates = self.gates.clamp_min(1e-30)
+            return self.cross / gates[:, None], self.mean_cross / gates
+        if self.shift is not None:
+            return dense @ (self.shift / self.count), dense @ (self.mean_shift / self.count)
+        return torch.zeros_like(dense), dense.new_zeros(len(dense))
