@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def check_target(path: str | os.PathLike, size: int = 0, overwrite: bool = False) -> Path:
-    """The path, if a file of `size` bytes can be written there. Raises OSError naming the path and what to do."""
+def check_target(
+    path: str | os.PathLike, size: int = 0, overwrite: bool = False, source: str | os.PathLike | None = None
+) -> Path:
+    """The path, if a file of `size` bytes can be written there and it is not the `source` that it is made from.
+
+    Raises OSError, or ValueError where it is, naming the path and what to do.
+    """
     path = Path(path)
+    if source is not None and path.exists() and os.path.exists(source) and path.samefile(source):
+        raise ValueError(f"{path}: the output is the input; choose another name")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     if not path.parent.is_dir():

@@ -51,9 +51,7 @@ def round_checkpoint(
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source)
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise ValueError(f"{target}: the output is the input; choose another name")
-    check_target(target, 0, overwrite)
+    check_target(target, 0, overwrite, source)
     arch = checkpoint.architecture
     layers = {name: LayerPlan(shape, packing) for name, shape in arch.linear_shapes.items()}
     names = {f"{layer}.weight" for layer in layers}

@@ -16,7 +16,7 @@ from ..ops.packing import blocks, pack_planes32
 from ..ops.scales import fit_integer_groups
 
 METHODS = ("least-squares", "absmean")
-_CHUNK = 1 << 17  # weights rounded at a time: the temporaries fit a core's cache
+_CHUNK = 1 << 19  # weights rounded at a time
 _SIGN_BIT = np.uint32(0x80000000)
 _BYTE_ONES = np.uint64(0x0101010101010101)
 _COUNTS = np.arange(1, GROUP_SIZE + 1, dtype=np.float32)
@@ -34,7 +34,7 @@ class Rows:
 
 
 def round_rows(weight: np.ndarray, method: str = "least-squares") -> Rows:
-    """Round fp32 [rows, K]; around a hundred thousand weights at a time are fastest. Raises ValueError if not finite."""
+    """Round fp32 [rows, K], best a few hundred thousand weights at a time. Raises ValueError if one is not finite."""
     n, k = weight.shape
     groups = _grouped(weight)
     sums = largest_sums(groups)
@@ -71,7 +71,7 @@ def absmean_scales(sums: np.ndarray, inputs: int) -> np.ndarray:
 
 
 def _squared_gain(sums: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> float:
-    """||W||^2 - ||W - W'||^2: of a group, s (2 sum - s count), with the count and the sum of |w| of its non-zero trits."""
+    """||W||^2 - ||W - W'||^2: s (2 sum - s count) in a group, with count and sum of |w| of its non-zero trits."""
     ones = (codes.view(np.uint64) & _BYTE_ONES).sum(axis=1)
     count = ((ones * _BYTE_ONES) >> np.uint64(56)).astype(np.intp)  # the sum of the eight bytes
     selected = np.where(count > 0, sums[np.arange(len(sums)), count - 1], 0)

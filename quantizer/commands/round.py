@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 
 _STATUS = """\
-This is the first stage only. FLUX rounded to ternary from its weights alone is not expected to make good pictures,
-whatever the rounding; calibration on the model's own activations and distillation from the original model come next:
-  ternary-flux --help                 lists the stages of this version
-  ternary-flux inspect {target}
+This is the first stage. FLUX rounded to ternary from its weights alone is not expected to make good pictures, whatever
+the rounding. Calibration on the model's own activations and distillation from the original come next: see
+`ternary-flux calibrate --help` and `distill --help`, or `convert --help` for all stages in one go.
 """
 
 
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from ..conversion import round_checkpoint
     from ..progress import progress
 
-    check_target(args.output, 0, args.force)
+    check_target(args.output, 0, args.force, args.source)
     arch = open_checkpoint(args.source).architecture
     weights = sum(n * k for n, k in arch.linear_shapes.values())
     with progress(weights, f"rounding {arch.name}") as bar:
@@ -52,4 +51,4 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {summary.target_bytes / 1e9:.3f} GB, {ratio:.2f} times smaller than {args.source.name}")
     print(f"{len(summary.errors)} ternary Linears, {summary.weights / 1e6:,.1f} M weights at {rate:.0f} M/s")
     print(f"relative weight error {summary.mean_error:.4f}")
-    print(_STATUS.format(target=args.output), end="")
+    print(_STATUS, end="")

@@ -1,0 +1,123 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ternary_flux.quantizer.checkpoint import open_checkpoint
+from ternary_flux.quantizer.cli import COMMANDS, run
+from ternary_flux.quantizer.conversion import round_checkpoint
+from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.tests.quantizer import synthetic
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*arguments, **options) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, **pipes, **options)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return synthetic.write(tmp_path_factory.mktemp("source") / "flux.safetensors")
+
+
+def test_from_checkpoint_to_export(source, tmp_path, capsys):
+    ternary, dense = tmp_path / "ternary.safetensors", tmp_path / "dense.safetensors"
+    assert run(["round", str(source), "-o", str(ternary)]) == 0
+    said = capsys.readouterr()
+    assert "not expected to make good pictures" in said.out and "calibrate" in said.out and "weights" in said.err
+    assert run(["inspect", str(ternary), "--layers"]) == 0
+    assert "ternary FLUX" in capsys.readouterr().out
+    assert run(["export", str(ternary), "-o", str(dense), "--dtype", "fp32"]) == 0
+    assert open_checkpoint(dense).dtype("img_in.weight") == torch.float32
+    assert run(["inspect", str(dense)]) == 0
+    assert "dense FLUX" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.safetensors", "ternary.safetensors"]
+
+
+def test_mistakes_are_one_line_and_code_2(source, tmp_path, capsys):
+    def mistake(*arguments):
+        assert run([str(argument) for argument in arguments]) == 2
+        said = capsys.readouterr()
+        lines = said.err.strip().splitlines()
+        assert len(lines) == 1 and not said.out, said
+        return lines[0]
+
+    target, mine = tmp_path / "out.safetensors", tmp_path / "mine.safetensors"
+    mine.write_bytes(b"mine")
+    assert mistake("round", tmp_path / "none", "-o", target) == f"round: {tmp_path / 'none'}: No such file or directory"
+    assert "no safetensors file" in mistake("round", ROOT / "pyproject.toml", "-o", target)
+    assert "is a folder" in mistake("round", tmp_path, "-o", target)
+    assert "is a folder" in mistake("round", source, "-o", tmp_path)
+    assert "does not exist" in mistake("round", source, "-o", tmp_path / "no" / "x")
+    assert "--force" in mistake("round", source, "-o", mine)
+    assert "the output is the input" in mistake("round", source, "-o", source, "--force")
+    assert "not a ternary file" in mistake("export", source, "-o", target)
+    assert "truncated" in mistake("inspect", mine)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
+    assert run(["round", str(source), "-o", str(mine), "--force"]) == 0
+    assert open_ternary(mine).layers
+
+
+def test_values_that_are_not_finite_name_the_tensor(tmp_path, capsys):
+    state = synthetic.tensors()
+    state["single_blocks.1.linear1.weight"][3, 4] = float("nan")
+    path = tmp_path / "flux.safetensors"
+    synthetic.save_file(state, path)
+    assert run(["round", str(path), "-o", str(tmp_path / "out.safetensors")]) == 2
+    expected = f"{path}: single_blocks.1.linear1.weight: the weight has values that are not finite"
+    assert expected in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, _pack; _pack.load(); from ternary_flux.quantizer import cli\n"
+    code += "for argv in (['--help'], ['round', '--help'], ['inspect', '--help'], ['export', '--help']):\n"
+    code += "    try: cli.run(argv)\n    except SystemExit as stop: assert stop.code == 0\n"
+    code += "assert not {'torch', 'numpy', 'safetensors', 'tqdm'} & set(sys.modules)"
+    process = command("-c", code)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(tmp_path, stop, code):
+    source = synthetic.write(tmp_path / "flux.safetensors", replace(synthetic.FLUX1, hidden=512))
+    target = tmp_path / "out.safetensors"
+    target.write_bytes(b"older")
+    process = command("-m", "quantizer", "round", source, "-o", target, "--force")
+    while process.poll() is None and not list(tmp_path.glob(".out*.partial")):
+        time.sleep(0.005)
+    process.send_signal(stop)
+    _, err = process.communicate()
+    assert process.returncode == code, err
+    assert "nothing was written" in err and "Traceback" not in err
+    assert target.read_bytes() == b"older" and sorted(tmp_path.iterdir()) == [source, target]
+    round_checkpoint(source, target, overwrite=True)
+    assert open_ternary(target).architecture.hidden == 512
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    code = """
+import resource, sys, _pack; _pack.load()
+from ternary_flux.quantizer.conversion import round_checkpoint
+for source in sys.argv[2:]:
+    round_checkpoint(source, sys.argv[1], overwrite=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+    small = synthetic.write(tmp_path / "small.safetensors", replace(synthetic.FLUX1, hidden=1024, depth_single=1))
+    large = synthetic.write(tmp_path / "large.safetensors", replace(synthetic.FLUX1, hidden=1024, depth_single=4))
+    process = command("-c", code, tmp_path / "out.safetensors", small, large)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    first, second = map(int, out.split())
+    growth = large.stat().st_size - small.stat().st_size
+    assert growth > 90e6 and second - first < growth / 2 and second < 2**31
