@@ -177,7 +177,8 @@ class Server(contextlib.AbstractContextManager):
         """
         import websocket
 
-        socket_ = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}", timeout=timeout)
+        address = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
+        socket_ = websocket.create_connection(address, timeout=timeout)
         try:
             prompt_id = self.post_json("/prompt", {"prompt": workflow, "client_id": self.client_id})["prompt_id"]
             events = []
