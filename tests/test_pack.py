@@ -50,7 +50,7 @@ def test_importing_the_pack_is_light():
 
 
 def test_the_folder_leaves_sys_path():
-    assert after_loading("importlib.util.find_spec('nodes'), importlib.util.find_spec('ops')") == "(None, None)"
+    assert after_loading("importlib.util.find_spec('nodes'), importlib.util.find_spec('ops')") == "None None"
 
 
 def test_the_command_runs_from_the_packs_folder():
