@@ -70,7 +70,8 @@ def calibrate(
 
     `states` are noisy states of the teacher's pictures (`Trajectories.states`). Finished blocks are kept in the folder
     `work`, and a run that was interrupted continues with the next one and writes the same file; `identity` tells runs
-    apart (ValueError where the folder belongs to another). `on_block` is called after every block.
+    apart (ValueError where the folder belongs to another). `on_block` is called after every block. The report is also
+    written to `report.json` there.
     """
     settings = settings or Settings()
     check_target(target, 0, overwrite)
@@ -82,6 +83,8 @@ def calibrate(
         for name in teacher.arch.block_names:
             report[name] = _calibrate_block(name, teacher, streams, work / f"{name}.safetensors", settings)
             on_block(name, report[name])
+    blocks = {name: asdict(block) for name, block in report.items()}
+    (work / "report.json").write_text(json.dumps(blocks, indent=1) + "\n", encoding="utf-8")
     write(teacher.checkpoint, work, target, settings, report, overwrite)
     streams.remove()
     return report

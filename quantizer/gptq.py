@@ -1,9 +1,9 @@
 """Ternary codes for one Linear from the second moments of its inputs.
 
-Minimises E |W x - V x'|^2 over V = codes * group scales, where x is what the teacher's Linear sees and x' what the
-ternary model's sees: error feedback as in GPTQ (arXiv 2210.17323) towards the target of GPTAQ (arXiv 2504.02692), then
-coordinate descent over codes in turn with a joint least squares over the scales of each row. All of it needs the inputs
-only through H = E x' x'^T and D = E (x - x') x'^T.
+Minimises E |y - V x|^2 over V = codes * group scales, where x is what the ternary model's Linear sees and y what should
+come out: what the teacher's Linear gives there, or what the tokens miss. Error feedback as in GPTQ (arXiv 2210.17323)
+towards the target of GPTAQ (arXiv 2504.02692), then coordinate descent over codes in turn with a joint least squares
+over the scales of each row. All of it needs the data only through H = E x x^T and C = E (y - W x) x^T.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ _ROWS = 1024  # rows at a time on a CPU
 _INTEGER_SWEEPS = 4
 _EXACT = 4096  # inputs up to which H is factored in float64
 _MAX_DAMPING = 1e6
+_ROUNDING = 1e-6  # added to a damped H against rounding errors
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class _Problem:
         hessian = hessian.add_(hessian.t().clone()).div_(2)
         effective_rank = (hessian.trace().square() / hessian.square().sum().clamp_min(1e-30)).item()
         factor, damping = _factor(hessian, damping)
+        factor = factor.float()
         hessian.diagonal().add_(damping)
         target = weight + torch.cholesky_solve(cross.t(), factor).t()
         return cls(target, hessian, factor, mean, wanted, damping, effective_rank, moments.tokens)
@@ -130,14 +132,14 @@ class _Problem:
 
 
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Lower Cholesky factor of H + damping I, and the damping that was needed."""
+    """Lower Cholesky factor of H + damping I (float64 for small H), and the damping that was needed."""
     exact = hessian.double() if hessian.shape[0] <= _EXACT else hessian
     damped = exact.clone()
     while damping < _MAX_DAMPING:
         damped.diagonal().copy_(exact.diagonal() + damping)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed and torch.isfinite(factor).all():
-            return factor.float(), damping
+            return factor, damping
         damping *= 10
     raise ValueError("the second moments of a Linear's inputs are not finite: the teacher's activations overflow")
 
@@ -187,8 +189,7 @@ def _chunks(rows: Tensor) -> list[slice]:
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with H^-1 = U^T U: the inverse of the Cholesky factor taken from the other end."""
-    exact = hessian.double() if hessian.shape[0] <= _EXACT else hessian
-    factor = torch.linalg.cholesky(exact.flip(0, 1)).flip(0, 1)
+    factor = _factor(hessian.flip(0, 1), _ROUNDING)[0].flip(0, 1)
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, identity, upper=True).float()
 
