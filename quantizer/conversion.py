@@ -1,10 +1,11 @@
 """Round a whole checkpoint: one pass over the source file, in pieces, with bounded memory."""
 
+import contextlib
 import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -71,6 +72,17 @@ def round_checkpoint(
     return Summary(arch.name, errors, weights, *sizes, time.monotonic() - started)
 
 
+@contextlib.contextmanager
+def _single_threaded_pool() -> Iterator[ThreadPoolExecutor]:
+    """One thread for each core, in which torch does not start threads of its own."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # threads started later take the setting made last in any thread
+
+
 class _Conversion:
     """Reads in this thread, hashes in a second, rounds in one thread for each core, and writes in this one again."""
 
@@ -85,10 +97,7 @@ class _Conversion:
 
     def run(self) -> None:
         waiting: deque[tuple[Piece, Future, Future]] = deque()
-        with (
-            ThreadPoolExecutor(1) as hasher,
-            ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as rounders,
-        ):
+        with ThreadPoolExecutor(1) as hasher, _single_threaded_pool() as rounders:
             for piece in self.checkpoint.pieces():
                 hashed = hasher.submit(self.digest.update, piece.data)
                 waiting.append((piece, rounders.submit(self._convert, piece), hashed))

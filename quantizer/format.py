@@ -19,7 +19,6 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +48,7 @@ SCALES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _REDO = "download or convert the file again"
 _PARTS = ("weight", "weight_scale", "weight_group", "weight_down", "weight_up", "comfy_quant")
 _ROWS = 1024  # rows converted at a time between the packings
-_CHECKED = 1 << 18  # bytes checked at a time, within a core's cache
+_CHECKED = 1 << 20  # bytes checked at a time, within the caches
 
 
 @dataclass(frozen=True)
@@ -250,10 +249,8 @@ def open_ternary(path: str | os.PathLike, check_codes: bool = True) -> TernaryFi
     for key in int8:
         _check_int8(file, key)
     if check_codes:
-        with ThreadPoolExecutor() as pool:
-            checks = [pool.submit(_check_values, file, f"{prefix}{name}", layer) for name, layer in layers.items()]
-            for check in checks:
-                check.result()
+        for name, layer in layers.items():
+            _check_values(file, f"{prefix}{name}", layer)
     return TernaryFile(file, prefix, layers, dense)
 
 
