@@ -45,7 +45,7 @@ def operations(
 class _TernaryLinear:
     """Mixin before core's mixed-precision Linear."""
 
-    branch: Branch | None = None  # LoRAs computed beside the ternary product
+    branch: Branch | None = None  # LoRAs computed beside the quantized product
     attached: tuple = (None, None)  # the patcher's: what identifies the loaded patches, and their effect
     hooked = False  # the patcher's: whether a hook's effect stands in for the attached one
 
@@ -75,8 +75,15 @@ class _TernaryLinear:
         self._after_load()
 
     def forward(self, input, *args, **kwargs):
-        if not layout.is_ternary(self.weight):
-            return super().forward(input, *args, **kwargs)
+        if layout.is_ternary(self.weight):
+            y = self._ternary_forward(input)
+        else:
+            y = super().forward(input, *args, **kwargs)
+        if self.branch is not None:
+            self.branch.add_to(y, input)
+        return y
+
+    def _ternary_forward(self, input: Tensor) -> Tensor:
         comfy.run_every_op()
         weight, bias, offloaded = comfy.cast_bias_weight(
             self,
@@ -88,8 +95,6 @@ class _TernaryLinear:
             want_requant=True,
         )
         y = self._multiply(input, weight, bias)
-        if self.branch is not None:
-            self.branch.add_to(y, input)
         comfy.uncast_bias_weight(self, weight, bias, offloaded)
         return y
 

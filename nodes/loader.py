@@ -1,5 +1,6 @@
 """The node "Load Ternary FLUX", and the loading behind it."""
 
+import math
 import os
 from pathlib import Path
 
@@ -162,12 +163,13 @@ def describe(file: TernaryFile, device: torch.device, activations: str) -> str:
     weights = sum(n * k for n, k in (layer.shape for layer in layers))
     bits = 8 * sum(layer.nbytes for layer in layers) / weights
     size = file.path.stat().st_size
-    dense = sum(torch.Size(shape).numel() for shape in file.shapes.values()) * torch.bfloat16.itemsize
+    dense = sum(math.prod(shape) for shape in file.architecture.shapes.values()) * torch.bfloat16.itemsize
+    others = f" and {len(file.int8)} int8 layers" if file.int8 else ""
     choice = layout.choose(device, activations)
     return "\n".join(
         [
             Path(file.path).name,
-            f"{file.architecture.name}, {len(layers)} ternary layers, {bits:.2f} bits per weight",
+            f"{file.architecture.name}, {len(layers)} ternary layers{others}, {bits:.2f} bits per weight",
             f"{_bytes(size)}, {dense / size:.1f}x smaller than bf16",
             f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         ]

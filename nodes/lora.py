@@ -1,7 +1,7 @@
-"""LoRAs next to a ternary weight.
+"""LoRAs next to a quantized weight.
 
 Core applies a LoRA by dequantizing, adding and requantizing; on ternary weights the rounding erases it. A plain LoRA is
-therefore computed beside the ternary product, exactly: y = W x + up (down x). Everything else a patch list can hold
+therefore computed beside the quantized product, exactly: y = W x + up (down x). Everything else a patch list can hold
 (DoRA, LoKr, LoHa, full differences, merges) is added to the dense weight of that layer on every call.
 """
 
@@ -132,7 +132,7 @@ def warn_once(model, patches: Iterable[Patch]) -> None:
     for reason in {refusal(patch) for patch in patches} - {None} - said:
         said.add(reason)
         logging.warning(
-            "Ternary FLUX: a %s patch cannot run beside a ternary weight; the layers it touches are expanded to dense "
-            "weights on every step, which is exact but slower. Plain LoRAs do not need this.",
+            "Ternary FLUX: a %s patch cannot run beside a quantized weight; the layers it touches are expanded to "
+            "dense weights on every step, which is exact but slower. Plain LoRAs do not need this.",
             reason,
         )

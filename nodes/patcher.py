@@ -1,4 +1,4 @@
-"""ComfyUI's model patchers, taught that LoRAs act beside ternary weights and are never rounded into them.
+"""ComfyUI's model patchers, taught that LoRAs act beside quantized weights and are never rounded into them.
 
 `TernaryPatcherDynamic` is for ComfyUI's dynamic VRAM, `TernaryPatcher` for everything else (CPU, AMD, WSL, hooks,
 torch.compile). Both leave scheduling, offloading and whatever is not a ternary Linear to their base class. An effect is
@@ -21,15 +21,14 @@ comfy = core()
 class _KeepsWeights:
     """Mixin before a core patcher."""
 
-    def ternary_linears(self) -> dict[str, torch.nn.Module]:
-        """Weight key -> module of every ternary Linear of the model."""
-        modules = self.model.named_modules()
-        return {f"{name}.weight": m for name, m in modules if hasattr(m, "attached") and layout.is_ternary(m.weight)}
+    def quantized_linears(self) -> dict[str, torch.nn.Module]:
+        """Weight key -> module of every Linear that is ternary, or fp8 or int8 in a file of mixed formats."""
+        return {f"{name}.weight": module for name, module in self.model.named_modules() if _is_quantized(module)}
 
-    def ternary_linear(self, key: str) -> torch.nn.Module | None:
+    def quantized_linear(self, key: str) -> torch.nn.Module | None:
         name, _, attribute = key.rpartition(".")
         module = self.model.get_submodule(name) if attribute == "weight" else None
-        return module if hasattr(module, "attached") and layout.is_ternary(module.weight) else None
+        return module if _is_quantized(module) else None
 
     def _effect(self, key: str, patches, device):
         wrapped = key in self.weight_wrapper_patches  # other extensions' functions of the dense, patched weight
@@ -41,12 +40,13 @@ class _KeepsWeights:
     # Loading and unloading
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **kwargs):
-        linears = self.ternary_linears()
+        linears = self.quantized_linears()
+        device = device_to or self.load_device
         effects = {}
         for key, module in linears.items():
-            tag = self.patches_uuid, device_to, key in self.weight_wrapper_patches
+            tag = self.patches_uuid, device, key in self.weight_wrapper_patches
             if module.attached[0] != tag:
-                module.attached = tag, self._effect(key, self.patches.get(key, ()), device_to)
+                module.attached = tag, self._effect(key, self.patches.get(key, ()), device)
             effects[key] = module.attached[1]
         branches = sum(effect.nbytes for effect in effects.values() if effect is not None)
         if lowvram_model_memory:  # a budget for weights; 0 stands for no limit
@@ -60,18 +60,20 @@ class _KeepsWeights:
     def patch_weight_to_device(
         self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False
     ):
-        module = self.ternary_linear(key)
+        module = self.quantized_linear(key)
         if module is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
-        if return_weight:
+        if return_weight and layout.is_ternary(module.weight):
             return self._merged(key, module)
+        if return_weight:
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
         if force_cast:  # dynamic VRAM makes small layers resident and restores them from the backup
             self.backup.setdefault(key, SimpleNamespace(weight=module.weight, inplace_update=False))
             module.weight = torch.nn.Parameter(module.weight.to(device=device_to), requires_grad=False)
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
-            for module in self.ternary_linears().values():
+            for module in self.quantized_linears().values():
                 module.attached = None, None
                 module.hooked = False
                 _apply(module, None)
@@ -79,14 +81,14 @@ class _KeepsWeights:
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         freed = super().partially_unload(device_to, memory_to_free, force_patch_weights)
-        for module in self.ternary_linears().values():  # offloaded layers were given core's own patch functions
+        for module in self.quantized_linears().values():  # offloaded layers were given core's own patch functions
             module.weight_function = [f for f in module.weight_function if not getattr(f, "is_lowvram_patch", False)]
         return freed
 
     # Hooks: LoRAs that change between prompts or steps
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
-        module = self.ternary_linear(key)
+        module = self.quantized_linear(key)
         if module is None or key not in combined_patches:
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
         patches = [*self.patches.get(key, ()), *combined_patches[key]]
@@ -97,14 +99,14 @@ class _KeepsWeights:
             self.cached_hook_patches.setdefault(hooks, {})[key] = effect
 
     def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
-        module = self.ternary_linear(key)
+        module = self.quantized_linear(key)
         if module is None:
             return super().patch_cached_hook_weights(cached_weights, key, memory_counter)
         _apply(module, cached_weights[key])
         module.hooked = True
 
     def unpatch_hooks(self, whitelist_keys_set=None):
-        for key, module in self.ternary_linears().items():
+        for key, module in self.quantized_linears().items():
             if module.hooked and (not whitelist_keys_set or key in whitelist_keys_set):
                 _apply(module, module.attached[1])
                 module.hooked = False
@@ -118,7 +120,7 @@ class _KeepsWeights:
         return {key: value for key, value in patches.items() if value[0][0] is not None}
 
     def _merged(self, key: str, module):
-        """The weight with this patcher's LoRAs in its low-rank part; a dense tensor where they cannot be that."""
+        """A ternary weight with this patcher's LoRAs in its low-rank part; a dense tensor where they cannot be that."""
         effect = lora.build(key, self.patches.get(key, ()), module.weight.device, torch.float32)
         if effect is None:
             return module.weight
@@ -134,17 +136,16 @@ class _KeepsWeights:
     def model_state_dict_for_saving(self, model=None, prefix=""):
         """As in core, which cannot save integer tensors that are not loaded; those are written here."""
         modules = (self.model if model is None else model).named_modules()
-        quantized = {n: m for n, m in modules if isinstance(getattr(m, "weight", None), layout.QuantizedTensor)}
+        quantized = {name: module for name, module in modules if _is_quantized(module)}
         with _as_patched(quantized.values()) as patched:
             state_dict = super().model_state_dict_for_saving(model, prefix)
         for name, module in quantized.items():
+            weight = self.patch_weight_to_device(f"{prefix}{name}.weight", self.load_device, return_weight=True)
             if layout.is_ternary(module.weight):
                 for key in entries(module.weight, f"{name}."):
                     state_dict.pop(key)
-                weight = self._merged(f"{prefix}{name}.weight", module)
                 state_dict |= entries(weight, f"{name}.") if layout.is_ternary(weight) else {f"{name}.weight": weight}
-            elif module not in patched:
-                weight = self.patch_weight_to_device(f"{prefix}{name}.weight", self.load_device, return_weight=True)
+            else:
                 state_dict |= weight.state_dict(f"{name}.weight")
             if module not in patched and f"{prefix}{name}.bias" in self.patches:
                 bias = self.patch_weight_to_device(f"{prefix}{name}.bias", self.load_device, return_weight=True)
@@ -169,6 +170,10 @@ class TernaryPatcherDynamic(_KeepsWeights, comfy.ModelPatcherDynamic):
         if type(clone) is comfy.ModelPatcher:  # core names its own class for the clone without dynamic VRAM
             clone.__class__ = TernaryPatcher
         return clone
+
+
+def _is_quantized(module) -> bool:
+    return hasattr(module, "attached") and isinstance(module.weight, layout.QuantizedTensor)
 
 
 def _apply(module, effect) -> None:

@@ -202,12 +202,12 @@ def test_small_layers_made_resident_are_restored(comfy, path, reference):
     """Dynamic VRAM force-loads layers under 16 KiB and puts the originals back from the backup."""
     model = comfy.loader.load(str(path), "full")
     key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
-    original = model.ternary_linear(key).weight
+    original = model.quantized_linear(key).weight
     model.patch_weight_to_device(key, device_to=tiny.CPU, force_cast=True)
-    assert model.ternary_linear(key).weight is not original
+    assert model.quantized_linear(key).weight is not original
     assert tiny.distance(tiny.run(model), reference) < 1e-5
     model.unpatch_model(tiny.CPU)
-    assert model.ternary_linear(key).weight._qdata.data_ptr() == original._qdata.data_ptr()
+    assert model.quantized_linear(key).weight._qdata.data_ptr() == original._qdata.data_ptr()
 
 
 def test_parameters_are_frozen(comfy, weight):

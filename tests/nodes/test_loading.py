@@ -114,23 +114,43 @@ def test_saving_and_loading_gives_the_same_file_contents(comfy, path, tmp_path, 
         assert tiny.distance(tiny.run(comfy.loader.load(str(saved), "full")), reference) < 1e-5
 
 
-def test_other_quantized_layers_in_the_same_file_work(comfy, path, reference):
+@pytest.fixture(scope="module")
+def mixed(path, tmp_path_factory):
+    """The tiny file with one Linear in ComfyUI's int8 format, as the quantizer's mixed profile writes it."""
     state = dict(load_file(path))
     weight = tiny.dense_twin(path)[f"{QKV}.weight"]
-    for part in ("weight_scale", "weight_group"):
-        del state[f"{QKV}.{part}"]
-    scale = weight.abs().max() / 127
+    del state[f"{QKV}.weight_group"]
+    scale = weight.abs().amax(1, keepdim=True) / 127
     state[f"{QKV}.weight"] = (weight / scale).round().to(torch.int8)
-    state[f"{QKV}.weight_scale"] = scale.reshape(())
+    state[f"{QKV}.weight_scale"] = scale
     configuration = json.dumps({"format": "int8_tensorwise"}).encode()
     state[f"{QKV}.comfy_quant"] = torch.tensor(list(configuration), dtype=torch.uint8)
-    operations = comfy.linear.operations(torch.float32, tiny.CPU, "full")
-    model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"custom_operations": operations})
+    file = tmp_path_factory.mktemp("mixed") / "mixed.safetensors"
+    save_file(state, file)
+    return file
+
+
+def test_files_with_int8_layers_load_and_save(comfy, mixed, reference, tmp_path):
+    model = comfy.loader.load(str(mixed), "full")
     assert 1e-5 < tiny.distance(tiny.run(model), reference) < 0.05
-    patcher = comfy.patcher.TernaryPatcher(model.model, model.load_device, model.offload_device)
-    saved = patcher.state_dict_for_saving()
-    assert saved[f"model.diffusion_model.{QKV}.weight"].dtype == torch.int8
-    assert b"int8_tensorwise" in bytes(saved[f"model.diffusion_model.{QKV}.comfy_quant"].tolist())
+    assert "12 ternary layers and 1 int8 layers" in comfy.loader.describe(comfy.loader.check(mixed), tiny.CPU, "auto")
+    comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model)
+    again = comfy.loader.load(str(tmp_path / "saved.safetensors"), "full")
+    assert torch.equal(tiny.run(again), tiny.run(model))
+
+
+def test_loras_run_beside_int8_layers_too(comfy, mixed):
+    model = comfy.loader.load(str(mixed), "full")
+    layer = model.model.diffusion_model.double_blocks[0].img_attn.qkv
+    x = torch.randn(3, 256)
+    before = layer(x)
+    up, down = torch.randn(768, 4), torch.randn(4, 256)
+    adapter = comfy.lora.comfy.LoRAAdapter(set(), (up, down, None, None, None, None))
+    model.add_patches({f"diffusion_model.{QKV}.weight": adapter}, 0.001)
+    comfy.model_management.load_models_gpu([model])
+    torch.testing.assert_close(layer(x) - before, x @ (up @ down).t() * 0.001, rtol=1e-3, atol=1e-5)
+    model.unpatch_model(tiny.CPU)
+    assert torch.equal(layer(x), before)
 
 
 def test_the_stock_loader_names_the_format(comfy, path):
