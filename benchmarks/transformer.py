@@ -88,7 +88,7 @@ def build_comfyui(arch: Architecture, mode: str, device: str, dtype: torch.dtype
 
     shapes = {name: torch.empty(shape, device="meta") for name, shape in arch.shapes.items()}
     config = comfy.model_detection.detect_unet_config(shapes, "")
-    ops = comfy.ops.manual_cast
+    ops = comfy.ops.disable_weight_init
     if mode != "bf16":
         ops = operations(dtype, torch.device(device), mode)
     model = Flux(**config, device="meta" if mode == "bf16" else device, dtype=dtype, operations=ops)
@@ -96,6 +96,7 @@ def build_comfyui(arch: Architecture, mode: str, device: str, dtype: torch.dtype
     for name, shape in arch.shapes.items():
         layer = name.removesuffix(".weight")
         if mode == "bf16" or layer not in arch.linear_shapes or layer == name:
+            name = name.replace("_norm.scale", "_norm.weight")  # as ComfyUI's loader renames them
             state[name] = random_dense(name, shape, device, dtype)
             continue
         weight = random_weight(*shape, device)
