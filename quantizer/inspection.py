@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .architecture import Architecture
 from .checkpoint import kind_of, open_checkpoint
 from .container import FormatError, Header, read_header
-from .format import LayerPlan, TernaryFile, open_ternary
+from .format import INT8, LayerPlan, TernaryFile, open_ternary
 
 _SCALES = {"integer": "row x integer group", "row": "row"}
 
@@ -21,7 +21,7 @@ class Sizes:
 
     ternary_weights: int
     ternary_bytes: int  # trits, scales and low-rank parts
-    dense_weights: int  # everything else, biases included
+    dense_weights: int  # everything else: biases, norms, dense and 8-bit Linears
     dense_bytes: int
 
     @property
@@ -44,12 +44,13 @@ class Sizes:
 
 
 def sizes(file: TernaryFile) -> Sizes:
-    dense = [file.file.entries[key] for key in file.dense.values()]
+    beside = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
+    dense = {name: file.file.entries[key] for name, key in file.dense.items()}
     return Sizes(
         ternary_weights=sum(math.prod(layer.shape) for layer in file.layers.values()),
         ternary_bytes=sum(layer.nbytes for layer in file.layers.values()),
-        dense_weights=sum(math.prod(entry.shape) for entry in dense),
-        dense_bytes=sum(entry.nbytes for entry in dense),
+        dense_weights=sum(math.prod(entry.shape) for name, entry in dense.items() if name not in beside),
+        dense_bytes=sum(entry.nbytes for entry in dense.values()),
     )
 
 
@@ -81,6 +82,9 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
     yield _row("ternary", f"{linears}, {size.bits_per_weight:.3f} bits per weight ({packings}; scales {scales}{rank})")
     dtypes = _dtypes(file.file.entries[key].dtype for key in file.dense.values())
     yield _row("dense", f"{len(file.dense)} tensors, {size.dense_weights / 1e6:,.1f} M weights ({dtypes})")
+    if file.int8:
+        eight_bit = sum(math.prod(file.shapes[f"{name}.weight"]) for name in file.int8)
+        yield _row("8 bits", f"{len(file.int8)} of these are Linears in {INT8}, {eight_bit / 1e6:,.1f} M weights")
     yield _row("size", f"{_bytes(size.bytes)}, in bf16 {_bytes(size.bf16_bytes)}: {size.ratio:.2f} times smaller")
     errors = _errors(file)
     if errors:

@@ -54,7 +54,7 @@ def round_rows(weight: np.ndarray, method: str = "least-squares") -> Rows:
 def largest_sums(groups: np.ndarray) -> np.ndarray:
     """fp32 [groups, 128] -> fp32 [groups, 128]: element k - 1 is the sum of the k largest |w| of the group."""
     descending = (groups.view(np.uint32) | _SIGN_BIT).view(np.float32)  # -|w|
-    descending.sort(axis=1)  # numpy's sort uses SIMD; torch's takes eighteen times as long
+    descending.sort(axis=1)  # 2.6 ns a weight; torch's sort takes 40
     return torch.from_numpy(descending).cumsum(1).neg_().numpy()
 
 

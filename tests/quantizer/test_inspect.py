@@ -3,10 +3,12 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
+from ternary_flux.quantizer.checkpoint import open_checkpoint
 from ternary_flux.quantizer.container import FormatError
 from ternary_flux.quantizer.conversion import round_checkpoint
 from ternary_flux.quantizer.format import open_ternary
 from ternary_flux.quantizer.inspection import describe_file, sizes
+from ternary_flux.quantizer.mixed import write_mixed
 from ternary_flux.tests.quantizer import synthetic
 
 
@@ -34,6 +36,17 @@ def test_bits_per_weight_of_a_real_layer(tmp_path):
     n, k = file.layers["single_blocks.0.linear2"].shape
     plan = file.layers["single_blocks.0.linear2"]
     assert plan.nbytes == n * k / 4 + 4 * n + n * k / 128 + plan.comfy_quant.numel()
+
+
+def test_8_bit_linears_count_as_weights_and_their_scales_do_not(tmp_path):
+    round_checkpoint(synthetic.write(tmp_path / "dense.safetensors"), tmp_path / "t.safetensors")
+    name = "single_blocks.0.linear2"
+    file, source = open_ternary(tmp_path / "t.safetensors"), open_checkpoint(tmp_path / "dense.safetensors")
+    write_mixed(tmp_path / "mixed.safetensors", file, source, [name])
+    before, after = sizes(file), sizes(open_ternary(tmp_path / "mixed.safetensors"))
+    n, k = synthetic.FLUX1.linear_shapes[name]
+    assert after.bf16_bytes == before.bf16_bytes and after.dense_weights == before.dense_weights + n * k
+    assert "1 of these are Linears in int8_tensorwise" in "\n".join(describe_file(tmp_path / "mixed.safetensors"))
 
 
 def test_a_dense_file_says_what_ternary_would_save(tmp_path):
