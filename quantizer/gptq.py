@@ -21,6 +21,7 @@ _ROWS = 1024  # rows at a time on a CPU
 _INTEGER_SWEEPS = 4
 _EXACT = 4096  # inputs up to which H is factored in float64
 _MAX_DAMPING = 1e6
+_NOISE = 1e-5  # of the inputs' power, below which their variance is rounding error
 _ROUNDING = 1e-6  # added to a damped H against rounding errors
 
 
@@ -68,7 +69,8 @@ def solve(
         codes, scales = fit_scales(codes, projected, hessian)
         codes = descend(codes, scales, projected, hessian)
         if rank:
-            up, down = low_rank_factors(problem.target - dense(codes, scales), problem.factor, rank)
+            factors = low_rank_factors(problem.target - dense(codes, scales), problem.factor, rank)
+            up, down = (factor.bfloat16().float() for factor in factors)  # codes and scales make up for the rounding
             projected = (problem.target - up @ down) @ hessian
     codes, scales = fit_scales(codes, projected, hessian)
     row, group = fit_integer_scales(codes, scales, projected, hessian)
@@ -101,10 +103,14 @@ class _Problem:
         count = moments.count.clamp_min(1e-30)
         hessian, mean = moments.second.div_(count), moments.mean / count
         cross, wanted = moments.correction(weight)
+        power = hessian.diagonal().mean()
         if centred:
             hessian -= torch.outer(mean, mean)
             cross -= torch.outer(wanted, mean)
-        unit = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        # What is left of inputs that hardly vary is rounding error, and must not be blown up.
+        unit = torch.maximum(hessian.diagonal().mean(), _NOISE * power).clamp_min(torch.finfo(torch.float32).tiny)
+        # Few tokens cannot tell what inputs cause from chance.
+        cross *= moments.tokens / (moments.tokens + len(mean))
         hessian, cross = hessian.div_(unit), cross.div_(unit)
         hessian = hessian.add_(hessian.t().clone()).div_(2)
         effective_rank = (hessian.trace().square() / hessian.square().sum().clamp_min(1e-30)).item()
@@ -133,6 +139,8 @@ class _Problem:
 
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """Lower Cholesky factor of H + damping I (float64 for small H), and the damping that was needed."""
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the second moments of a Linear's inputs are not finite: activations of the model overflow")
     exact = hessian.double() if hessian.shape[0] <= _EXACT else hessian
     damped = exact.clone()
     while damping < _MAX_DAMPING:
@@ -141,7 +149,7 @@ def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         if not failed and torch.isfinite(factor).all():
             return factor, damping
         damping *= 10
-    raise ValueError("the second moments of a Linear's inputs are not finite: the teacher's activations overflow")
+    raise ValueError(f"the second moments of a Linear's inputs cannot be factored with a damping of {damping:g}")
 
 
 def error_feedback(target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:

@@ -164,6 +164,12 @@ def test_dead_inputs_and_no_inputs_are_handled():
         assert solution.report.weight_error < 0.8
 
 
+def test_inputs_that_never_change_are_handled():
+    x, w, bias = (1 + torch.randn(K)).expand(1000, K), weight(), torch.zeros(N)
+    solution = gptq.solve(w, bias, moments(x))
+    assert solution.report.weight_error < 0.6 and output_error(solution, x, x, w, bias) < 1e-3
+
+
 def test_damping_rises_until_the_moments_can_be_factored():
     collected = Moments(N, K)
     collected.count, collected.second = torch.tensor(1.0), torch.eye(K)
