@@ -1,7 +1,7 @@
 """Procedural scenes with captions in six GenEval-like categories, drawn with numpy.
 
 A caption names one to four objects: `a ring`, `a circle and a square`, `three crosses`, `a red circle`, `a ring above
-a square`, `a red circle and a blue square`. What the caption leaves open (colours, sizes, places) is drawn at random.
+a square`, `a red circle and a blue square`. What the caption leaves open (colours and places) is drawn at random.
 Some combinations of attributes are held out: no training caption has them, and no training picture shows a held-out
 pair of colour and shape.
 """
@@ -40,7 +40,7 @@ _RGB = np.array([PALETTE[colour] for colour in COLOURS], np.float32) / 255
 # How often each category is drawn for training: the ones that are hard to learn more often.
 TRAINING_SHARE = {"single": 0.06, "two": 0.14, "counting": 0.22, "colours": 0.10, "position": 0.24, "binding": 0.24}
 # Radius in pixels of a 64-pixel picture, by number of objects.
-_RADIUS = {1: (13.0, 19.0), 2: (10.0, 13.0), 3: (9.0, 11.0), 4: (9.0, 11.0)}
+_RADIUS = {1: 16.0, 2: 12.0, 3: 10.0, 4: 10.0}
 
 
 @dataclass(frozen=True)
@@ -162,22 +162,20 @@ def draw(prompt: Prompt, rng: np.random.Generator) -> Scene:
 
 
 def _layout(count: int, relation: str | None, rng: np.random.Generator) -> np.ndarray:
-    """Places [n, 3] in 64ths of the side: every object in its own half or quarter, 2 pixels from its border."""
-    radius = rng.uniform(*_RADIUS[count], count)
+    """Places [n, 3] in 64ths of the side, centres on multiples of 8: every object in its own half or quarter."""
+    radius = np.full(count, _RADIUS[count])
     if count == 1:
-        return np.column_stack((rng.uniform(radius[0] + 2, 62 - radius[0], (1, 2)), radius))
+        return np.column_stack((rng.choice((24, 32, 40), (1, 2)), radius))
     if count == 2:
         axis = rng.integers(2) if relation is None else int(RELATIONS[relation][0] == 0)
         first = bool(rng.integers(2)) if relation is None else sum(RELATIONS[relation]) < 0
-        along = np.where(np.array([first, not first]), 16, 48) + rng.uniform(-1, 1, 2) * (14 - radius)
+        along = np.where(np.array([first, not first]), 16, 48)
         # A relation keeps the two objects nearly level, so that its axis is beyond doubt.
-        level = rng.uniform(radius + 2, 62 - radius) if relation is None else rng.uniform(20, 44)
-        across = level if relation is None else level + rng.uniform(-5, 5, 2)
-        xy = np.column_stack((along, across) if axis == 0 else (across, along))
-        return np.column_stack((xy, radius))
+        level = rng.integers(3, 5) * 8 + rng.choice((0, 8), 2)
+        across = rng.choice((16, 24, 32, 40, 48), 2) if relation is None else level
+        return np.column_stack((*((along, across) if axis == 0 else (across, along)), radius))
     quarters = rng.permutation(4)[:count]
-    centres = 16 + 32 * np.column_stack((quarters % 2, quarters // 2)).astype(float)
-    return np.column_stack((centres + rng.uniform(-1, 1, (count, 2)) * (14 - radius)[:, None], radius))
+    return np.column_stack((16 + 32 * (quarters % 2), 16 + 32 * (quarters // 2), radius))
 
 
 def training_scenes(count: int, seed: int = 0) -> Iterator[Scene]:

@@ -11,7 +11,7 @@ _pack.load()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature.train", description=__doc__)
     parser.add_argument("part", choices=("autoencoder", "transformer"))
-    parser.add_argument("--steps", type=int, help="default: 2500 for the autoencoder, 5000 for the transformer")
+    parser.add_argument("--steps", type=int, help="default: 1500 for the autoencoder, 6000 for the transformer")
     parser.add_argument("--size", type=int, choices=(64, 128), default=64, help="side of the pictures in pixels")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("output/miniature"), help="checkpoints; a run resumes there")
@@ -22,11 +22,11 @@ def main() -> None:
     if arguments.part == "autoencoder":
         from ternary_flux.benchmarks.miniature.train_autoencoder import train
 
-        train(work, output / "autoencoder.safetensors", arguments.steps or 2500, arguments.size, arguments.device)
+        train(work, output / "autoencoder.safetensors", arguments.steps or 1500, arguments.size, arguments.device)
     else:
         from ternary_flux.benchmarks.miniature.train_transformer import train
 
-        train(work, output, arguments.steps or 5000, arguments.size, arguments.device)
+        train(work, output, arguments.steps or 6000, arguments.size, arguments.device)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ ARCHITECTURE = Architecture(
     context_dim=CHANNELS, vec_dim=CHANNELS, guidance=False,
 )  # fmt: skip
 
+# Mean of the logit of t. Objects are large and stand out from a flat background, so that what they are and where is
+# decided at high noise; the usual mean of 0 puts only 14 % of the steps beyond t = 0.75.
+NOISINESS = 1.0
+
 
 class Painter(nn.Module):
     """What is trained: the transformer and the text encoder."""
@@ -68,7 +72,7 @@ def train(
     size: int = 64,
     device: str = "cpu",
     seed: int = 0,
-    pictures: int = 36_000,
+    pictures: int = 24_000,
     batch: int = 64,
     arch: Architecture = ARCHITECTURE,
     evaluate_every: int = 250,
@@ -82,7 +86,10 @@ def train(
     """
     torch.manual_seed(seed)
     model = Painter(arch).to(device)
-    trainer = Trainer(model, steps, 1e-3, seed=seed)
+    blocks = [*model.flux.double_blocks.named_parameters(), *model.flux.single_blocks.named_parameters()]
+    modulation = ("mod.lin.weight", "modulation.lin.weight")
+    matrices = [p for name, p in blocks if p.ndim == 2 and not name.endswith(modulation)]
+    trainer = Trainer(model, steps, 1.5e-3, decay=0.35, average=0.99, muon=matrices, seed=seed)
     checkpoint = work / "transformer.pt"
     trainer.resume(checkpoint)
     vae = output / "autoencoder.safetensors"
@@ -95,7 +102,7 @@ def train(
         order = torch.randperm(pictures, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
         chosen = order[position * batch : (position + 1) * batch].to(device)
         noise = torch.randn(batch, *clean.shape[1:], generator=generator).to(device)
-        t = torch.sigmoid(torch.randn(batch, generator=generator)).to(device)
+        t = torch.sigmoid(NOISINESS + torch.randn(batch, generator=generator)).to(device)
         level = t[:, None, None, None]
         picture = clean[chosen]
         velocity = forward((1 - level) * picture + level * noise, t, words[chosen])
