@@ -51,12 +51,13 @@ def packed_shape(shape: tuple[int, int], packing: str) -> tuple[int, ...]:
 def pack_planes32(codes: Tensor) -> Tensor:
     """int8 [N, K] of -1, 0, +1 -> uint8 [ceil(K/128), N, 32]."""
     n, k = codes.shape
-    bits = pad(codes.view(torch.uint8) & 3, (0, blocks(k) * GROUP_SIZE - k)).view(n, blocks(k), 4, 32)
+    bits = pad(codes.contiguous().view(torch.uint8) & 3, (0, blocks(k) * GROUP_SIZE - k))
+    bits = bits.view(torch.int64).view(n, blocks(k), 4, 4)  # eight codes at a time: no shift leaves its byte
     packed = bits[:, :, 0] << 6
     packed |= bits[:, :, 1] << 4
     packed |= bits[:, :, 2] << 2
     packed |= bits[:, :, 3]
-    return packed.transpose(0, 1).contiguous()
+    return packed.transpose(0, 1).contiguous().view(torch.uint8)
 
 
 @_torch_or_numpy

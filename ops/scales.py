@@ -13,10 +13,10 @@ def fit_integer_groups(scales: Tensor) -> tuple[Tensor, Tensor]:
     is then the least-squares one. A scale is off by at most 1/254 of the largest of its row, 1/127 if it is below that.
     """
     scales = scales.float()
-    if not bool((scales >= 0).all()):
+    if not bool((scales >= 0).all() and scales.isfinite().all()):
         raise ValueError("group scales must be finite and not negative")
     row = scales.amax(0) / MAX_MULTIPLIER
-    steps = torch.where(row > 0, scales / row, 1.0)
-    group = steps.round_().clamp_(1, MAX_MULTIPLIER)
-    row = (scales * group).sum(0) / group.square().sum(0)
+    group = torch.where(row > 0, scales / row, 1.0).round_().clamp_(1, MAX_MULTIPLIER)
+    used = group * (scales > 0)  # a group of zeros has no say in the row's scale
+    row = (scales * used).sum(0) / used.square().sum(0).clamp_min(1)
     return row, group.to(torch.uint8)
