@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 
 const NODE = "TernaryFluxLoader";
 const WIDGET = "status";
-const MINIMUM_SIZE = [400, 220];
+const MINIMUM_SIZE = [400, 210];
 
 function statusWidget(node) {
   const existing = node.widgets?.find((widget) => widget.name === WIDGET);

@@ -105,6 +105,7 @@ def test_a_converted_again_file_is_loaded_again(server):
     server.execute(workflow())
     cached = server.execute(workflow())
     assert "model" in cached_nodes(cached)
+    assert cached.outputs["model"]["text"]  # shown again although the node did not run
     tiny.write(server.base / "models" / "diffusion_models" / "tiny.safetensors", seed=3)
     assert "model" not in cached_nodes(server.execute(workflow()))
 
