@@ -5,11 +5,13 @@ factors; and, if asked, the codes themselves through a straight-through estimato
 alone, so that an interrupted run that resumes ends in the same bits.
 """
 
+import contextlib
 import json
 import math
 import os
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -69,7 +71,7 @@ class Distiller:
         settings: Settings,
     ):
         self.model, self.pool, self.holdout, self.swapped, self.settings = model, pool, holdout, swapped, settings
-        self.dtypes = stored_dtypes(model, start)
+        self.start, self.dtypes = start, stored_dtypes(model, start)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         rates = learning_rates(model, settings.rates)
         self.optimizer = Adam(self.parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
@@ -182,7 +184,32 @@ class Distiller:
         """What must be equal for a checkpoint to be continued."""
         settings = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
         shapes = {name: list(p.shape) for name, p in self.parameters.items()}
-        return json.dumps({"settings": settings, "parameters": shapes, "pool": self.pool.fingerprint}, default=str)
+        start = {key: value for key, value in self.start.metadata.items() if key != "modelspec.date"}
+        values = {"settings": settings, "parameters": shapes, "pool": self.pool.fingerprint, "start": start}
+        return json.dumps(values, default=str)
+
+
+@contextlib.contextmanager
+def whole_steps() -> Iterator[Callable[[], bool]]:
+    """Hold back Ctrl-C and SIGTERM, so that a step is never half done; the function given says whether one came.
+
+    A second signal acts at once.
+    """
+    came, previous = [], {}
+
+    def note(number: int, frame) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def distill(
@@ -196,20 +223,19 @@ def distill(
     if checkpoint is not None:
         distiller.resume(checkpoint)
     saved = time.monotonic()
-    try:
+    with whole_steps() as interrupted:
         while distiller.total is None or distiller.step < distiller.total:
             loss = distiller.advance()
             row = {"step": distiller.step, "total": distiller.total, "loss": loss, "seconds": distiller.used}
             if distiller.step % settings.evaluate_every == 0 or distiller.step == distiller.total:
                 row |= asdict(distiller.evaluate())
             report(row)
-            if checkpoint is not None and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
+            due = interrupted() or time.monotonic() - saved > 60 * settings.checkpoint_minutes
+            if due and checkpoint is not None and distiller.total is not None:
                 distiller.save(checkpoint)
                 saved = time.monotonic()
-    except KeyboardInterrupt:
-        if checkpoint is not None and distiller.total is not None:
-            distiller.save(checkpoint)
-        raise
+            if interrupted():
+                raise KeyboardInterrupt
     distiller.take_best()
 
 
