@@ -1,0 +1,171 @@
+"""`make demo`: the miniature FLUX, dense and ternary, painting the same prompts from the same noise in a real ComfyUI.
+
+Converts the miniature from its weights alone with the `round` command, runs workflow.json through a headless server for
+every model and prompt, judges every picture with the exact checker, and writes demo.png and demo.json. --distilled adds
+a file that `convert` has written.
+"""
+
+import argparse
+import copy
+import io
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+import _pack
+
+_pack.load()
+
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from ternary_flux.benchmarks import miniature  # noqa: E402
+from ternary_flux.quantizer.format import open_ternary  # noqa: E402
+from ternary_flux.quantizer.inspection import sizes  # noqa: E402
+from ternary_flux.tests import host  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+PACK = HERE.parents[1]
+BATCH = 4  # pictures of a prompt
+SEED = 1_580
+
+
+@dataclass
+class Row:
+    """One model's line of the table."""
+
+    name: str
+    file: Path
+    megabytes: float
+    ratio: float  # how many times smaller than the dense file
+    bits: float  # stored bits per weight of the block Linears
+    accuracy: float = 0.0
+    pictures: int = 0
+    seconds: float = 0.0  # per picture, from queueing to the saved file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=PACK / "output", help="folder of demo.png (default: output)")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of each category (default: 4)")
+    parser.add_argument("--distilled", type=Path, default=miniature.DISTILLED, help="a ternary file of `convert`")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+
+    print("1/3  ternarising the miniature from its weights alone")
+    rounded = args.output / "flux-miniature-rounded.safetensors"
+    command = [sys.executable, "-m", "quantizer", "round", str(miniature.TRANSFORMER), "-o", str(rounded), "--force"]
+    subprocess.run(command, cwd=PACK, check=True)
+    rows = [row("FLUX miniature, bf16", miniature.TRANSFORMER), row("1.58-bit, rounded only", rounded)]
+    if args.distilled.exists():
+        rows.append(row("1.58-bit, distilled", args.distilled))
+
+    print("2/3  starting ComfyUI (20 s)")
+    prompts = [
+        prompt for category in miniature.CATEGORIES for prompt in miniature.prompts("held_out", category, args.prompts)
+    ]
+    with server(args.output / "comfyui", rows) as comfyui:
+        print(f"3/3  painting {len(prompts) * BATCH} pictures with each model")
+        pictures = [[paint(comfyui, row, prompt, seed) for seed, prompt in enumerate(prompts, SEED)] for row in rows]
+
+    for row_, column in zip(rows, pictures, strict=True):
+        judged = [(picture, prompt) for prompt, batch in zip(prompts, column, strict=True) for picture in batch]
+        verdicts = [miniature.check(picture, prompt) for picture, prompt in judged]
+        row_.accuracy, row_.pictures = sum(map(bool, verdicts)) / len(verdicts), len(verdicts)
+    shown = range(0, len(prompts), args.prompts)
+    sheet(rows, [prompts[i] for i in shown], [[column[i][0] for i in shown] for column in pictures]).save(
+        args.output / "demo.png"
+    )
+    results = [asdict(row_) | {"file": row_.file.name} for row_ in rows]
+    (args.output / "demo.json").write_text(json.dumps(results, indent=1))
+    print(f"\n{table(rows)}\n\n{args.output / 'demo.png'} written; {time.perf_counter() - started:.0f} s in all")
+
+
+def row(name: str, file: Path) -> Row:
+    """Sizes of a dense or ternary file of the miniature."""
+    if file == miniature.TRANSFORMER:
+        return Row(name, file, file.stat().st_size / 1e6, 1.0, 16.0)
+    measured = sizes(open_ternary(file))
+    return Row(name, file, measured.bytes / 1e6, measured.ratio, measured.bits_per_weight)
+
+
+def server(base: Path, rows: list[Row]) -> host.Server:
+    """A ComfyUI with the pack, the miniature's text encoder node, and links to the models."""
+    links = {f"diffusion_models/{row.file.name}": row.file for row in rows}
+    for name, file in links.items():
+        link = base / "models" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(file.resolve())
+    miniature.write_stock_autoencoder(base / "models" / "vae" / "miniature-vae.safetensors")
+    return host.Server(base, {"comfyui-ternary-flux": PACK, "miniature-text-encoder": miniature.NODE_PACK})
+
+
+def paint(comfyui: host.Server, row: Row, prompt: str, seed: int) -> list[np.ndarray]:
+    """One run of the workflow: BATCH pictures, float [H, W, 3] in 0..1."""
+    workflow = copy.deepcopy(json.loads((HERE / "workflow.json").read_text()))
+    workflow["prompt"]["inputs"]["prompt"] = prompt
+    workflow["latent"]["inputs"]["batch_size"] = BATCH
+    workflow["sample"]["inputs"]["seed"] = seed
+    workflow["model"]["inputs"]["file"] = row.file.name
+    if row.file == miniature.TRANSFORMER:
+        inputs = {"unet_name": row.file.name, "weight_dtype": "default"}
+        workflow["model"] = {"class_type": "UNETLoader", "inputs": inputs}
+    started = time.perf_counter()
+    images = comfyui.execute(workflow).outputs["save"]["images"]
+    row.seconds += (time.perf_counter() - started) / BATCH
+    return [np.asarray(Image.open(io.BytesIO(comfyui.image(item))).convert("RGB")) / 255 for item in images]
+
+
+def sheet(rows: list[Row], prompts: list[str], pictures: list[list[np.ndarray]], side: int = 192) -> Image.Image:
+    """The comparison: a row for each prompt, a column for each model; the frame's colour is the checker's verdict."""
+    label, gap, head = 230, 10, 78
+    width, height = label + len(rows) * (side + gap) + gap, head + len(prompts) * (side + gap) + 34
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    normal, bold, small = (ImageFont.load_default(size) for size in (15, 17, 13))
+    for j, row_ in enumerate(rows):
+        x = label + j * (side + gap)
+        draw.text((x, 10), row_.name, "black", bold)
+        smaller = f", {row_.ratio:.1f}x smaller" if j else ""
+        draw.text((x, 32), f"{row_.megabytes:.2f} MB{smaller}", "#444", normal)
+        draw.text((x, 52), f"{row_.accuracy:.0%} as asked ({row_.pictures} pictures)", "#444", normal)
+    for i, prompt in enumerate(prompts):
+        y = head + i * (side + gap)
+        draw.multiline_text((gap, y + side // 2 - 20), _wrap(prompt, 26), "black", normal, spacing=5)
+        for j, column in enumerate(pictures):
+            picture = Image.fromarray((column[i] * 255).round().astype(np.uint8)).resize((side, side), Image.LANCZOS)
+            x = label + j * (side + gap)
+            canvas.paste(picture, (x, y))
+            frame = "#2a9d4a" if miniature.check(column[i], prompt) else "#d0342c"
+            draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=frame, width=3)
+    note = "Same prompt and noise in each row, 20 Euler steps in ComfyUI. Green: the checker finds what was asked."
+    draw.text((gap, height - 26), note, "#444", small)
+    return canvas
+
+
+def _wrap(text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def table(rows: list[Row]) -> str:
+    head = ("size", 10), ("smaller", 9), ("bits/weight", 13), ("accuracy", 10), ("pictures", 10), ("s/picture", 11)
+    lines = [f"{'model':26}" + "".join(f"{name:>{width}}" for name, width in head)]
+    for r in rows:
+        ratio = f"{r.ratio:.1f}x"
+        size = f"{r.name:26}{f'{r.megabytes:.2f} MB':>10}{ratio:>9}{r.bits:>13.2f}"
+        lines.append(f"{size}{r.accuracy:>10.3f}{r.pictures:>10}{r.seconds:>11.2f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
