@@ -97,7 +97,8 @@ def tune(kernel: str, model: str, chip: Chip, device: str, dtype: torch.dtype, d
         times = {tile: seconds(kernel, tile, work, chip) for tile in tiles}
         best = min(times, key=times.get)
         gain = times[current] / times[best] if times[best] else 1.0
-        print(f"  {kernel} up to {limit} tokens: {best}, {gain:.2f}x the current tile", flush=True)
+        bucket = "more tokens" if limit == ANY else f"up to {limit} tokens"
+        print(f"  {kernel}, {bucket}: {best}, {gain:.2f}x the current tile", flush=True)
         entries.append((limit, best))
     return tuple(entries)
 
