@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +94,15 @@ class Streams:
         return moments
 
     @staticmethod
-    def _add_residuals(moments, dense, student, theirs: State, ours: State, weights) -> None:
+    def _add_residuals(
+        moments: Mapping[str, Moments],
+        dense: nn.Module,
+        student: nn.Module,
+        theirs: State,
+        ours: State,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """What the student's tokens miss of the teacher's after these Linears, while they are still dense."""
         linears = list(moments)
         half = "attend" if linears[0].endswith("attn.proj") else "forward"
         wanted = getattr(dense, half)(theirs)
