@@ -96,9 +96,9 @@ def tune(kernel: str, model: str, chip: Chip, device: str, dtype: torch.dtype, d
         tiles = [current, *(tile for tile in candidates(limit) if tile != current)][: 2 if dry else None]
         times = {tile: seconds(kernel, tile, work, chip) for tile in tiles}
         best = min(times, key=times.get)
-        gain = times[current] / times[best] if times[best] else 1.0
+        gain = "not timed" if dry else f"{times[current] / times[best]:.2f}x as fast as the current tile"
         bucket = "more tokens" if limit == ANY else f"up to {limit} tokens"
-        print(f"  {kernel}, {bucket}: {best}, {gain:.2f}x the current tile", flush=True)
+        print(f"  {kernel}, {bucket}: {best}, {gain}", flush=True)
         entries.append((limit, best))
     return tuple(entries)
 

@@ -1,0 +1,69 @@
+"""The speed benchmarks run every path on the CPU, and say plainly what they cannot do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(module, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_kernels(tmp_path):
+    out = tmp_path / "kernels.json"
+    printed = run("kernels", "--dry", "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["m"] for row in rows} == {20, 1}
+    for row in rows:
+        assert row["method"] in printed
+        if "missing" in row:
+            assert not row["method"].startswith(("ours", "bf16")), row
+            assert "failed" not in row["missing"], row
+        else:
+            assert row["seconds"] is None
+            bound = 0.06 if "e4m3" in row["method"] else 0.02 if "int8" in row["method"] else 2e-3
+            assert row["error"] < bound or "rotated" in row["method"] or "_int_mm" in row["method"], row
+    methods = {row["method"] for row in rows}
+    assert {"gemlite A16W2 g128 fp16", "comfy-kitchen int8", "torch._int_mm", "ours e4m3, row scales"} <= methods
+
+
+@pytest.mark.parametrize("forward, modes", [("ComfyUI", ["int8"]), ("quantizer", ["bf16", "full"])])
+def test_transformer(tmp_path, forward, modes):
+    from ternary_flux.tests import host
+
+    out = tmp_path / "transformer.json"
+    arguments = ("--dry", "--forward", forward, "--modes", ",".join(modes), "--out", out)
+    run("transformer", *arguments, COMFYUI_PATH=str(host.find()))
+    report = json.loads(out.read_text())
+    for mode in modes:
+        result = report["modes"][mode]
+        assert "missing" not in result, result
+        assert result["forward"] == forward
+        assert result["sizes"] == {"32": {"finite": True}}
+
+
+def test_tune(tmp_path):
+    tiles = tmp_path / "tiles.json"
+    printed = run("tune", "--dry", "--kernels", "int8_group", TERNARY_FLUX_TILES=str(tiles))
+    assert "int8_group, up to 16 tokens" in printed
+    assert set(json.loads(tiles.read_text())["cpu"]) == {"int8_group"}
+
+
+@pytest.mark.parametrize("module", ["kernels", "transformer"])
+def test_without_a_gpu_it_says_so(module):
+    with pytest.raises(AssertionError, match="CUDA"):
+        run(module, CUDA_VISIBLE_DEVICES="")
