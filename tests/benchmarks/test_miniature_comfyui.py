@@ -1,0 +1,86 @@
+"""The miniature in the real ComfyUI with stock loaders: detection, autoencoder, sampling; the text encoder's node."""
+
+import importlib.util
+
+import pytest
+import torch
+from ternary_flux.benchmarks import miniature
+from ternary_flux.benchmarks.miniature import scenes
+from ternary_flux.tests import host
+
+CAPTIONS = ["a red circle and a blue square", "three green crosses"]
+
+
+@pytest.fixture(scope="module")
+def comfy():
+    host.comfyui()
+    import comfy.sample
+    import comfy.sd
+    import comfy.utils
+
+    return comfy
+
+
+@pytest.fixture(scope="module")
+def vae(comfy, tmp_path_factory):
+    path = tmp_path_factory.mktemp("vae") / "miniature-vae.safetensors"
+    miniature.write_stock_autoencoder(path)
+    state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    vae = comfy.sd.VAE(sd=state, metadata=metadata)
+    vae.throw_exception_if_invalid()
+    return vae
+
+
+@pytest.fixture(scope="module")
+def model(comfy):
+    options = {"dtype": torch.float32}
+    return comfy.sd.load_diffusion_model(str(miniature.TRANSFORMER), model_options=options)
+
+
+@pytest.fixture(scope="module")
+def node(comfy):
+    spec = importlib.util.spec_from_file_location("miniature_node", miniature.NODE_PACK / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MiniatureTextEncode
+
+
+def test_stock_autoencoder_is_the_same_function(comfy, vae):
+    latent_format = comfy.latent_formats.Flux()
+    images = torch.from_numpy(scenes.render(list(scenes.training_scenes(4, seed=2))))
+    latents = miniature.load_autoencoder().encode(images.movedim(3, 1))
+    torch.testing.assert_close(latent_format.process_in(vae.encode(images)), latents, atol=2e-4, rtol=1e-4)
+    decoded = vae.decode(latent_format.process_out(latents))
+    torch.testing.assert_close(decoded, torch.from_numpy(miniature.decode(latents)), atol=1e-4, rtol=0)
+
+
+def test_stock_loader_and_sampler_paint_the_same(comfy, model):
+    assert type(model.model.model_config).__name__ == "FluxSchnell"
+    context, pooled = miniature.encode_prompts(CAPTIONS)
+    noise = torch.randn(2, *miniature.LATENT_SHAPE, generator=torch.Generator().manual_seed(0))
+    positive = [[context, {"pooled_output": pooled}]]
+    empty = torch.zeros_like(noise)
+    theirs = comfy.sample.sample(model, noise, 8, 1.0, "euler", "simple", positive, positive, empty, seed=0)
+    ours = miniature.sample(miniature.load_transformer(), context, pooled, noise, 8)
+    torch.testing.assert_close(comfy.latent_formats.Flux().process_in(theirs), ours, atol=2e-3, rtol=1e-3)
+
+
+def test_node_encodes_prompts(node):
+    output = node.execute("a red circle and a blue square")
+    ((context, extra),) = output.result[0]
+    ours = miniature.encode_prompts(["a red circle and a blue square"])
+    assert torch.equal(context, ours[0]) and torch.equal(extra["pooled_output"], ours[1])
+    assert "Every word is known" in str(output.ui.as_dict())
+
+
+def test_node_names_unknown_words(node):
+    output = node.execute("a photo of a red circle and a dog")
+    assert "left out: dog" in str(output.ui.as_dict())
+    with pytest.raises(ValueError, match="elephants.*Known words: a, and, two"):
+        node.execute("elephants")
+    assert node.execute("").result[0][0][0].shape == (1, 12, 128)
+
+
+def test_node_schema(node):
+    schema = node.GET_SCHEMA()
+    assert schema.node_id == "MiniatureTextEncode" and [i.id for i in schema.inputs] == ["prompt"]
