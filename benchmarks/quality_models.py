@@ -52,14 +52,14 @@ def round_to_bits(source: Path, target: Path, count: int) -> None:
 
 
 def rounded(weight: Tensor, count: int) -> Tensor:
-    """Symmetric rounding of [N, K] with 2^count - 1 levels; the clip of each group is the best of 26."""
+    """Rounding of [N, K] to 2^count levels, evenly spaced around zero; the clip of each group is the best of 26."""
     n, k = weight.shape
     groups = torch.nn.functional.pad(weight, (0, -k % GROUP)).view(n, -1, GROUP)
-    top, levels = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12), 2 ** (count - 1) - 1
+    top, last = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12), 2 ** (count - 1) - 0.5
     best, least = groups, torch.full_like(top, torch.inf)
     for clip in _CLIPS:
-        scale = top * clip / levels
-        candidate = (groups / scale).round().clamp(-levels, levels) * scale
+        scale = top * clip / last
+        candidate = ((groups / scale).floor() + 0.5).clamp(-last, last) * scale
         error = (candidate - groups).square().sum(-1, keepdim=True)
         best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
     return best.reshape(n, -1)[:, :k]
