@@ -20,12 +20,13 @@ WORDS = (PADDING, "a", "and", *COUNTS, "left", "right", "of", "above", "below", 
 _INDEX = {word: index for index, word in enumerate(WORDS)}
 _ALIASES = {"an": "a", "one": "a", "2": "two", "3": "three", "4": "four"}
 _ALIASES |= {"under": "below", "over": "above", "plus": "cross", "disc": "circle"}
-_SILENT = {"to", "the", "photo", "picture", "image", "drawing", "is", "with", "on"}
+_SILENT = {"to", "the", "is", "with", "on"}
+_OPENING = re.compile(r"^\s*(an? )?(photo|picture|image|drawing) of ")
 
 
 def tokenize(prompt: str) -> tuple[list[int], list[str]]:
     """Word numbers of a prompt, and its words outside the vocabulary."""
-    words = [_ALIASES.get(word, word) for word in re.findall(r"[a-z]+|\d+", prompt.lower())]
+    words = [_ALIASES.get(word, word) for word in re.findall(r"[a-z]+|\d+", _OPENING.sub("", prompt.lower()))]
     words = [word for word in words if word not in _SILENT]
     known = [_INDEX[word] for word in words if word in _INDEX and word != PADDING]
     return known, [word for word in words if word not in _INDEX]

@@ -26,10 +26,10 @@ def rendered(captions, seed=0, size=64):
 @pytest.mark.parametrize("split", ["train", "held_out"])
 @pytest.mark.parametrize("category", scenes.CATEGORIES)
 def test_checker_accepts_ground_truth_and_rejects_other_captions(category, split):
-    captions = miniature.prompts(split, category, 150, seed=3)
+    captions = miniature.prompts(split, category, 60, seed=3)
     images = rendered(captions)
     assert accuracy(images, captions) >= 0.99
-    others = miniature.prompts("train", category, 150, seed=4)
+    others = miniature.prompts("train", category, 60, seed=4)
     pairs = [(image, other) for image, own, other in zip(images, captions, others, strict=True) if own != other]
     # Two captions of `two` mean the same picture; a position's opposite has its objects swapped.
     assert np.mean([miniature.check(i, other).correct for i, other in pairs]) <= (0.15 if category == "two" else 0.05)
@@ -79,7 +79,7 @@ def test_prompts_cover_their_pool_before_they_repeat():
 
 def test_text_encoder_names_unknown_words():
     known, unknown = text.tokenize("A photo of a RED dog, left of 2 circles!")
-    assert [text.WORDS[i] for i in known] == ["of", "a", "red", "left", "of", "two", "circles"]
+    assert [text.WORDS[i] for i in known] == ["a", "red", "left", "of", "two", "circles"]
     assert unknown == ["dog"]
     assert text.tokens(["", "a ring " * 20]).shape == (2, text.LENGTH)
 
