@@ -63,7 +63,7 @@ class _TernaryLinear:
         weight = take_weight(state_dict, prefix, configuration)
         if weight.shape != self._orig_shape:
             raise ValueError(f"{prefix}weight is {list(weight.shape)}; this model needs {list(self._orig_shape)}")
-        if weight.scale.ndim == 2 and layout.choose(self._load_device, self._activations).activations == "int8":
+        if weight.scale.ndim == 2 and layout.choose(self._load_device, self._activations).activations != "full":
             weight, _ = weight.with_integer_groups()
         self._choose(self._load_device, weight.scale)
         device = self.factory_kwargs["device"] or weight.device
