@@ -82,7 +82,7 @@ def train(
 ) -> Painter:
     """Train up to `steps`, or `stop` of them, resuming from `work`. Returns the averaged model.
 
-    Every evaluation paints `checked` captions of each category and writes the averaged weights to `output`.
+    Every evaluation paints `checked` captions of each category (0: none) and writes the averaged weights to `output`.
     """
     torch.manual_seed(seed)
     model = Painter(arch).to(device)
@@ -119,6 +119,8 @@ def train(
             averaged = Painter(arch).to(device)
             averaged.load_state_dict(trainer.ema)
             write(averaged, output, trainer, size)
+            if not checked:
+                continue
             accuracy = evaluate(averaged.eval(), autoencoder.load(load_file(vae)).to(device), size, device, checked)
             rows = "  ".join(f"{name} {value:.2f}" for name, value in accuracy.items())
             print(f"  held out: {np.mean(list(accuracy.values())):.3f}  ({rows})", flush=True)
