@@ -196,9 +196,18 @@ class Server(contextlib.AbstractContextManager):
                 if kind in ("execution_error", "execution_interrupted"):
                     raise WorkflowError(data)
                 if kind == "execution_success":
-                    return Execution(self.get_json(f"/history/{prompt_id}")[prompt_id]["outputs"], events)
+                    return Execution(self._outputs(prompt_id), events)
         finally:
             socket_.close()
+
+    def _outputs(self, prompt_id: str) -> dict:
+        """A finished workflow's outputs; the server announces the end a moment before it writes them down."""
+        deadline = time.monotonic() + 60
+        while prompt_id not in (history := self.get_json(f"/history/{prompt_id}")):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"workflow {prompt_id} is done, but not in the server's history")
+            time.sleep(0.05)
+        return history[prompt_id]["outputs"]
 
     def image(self, item: dict) -> bytes:
         """The file of one entry of an output's `images`."""

@@ -1,5 +1,6 @@
 """The pack in a real headless ComfyUI server, driven over its API as a browser drives it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,24 @@ def test_the_log_has_no_complaints_about_the_pack(server):
     log = server.log()
     assert "IMPORT FAILED" not in log
     assert not [line for line in log.splitlines() if PACK in line and ("rror" in line or "arning" in line)]
+
+
+WORKFLOWS = sorted((host.ROOT / "workflows").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_example_workflows_fit_this_comfyui(server, path):
+    """Every node, input and link of an example exists here, and the template browser serves it with its picture."""
+    graph, known = json.loads(path.read_text()), server.get_json("/object_info")
+    nodes = {node["id"]: node for node in graph["nodes"] if node["type"] != "MarkdownNote"}
+    assert NODE in {node["type"] for node in nodes.values()}
+    for node in nodes.values():
+        declared = known[node["type"]]["input"]
+        names = {**declared.get("required", {}), **declared.get("optional", {})}
+        assert {entry["name"] for entry in node["inputs"]} <= set(names)
+        assert set(declared.get("required", {})) <= {entry["name"] for entry in node["inputs"]}
+    for link, source, output, target, slot, kind in graph["links"]:
+        assert link in nodes[source]["outputs"][output]["links"] and nodes[target]["inputs"][slot]["link"] == link
+        assert known[nodes[source]["type"]]["output"][output] == kind == nodes[target]["inputs"][slot]["type"]
+    assert path.stem in server.get_json("/workflow_templates")[PACK]
+    assert server.get(f"/api/workflow_templates/{PACK}/{path.stem}.jpg")
