@@ -224,8 +224,6 @@ def distill(
         distiller.resume(checkpoint)
     if not distiller.log:  # the start is a candidate too: training never makes a file worse
         distiller.evaluate()
-    if distiller.step == 0:
-        distiller.evaluate()  # the start is what is written where training makes nothing better
     saved = time.monotonic()
     with whole_steps() as interrupted:
         while distiller.total is None or distiller.step < distiller.total:
