@@ -73,7 +73,7 @@ def lines(
     top += 18 * -(-len(shown) // 3)
     canvas.text(16, 12, title, 15)
     xs = [x for points in shown.values() for x, _ in points] or [0, 1]
-    ys = [y for points in shown.values() for _, y in points] or [0, 1]
+    ys = [y for points in shown.values() for _, y in points] or [0.1, 1]
     low_x, high_x = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
     ticks = _log_ticks(min(ys), max(ys)) if log else _ticks(0, max(ys) or 1)
     low, high = (math.log10(ticks[0]), math.log10(ticks[-1])) if log else (ticks[0], ticks[-1])

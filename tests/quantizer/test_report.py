@@ -91,7 +91,10 @@ def test_lines_of_any_range(values, log):
 
 
 def test_long_headings_are_wrapped():
-    assert charts.wrap("a red circle and a blue square", 80) == ["a red circle", "and a blue", "square"]
+    heading = "a red circle and a blue square"
+    lines = charts.wrap(heading, 80)
+    assert len(lines) > 1 and " ".join(lines) == heading
+    assert all(charts.text_width(line, 11) <= 80 for line in lines)
     assert charts.wrap("", 80) == [""]
 
 
