@@ -148,7 +148,7 @@ def recipes(scale: Scale, shop: Workshop) -> dict[str, Callable[[Path], object]]
 
 
 def calibrated(scale: Scale, shop: Workshop, path: Path) -> None:
-    states = shop.trajectories.states(shop.trajectories.plan(), scale.calibration_states, 1)
+    states = shop.trajectories.states(shop.training_pictures, scale.calibration_states, 1)
     folder = path.with_suffix(".work")
     calibrate.calibrate(shop.teacher, states, shop.conditioning, path, folder, calibrate.Settings(batch=64))
 

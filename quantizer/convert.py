@@ -160,7 +160,7 @@ class Conversion:
 
     def _calibrate(self, path: Path, chosen: Amounts) -> None:
         trajectories, blocks = self.shop.trajectories, len(self.shop.arch.block_names)
-        states = trajectories.states(trajectories.plan(), chosen.calibration_states, self.shop.seed + 1)
+        states = trajectories.states(self.shop.training_pictures, chosen.calibration_states, self.shop.seed + 1)
         done = 0
 
         def count(name: str, report: calibrate.BlockReport) -> None:
@@ -183,7 +183,7 @@ class Conversion:
         plan_file = self.shop.work / "choices.json"
         if "training" not in choices:
             self.shop.release_teacher()
-            plan, seconds = plan_for(self.shop), max(30.0, self.left - 0.03 * self.budget)
+            plan, seconds = plan_for(self.shop), max(0.3 * self.budget, self.left - 0.03 * self.budget)
             choices["training"] = self._training(plan, seconds, choices["state_seconds"])
             _write_json(plan_file, choices)
         training = choices["training"]

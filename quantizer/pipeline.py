@@ -20,8 +20,8 @@ from .format import open_ternary
 from .states import Pool, holdout_batches, to_device, training_pool
 from .student import add_low_rank, input_moments, load_student, save_student, ternary_linears, train_codes
 from .teacher import Teacher, free_memory
+from .trajectories import Picture, Trajectories, fingerprint
 from .trajectories import Settings as PictureSettings
-from .trajectories import Trajectories, fingerprint
 from .velocity import Batch, Quality, measure, swapped_velocities
 
 Progress = Callable[[str, int, int], object]  # (what, done, total)
@@ -129,11 +129,13 @@ class Workshop:
 
     @cached_property
     def trajectories(self) -> Trajectories:
-        settings = PictureSettings(
-            self.sizes, self.pictures, self.sampler_steps, guidance=self.guidance, seed=self.seed
-        )
+        settings = PictureSettings(self.sizes, self.sampler_steps, guidance=self.guidance, seed=self.seed)
         model = fingerprint(open_checkpoint(self.dense))
         return Trajectories(self.work / "pictures", self.arch, self.conditioning, settings, model)
+
+    @property
+    def training_pictures(self) -> list[Picture]:
+        return self.trajectories.plan("train", self.pictures)
 
     def paint(self) -> None:
         """Let the teacher paint its training pictures."""
@@ -144,7 +146,7 @@ class Workshop:
             done += pictures
             self.on_progress("pictures", done, self.pictures)
 
-        self.trajectories.generate(self.teacher, self.trajectories.plan(), self.teacher_batch, count)
+        self.trajectories.generate(self.teacher, self.training_pictures, self.teacher_batch, count)
 
     @cached_property
     def pool(self) -> Pool:
@@ -157,7 +159,8 @@ class Workshop:
             self.on_progress("teacher velocities", done, self.states)
 
         folder = self.work / "velocities"
-        return training_pool(self.teacher, self.trajectories, self.states, folder, self.teacher_batch, self.seed, count)
+        pictures, batch = self.training_pictures, self.teacher_batch
+        return training_pool(self.teacher, self.trajectories, pictures, self.states, folder, batch, self.seed, count)
 
     @cached_property
     def holdout(self) -> list[Batch]:

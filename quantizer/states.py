@@ -1,5 +1,6 @@
 """What distillation learns from: states of the teacher's pictures and the teacher's velocities, in a fixed order."""
 
+import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning
 from .container import TensorFile, create
-from .trajectories import States, Trajectories, batches, initial_noise, noise_levels, paint
+from .trajectories import Picture, States, Trajectories, batches, initial_noise, noise_levels, paint
 from .velocity import BINS, Batch, Model
 
 _CHUNK = 64  # states whose velocities are kept in one file
@@ -83,21 +84,21 @@ class Pool:
 def training_pool(
     teacher: Model,
     trajectories: Trajectories,
+    pictures: Sequence[Picture],
     count: int,
     folder: Path,
     batch: int = 8,
     seed: int = 0,
     on_progress: Callable[[int], object] = lambda states: None,
 ) -> Pool:
-    """`count` states of the training pictures with the teacher's velocities, which are kept in `folder`."""
+    """`count` states of these pictures with the teacher's velocities, which are kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     groups = []
-    for states in trajectories.states(trajectories.plan(), count, seed):
-        size = "x".join(str(side) for side in states.latent.shape[1:])
+    for states in trajectories.states(pictures, count, seed):
         velocities = []
         for start in range(0, len(states), _CHUNK):
             rows = slice(start, min(start + _CHUNK, len(states)))
-            path = folder / f"{count}-{seed}-{size}-{start:06d}.safetensors"
+            path = folder / f"{_digest(states, rows)}.safetensors"
             if not path.exists():
                 inputs = states.inputs(rows, trajectories.conditioning)
                 pieces = zip(*(_split(x, batch, rows.stop - start) for x in inputs), strict=True)
@@ -151,6 +152,16 @@ def _record(teacher: Model, trajectories: Trajectories, pictures, conditions) ->
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     moved = {name: value.to(device) for name, value in vars(batch).items() if value is not None}
     return replace(batch, **moved)
+
+
+def _digest(states: States, rows: slice) -> str:
+    """Names a file of velocities by the states it answers, so that it is never taken for the answer to others."""
+    parts = (states.latent, states.t, states.prompt, states.guidance)
+    digest = hashlib.sha256()
+    for part in parts:
+        if part is not None:
+            digest.update(part[rows].numpy().tobytes())
+    return digest.hexdigest()[:24]
 
 
 def _split(x: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:

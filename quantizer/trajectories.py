@@ -38,7 +38,6 @@ class Settings:
     """
 
     sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
-    pictures: int = 64
     steps: int | None = None
     shift: float | None = None
     guidance: tuple[float, ...] | None = None
@@ -139,7 +138,7 @@ class Trajectories:
         held = min(max(1, round(settings.holdout * len(conditioning))), len(conditioning) // 2)
         order = torch.randperm(len(conditioning), generator=torch.Generator().manual_seed(settings.seed)).tolist()
         self.prompts = {"train": sorted(order[held:]), "holdout": sorted(order[:held]) or [0]}
-        values = asdict(settings) | {"pictures": None, "steps": self.steps, "shift": self.shift}
+        values = asdict(settings) | {"steps": self.steps, "shift": self.shift}
         prompts = _digest("\n".join(conditioning.prompts).encode())
         keep_settings(self.folder, values | {"model": model, "prompts": prompts})
 
@@ -149,10 +148,10 @@ class Trajectories:
             return None
         return self.settings.guidance or ((30.0,) if self.arch.in_channels > 80 else (3.5,))
 
-    def plan(self, split: str = "train", count: int | None = None) -> list[Picture]:
-        """The first `count` pictures (default: as the settings say) of the `train` or the `holdout` prompts."""
+    def plan(self, split: str, count: int) -> list[Picture]:
+        """The first `count` pictures of the `train` or the `holdout` prompts."""
         prompts, pictures = self.prompts[split], []
-        for i in range(self.settings.pictures if count is None else count):
+        for i in range(count):
             lap, place = divmod(i, len(prompts))
             shape = self.shapes[(i + lap) % len(self.shapes)]
             guidance = None if self.guidance is None else self.guidance[(i + lap) % len(self.guidance)]

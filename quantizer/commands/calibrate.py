@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         shop.paint()
         blocks = len(shop.arch.block_names)
         count = args.states or enough_states(shop.arch, shop.tokens)
-        states = shop.trajectories.states(shop.trajectories.plan(), count, args.seed + 1)
+        states = shop.trajectories.states(shop.training_pictures, count, args.seed + 1)
         changes = {"damping": args.damping, "sweeps": args.sweeps, "batch": args.batch or shop.teacher_batch}
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = Settings(rank=args.rank, packing=args.packing, **changes)

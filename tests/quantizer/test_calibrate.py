@@ -36,10 +36,11 @@ class Case:
         self.conditioning = Conditioning(torch.randn(10, 3, 12, generator=generator), pooled, names)
         self.teacher = Teacher(open_checkpoint(self.path))
         sizes = ((64, 64), (32, 64)) if version == 1 else ((64, 64), (48, 64))
-        settings = trajectories.Settings(sizes, pictures=6, steps=2)
+        settings = trajectories.Settings(sizes, steps=2)
         self.shop = trajectories.Trajectories(folder / "pictures", arch, self.conditioning, settings, "random")
-        self.shop.generate(self.teacher, self.shop.plan())
-        self.states = self.shop.states(self.shop.plan(), 24)
+        pictures = self.shop.plan("train", 6)
+        self.shop.generate(self.teacher, pictures)
+        self.states = self.shop.states(pictures, 24)
 
     def run(self, name: str, work: str, **arguments):
         settings = Settings(batch=4, sweeps=1, **arguments)

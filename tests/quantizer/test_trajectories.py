@@ -68,14 +68,14 @@ def test_pictures_are_cached_and_continued(tmp_path):
         calls.append(len(latent))
         return velocity(latent, *rest)
 
-    shop = make(tmp_path / "pictures", pictures=6, steps=2, sizes=((64, 64), (32, 64)))
-    pictures = shop.plan()
+    shop = make(tmp_path / "pictures", steps=2, sizes=((64, 64), (32, 64)))
+    pictures = shop.plan("train", 6)
     shop.generate(counted, pictures[:3], batch=2)
     first = {path: path.read_bytes() for path in shop.folder.glob("train-*")}
     assert len(first) == 3
     calls.clear()
     seen = []
-    again = make(tmp_path / "pictures", pictures=6, steps=2, sizes=((64, 64), (32, 64)))
+    again = make(tmp_path / "pictures", steps=2, sizes=((64, 64), (32, 64)))
     again.generate(counted, pictures, 2, seen.append)
     assert sum(calls) == 2 * 3 and seen[0] == 3 and sum(seen) == 6
     assert all(path.read_bytes() == data for path, data in first.items())
@@ -88,10 +88,10 @@ def test_pictures_are_cached_and_continued(tmp_path):
 
 
 def test_pictures_do_not_depend_on_the_batch(tmp_path):
-    shops = [make(tmp_path / str(batch), pictures=3, steps=2) for batch in (1, 3)]
+    shops = [make(tmp_path / str(batch), steps=2) for batch in (1, 3)]
     for batch, shop in zip((1, 3), shops, strict=True):
-        shop.generate(lambda latent, *_: 0.1 * latent, shop.plan(), batch)
-    assert torch.equal(*(shop.latents(shop.plan()) for shop in shops))
+        shop.generate(lambda latent, *_: 0.1 * latent, shop.plan("train", 3), batch)
+    assert torch.equal(*(shop.latents(shop.plan("train", 3)) for shop in shops))
 
 
 def test_other_settings_or_models_are_refused(tmp_path):
@@ -105,8 +105,8 @@ def test_other_settings_or_models_are_refused(tmp_path):
 
 
 def test_held_out_prompts_are_never_painted_for_training(tmp_path):
-    shop = make(tmp_path, pictures=100, guidance=(2.5, 4.0))
-    train, held = shop.plan(), shop.plan("holdout", 5)
+    shop = make(tmp_path, guidance=(2.5, 4.0))
+    train, held = shop.plan("train", 100), shop.plan("holdout", 5)
     assert not {p.prompt for p in train} & {p.prompt for p in held}
     assert len({p.prompt for p in train}) == 18 and len({p.prompt for p in held}) == 2
     assert len({p.seed for p in train + held}) == 105
@@ -120,18 +120,18 @@ def test_one_prompt_serves_both(tmp_path):
 
 
 def test_states_lie_between_picture_and_noise(tmp_path):
-    shop = make(tmp_path, pictures=4, steps=2, sizes=((64, 64), (32, 64)))
-    shop.generate(velocity, shop.plan())
-    groups = shop.states(shop.plan(), 40, seed=3)
+    shop = make(tmp_path, steps=2, sizes=((64, 64), (32, 64)))
+    shop.generate(velocity, shop.plan("train", 4))
+    groups = shop.states(shop.plan("train", 4), 40, seed=3)
     assert sum(len(group) for group in groups) == 40 and len(groups) == 2
     for group in groups:
         noise = (group.latent - (1 - group.t)[:, None, None, None] * group.prompt[:, None, None, None] / 10)
         noise = noise / group.t[:, None, None, None]
         assert noise.std().item() == pytest.approx(1, abs=0.05)
         assert torch.equal(group.guidance, torch.full((len(group),), 3.5))
-    again = shop.states(shop.plan(), 40, seed=3)
+    again = shop.states(shop.plan("train", 4), 40, seed=3)
     assert all(torch.equal(a.latent, b.latent) and torch.equal(a.t, b.t) for a, b in zip(groups, again, strict=True))
-    assert not torch.equal(groups[0].latent, shop.states(shop.plan(), 40, seed=4)[0].latent)
+    assert not torch.equal(groups[0].latent, shop.states(shop.plan("train", 4), 40, seed=4)[0].latent)
     latent, t, context, pooled, guidance = groups[0].inputs(slice(0, 2), shop.conditioning)
     assert latent.shape[0] == t.shape[0] == context.shape[0] == pooled.shape[0] == guidance.shape[0] == 2
 
@@ -167,7 +167,7 @@ def test_sizes():
 
 
 def test_broken_teachers_are_noticed(tmp_path):
-    shop = make(tmp_path, pictures=1, steps=1)
+    shop = make(tmp_path, steps=1)
     with pytest.raises(ValueError, match="not finite"):
-        shop.generate(lambda latent, *_: latent * torch.nan, shop.plan())
+        shop.generate(lambda latent, *_: latent * torch.nan, shop.plan("train", 1))
     assert not list(shop.folder.glob("train-*"))
