@@ -64,7 +64,7 @@ def _linear_int8(x: Tensor, weight: TernaryWeight) -> Tensor:
     if weight.scale.ndim == 2:
         raise ValueError("int8 activations need row x integer scales: convert the weight with with_integer_groups()")
     codes, token_scale = quantize_tokens(x)
-    codes = pad(codes, (0, weight.trits.shape[0] * GROUP_SIZE - weight.shape[1]))
+    codes = weight.repeat_inputs(codes)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
     for columns, rows in _row_chunks(weight, torch.float32.itemsize):
         y[:, columns] = _matmul_int32(codes, _integer_weight(rows)) * token_scale * rows.scale
@@ -72,7 +72,7 @@ def _linear_int8(x: Tensor, weight: TernaryWeight) -> Tensor:
 
 
 def _integer_weight(weight: TernaryWeight) -> Tensor:
-    """Trits times integer group multipliers: int8 [N, K padded to 128]."""
+    """Trits times integer group multipliers: int8 [N, planes * K padded to 128]."""
     padded = weight.trits.shape[0] * GROUP_SIZE
     codes = unpack_planes32(weight.trits, padded)
     if weight.group is None:

@@ -1,8 +1,8 @@
 """dequantize: a ternary weight to a dense one, for torch's own matmul.
 
-    trits [blocks, N, 32], scales, low-rank factors -> [N, K] fp16 / bf16 / fp32
+    trits [planes * blocks, N, 32], scales, low-rank factors -> [N, K] fp16 / bf16 / fp32
 
-Scale, low-rank part and sum are fp32; each weight is rounded once.
+Scale, low-rank part and sums are fp32; each weight is rounded once.
 """
 
 import triton
@@ -11,6 +11,17 @@ import triton.language as tl
 from .decode import planes16
 
 BLOCK_N, WARPS = 64, 4
+
+
+@triton.jit
+def _block(trits_ptr, group_ptr, scale, j, n, i, trits_stride, group_stride, GROUPS, LANE, PTX):
+    """Block j of one trit plane times its scales: four fp32 [BLOCK_N, 32], inputs i, 32 + i, 64 + i and 96 + i."""
+    trits = tl.load(trits_ptr + j * trits_stride + n[:, None] * 32 + i[None, :])
+    if GROUPS:
+        scale *= tl.load(group_ptr + j * group_stride + n).to(tl.float32)
+    w0, w1, w2, w3 = planes16(trits, LANE, PTX)
+    scale = scale[:, None]
+    return w0.to(tl.float32) * scale, w1.to(tl.float32) * scale, w2.to(tl.float32) * scale, w3.to(tl.float32) * scale
 
 
 @triton.jit
@@ -29,6 +40,7 @@ def _dequantize(
     GROUPS: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     RANK: tl.constexpr,
+    PLANES: tl.constexpr,
     PTX: tl.constexpr,
 ):
     OUT_TYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -37,20 +49,22 @@ def _dequantize(
     block = tl.program_id(1)
     i = tl.arange(0, 32)
     n_safe = tl.where(n < N, n, 0)
-    trits = tl.load(trits_ptr + block * trits_stride + n_safe[:, None] * 32 + i[None, :])
     scale = tl.full((BLOCK_N,), 0.5, tl.float32)
     if ROW_SCALE:
         scale *= tl.load(row_scale_ptr + n_safe)
-    if GROUPS:
-        scale *= tl.load(group_ptr + block * group_stride + n_safe).to(tl.float32)
-    planes = planes16(trits, LANE, PTX)
+    weights = _block(trits_ptr, group_ptr, scale, block, n_safe, i, trits_stride, group_stride, GROUPS, LANE, PTX)
+    if PLANES == 2:
+        j = tl.num_programs(1) + block
+        second = _block(trits_ptr, group_ptr, scale, j, n_safe, i, trits_stride, group_stride, GROUPS, LANE, PTX)
     if RANK > 0:
         PADDED: tl.constexpr = max(16, triton.next_power_of_2(RANK))
         r = tl.arange(0, PADDED)
         up = tl.load(up_ptr + n_safe[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
-    for plane in tl.static_range(4):
-        dense = planes[plane].to(tl.float32) * scale[:, None]
-        k = block * 128 + plane * 32 + i
+    for quarter in tl.static_range(4):
+        dense = weights[quarter]
+        if PLANES == 2:
+            dense += second[quarter]
+        k = block * 128 + quarter * 32 + i
         if RANK > 0:
             inside = (r[:, None] < RANK) & (k[None, :] < K)
             dense = tl.dot(up, tl.load(down_ptr + r[:, None] * K + k[None, :], mask=inside, other=0.0), dense)
@@ -62,7 +76,7 @@ def dequantize(weight, down, up, out, chip):
     """Launches the kernel on out [N, K]. down [r, K] and up [N, r] have one 16-bit dtype; both may be None."""
     n, k = out.shape
     row_scale, group = (None, weight.scale) if weight.scale.ndim == 2 else (weight.scale, weight.group)
-    _dequantize[(triton.cdiv(n, BLOCK_N), weight.trits.shape[0])](
+    _dequantize[(triton.cdiv(n, BLOCK_N), weight.trits.shape[0] // weight.planes)](
         weight.trits,
         row_scale,
         group,
@@ -77,6 +91,7 @@ def dequantize(weight, down, up, out, chip):
         GROUPS=group is not None,
         ROW_SCALE=row_scale is not None,
         RANK=0 if up is None else up.shape[1],
+        PLANES=weight.planes,
         PTX=chip.ptx,
         num_warps=WARPS,
     )

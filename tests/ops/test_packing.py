@@ -19,14 +19,14 @@ def random_codes(shape, seed=0):
 
 
 @pytest.mark.parametrize("name", packing.PACKINGS)
-@given(shape=SHAPES, seed=st.integers(0, 2**31))
+@given(shape=SHAPES, seed=st.integers(0, 2**31), planes=st.integers(1, 2))
 @settings(max_examples=60, deadline=None)
-def test_round_trip(name, shape, seed):
+def test_round_trip(name, shape, seed, planes):
     pack, unpack = PACKERS[name]
-    codes = random_codes(shape, seed)
-    packed = pack(codes)
+    codes = random_codes((shape[0], planes * shape[1]), seed)
+    packed = pack(codes, planes)
     assert packed.dtype == torch.uint8 and packed.is_contiguous()
-    assert tuple(packed.shape) == packing.packed_shape(shape, name)
+    assert tuple(packed.shape) == packing.packed_shape(shape, name, planes)
     assert torch.equal(unpack(packed, shape[1]), codes)
     assert packing.first_invalid(packed, name) is None
 
@@ -65,6 +65,15 @@ def test_planes32_top_bits_are_the_number():
 def test_base3_layout():
     packed = packing.pack_base3(torch.tensor([[1, -1, 0, 1, -1, 1]], dtype=torch.int8))
     assert packed.tolist() == [[2 + 0 * 3 + 1 * 9 + 2 * 27 + 0 * 81, 2 + 3 + 9 + 27 + 81]]
+
+
+def test_planes_are_packed_one_after_the_other():
+    first, second = random_codes((3, 200), 1), random_codes((3, 200), 2)
+    codes = torch.cat([first, second], 1)
+    apart = [packing.pack_planes32(first), packing.pack_planes32(second)]
+    assert torch.equal(packing.pack_planes32(codes, 2), torch.cat(apart))
+    apart = [packing.pack_base3(first), packing.pack_base3(second)]
+    assert torch.equal(packing.pack_base3(codes, 2), torch.cat(apart, 1))
 
 
 @pytest.mark.parametrize("position", [0, 31, 100])
