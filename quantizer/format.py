@@ -1,13 +1,14 @@
 """The file format ternary_v1: FLUX in safetensors, with the block Linears as trits.
 
-A ternary Linear X of logical shape [N, K], with G = ceil(K/128) groups of inputs:
+A ternary Linear X of logical shape [N, K] with P trit planes, 1 or 2, and G = P * ceil(K/128) groups of inputs:
 
-    X.weight        uint8 [G, N, 32] (packing planes32) or uint8 [N, ceil(K/5)] (base3); see ops/packing.py
+    X.weight        uint8 [G, N, 32] (packing planes32) or uint8 [N, P * ceil(K/5)] (base3); see ops/packing.py
     X.weight_scale  fp32 [N], or bf16 / fp16 / fp32 [G, N]
     X.weight_group  uint8 [G, N] of 1..127, optional beside scales [N]; the scale of row n and group j is then
                     weight_scale[n] * weight_group[j, n]
     X.weight_down   bf16 [r, K], and X.weight_up bf16 [N, r], optional: W = ternary + up @ down
-    X.comfy_quant   uint8, JSON: {"format": "ternary_v1", "packing": ..., "group_size": 128, "shape": [N, K]}
+    X.comfy_quant   uint8, JSON: {"format": "ternary_v1", "packing": ..., "group_size": 128, "shape": [N, K]}, and
+                    "planes": 2 where there are two
 
 Everything else is dense (fp32, fp16 or bf16) under its own name. The header's metadata informs people and is not needed
 to decode. Files of the mixed profile have some Linears in ComfyUI's own 8-bit format beside the ternary ones:
@@ -44,6 +45,7 @@ from .container import DTYPE_NAMES, DTYPES, FormatError, TensorFile, TensorWrite
 
 FORMAT = "ternary_v1"
 INT8 = "int8_tensorwise"  # ComfyUI's name of its 8-bit format
+PLANES = (1, 2)
 SCALES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _REDO = "download or convert the file again"
 _PARTS = ("weight", "weight_scale", "weight_group", "weight_down", "weight_up", "comfy_quant")
@@ -56,27 +58,28 @@ class LayerPlan:
     """Which tensors a ternary Linear has in the file.
 
     scales: "integer" (row x integer group), "row" (row scales alone), or "bf16" / "fp16" / "fp32" (float group scales).
-    rank: of the low-rank part, 0 for none.
+    rank: of the low-rank part, 0 for none. planes: trit planes, 1 or 2.
     """
 
     shape: tuple[int, int]
     packing: str = "planes32"
     scales: str = "integer"
     rank: int = 0
+    planes: int = 1
 
     @classmethod
     def of(cls, weight: TernaryWeight, packing: str = "planes32") -> "LayerPlan":
         names = {dtype: name for name, dtype in SCALES.items()}
         per_row = "row" if weight.group is None else "integer"
         scales = per_row if weight.scale.ndim == 1 else names[weight.scale.dtype]
-        return cls(weight.shape, packing, scales, 0 if weight.up is None else weight.up.shape[1])
+        return cls(weight.shape, packing, scales, 0 if weight.up is None else weight.up.shape[1], weight.planes)
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Suffix -> dtype and shape, without comfy_quant."""
         n, k = self.shape
-        groups = (blocks(k), n)
-        parts = {"weight": (torch.uint8, packed_shape(self.shape, self.packing))}
+        groups = (self.planes * blocks(k), n)
+        parts = {"weight": (torch.uint8, packed_shape(self.shape, self.packing, self.planes))}
         parts["weight_scale"] = (SCALES[self.scales], groups) if self.scales in SCALES else (torch.float32, (n,))
         if self.scales == "integer":
             parts["weight_group"] = (torch.uint8, groups)
@@ -87,7 +90,8 @@ class LayerPlan:
     @property
     def comfy_quant(self) -> Tensor:
         """The JSON that says how to decode, uint8, padded with blanks to a multiple of 8 bytes."""
-        text = json.dumps({"format": FORMAT, "packing": self.packing, "group_size": GROUP_SIZE, "shape": self.shape})
+        fields = {"format": FORMAT, "packing": self.packing, "group_size": GROUP_SIZE, "shape": self.shape}
+        text = json.dumps(fields if self.planes == 1 else fields | {"planes": self.planes})
         return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 8) * 8).encode()), dtype=torch.uint8)
 
     @property
@@ -118,9 +122,9 @@ class TernaryWriter:
         if plan.packing == "planes32":
             self.tensors.write(f"{name}.weight", weight.trits)
         else:
-            n, row_bytes = packed_shape(plan.shape, plan.packing)
+            n, row_bytes = packed_shape(plan.shape, plan.packing, plan.planes)
             for start in range(0, n, _ROWS):
-                rows = pack_base3(weight.rows(start, start + _ROWS).codes())
+                rows = pack_base3(weight.rows(start, start + _ROWS).codes(), plan.planes)
                 self.tensors.write_bytes(f"{name}.weight", rows.cpu().flatten().numpy(), start * row_bytes)
         parts = {"scale": weight.scale, "group": weight.group, "down": weight.down, "up": weight.up}
         for part, tensor in parts.items():
@@ -215,14 +219,14 @@ class TernaryFile:
 
 
 def planes32(packed: Tensor, layer: LayerPlan) -> Tensor:
-    """A layer's packed trits as planes32, uint8 [ceil(K/128), N, 32]."""
+    """A layer's packed trits as planes32, uint8 [planes * ceil(K/128), N, 32]."""
     if layer.packing == "planes32":
         return packed
     n, k = layer.shape
-    trits = torch.empty(packed_shape(layer.shape, "planes32"), dtype=torch.uint8)
+    trits = torch.empty(packed_shape(layer.shape, "planes32", layer.planes), dtype=torch.uint8)
     for start in range(0, n, _ROWS):
         rows = slice(start, start + _ROWS)
-        trits[:, rows] = pack_planes32(unpack_base3(packed[rows], k))
+        trits[:, rows] = pack_planes32(unpack_base3(packed[rows], k), layer.planes)
     return trits
 
 
@@ -255,7 +259,7 @@ def open_ternary(path: str | os.PathLike, check_codes: bool = True) -> TernaryFi
 
 
 def _read_layer(file: TensorFile, key: str) -> LayerPlan:
-    packing, shape = _read_json(file, f"{key}.comfy_quant")
+    packing, shape, planes = _read_json(file, f"{key}.comfy_quant")
     entries = file.entries
     for part in ("weight", "weight_scale"):
         if f"{key}.{part}" not in entries:
@@ -269,7 +273,7 @@ def _read_layer(file: TensorFile, key: str) -> LayerPlan:
         scales = "integer" if f"{key}.weight_group" in entries else "row"
     down = entries.get(f"{key}.weight_down")
     rank = 0 if down is None or not down.shape else down.shape[0]
-    plan = LayerPlan(shape, packing, scales, rank)
+    plan = LayerPlan(shape, packing, scales, rank, planes)
     for part in _PARTS[:-1]:
         entry, expected = entries.get(f"{key}.{part}"), plan.tensors.get(part)
         if entry is None and expected is None:
@@ -284,8 +288,8 @@ def _read_layer(file: TensorFile, key: str) -> LayerPlan:
     return plan
 
 
-def _read_json(file: TensorFile, key: str) -> tuple[str, tuple[int, int]]:
-    """Packing and logical shape."""
+def _read_json(file: TensorFile, key: str) -> tuple[str, tuple[int, int], int]:
+    """Packing, logical shape and trit planes."""
     if file.entries[key].dtype != "U8":
         raise FormatError(file.path, f"dtype {file.entries[key].dtype} where uint8 JSON is expected; {_REDO}", key)
     try:
@@ -305,9 +309,13 @@ def _read_json(file: TensorFile, key: str) -> tuple[str, tuple[int, int]]:
     if fields.get("group_size") != GROUP_SIZE:
         problem = f"group size {fields.get('group_size')!r}, and this version reads {GROUP_SIZE}; {_REDO}"
         raise FormatError(file.path, problem, key)
+    planes = fields.get("planes", 1)
+    if type(planes) is not int or planes not in PLANES:
+        problem = f"{planes!r} trit planes, and this version reads {' and '.join(map(str, PLANES))}; update this pack"
+        raise FormatError(file.path, problem, key)
     match fields.get("shape"):
         case [int(n), int(k)] if n > 0 and k > 0:
-            return fields["packing"], (n, k)
+            return fields["packing"], (n, k), planes
     raise FormatError(file.path, f"shape {fields.get('shape')!r} is not [outputs, inputs]; {_REDO}", key)
 
 
@@ -354,8 +362,10 @@ def _check_values(file: TensorFile, key: str, layer: LayerPlan) -> None:
 
 
 def _padding(packed: Tensor, layer: LayerPlan) -> Tensor:
-    """The trits after the last input, int8 [N, ...]."""
+    """The trits after the last input of each plane, int8 [planes * N, ...]."""
     k = layer.shape[1]
     if layer.packing == "planes32":
-        return unpack_planes32(packed[-1:], GROUP_SIZE)[:, (k - 1) % GROUP_SIZE + 1 :]
-    return unpack_base3(packed[:, -1:].contiguous(), 5)[:, (k - 1) % 5 + 1 :]
+        last = unpack_planes32(packed[blocks(k) - 1 :: blocks(k)], GROUP_SIZE)
+        return last.view(-1, GROUP_SIZE)[:, (k - 1) % GROUP_SIZE + 1 :]
+    last = packed.view(-1, packed.shape[1] // layer.planes)[:, -1:]
+    return unpack_base3(last.contiguous(), 5)[:, (k - 1) % 5 + 1 :]

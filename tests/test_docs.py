@@ -13,13 +13,14 @@ import _pack
 @pytest.mark.parametrize("packing", ["planes32", "base3"])
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("k", [100, 300])
-def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k):
+@pytest.mark.parametrize("planes", [1, 2])
+def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k, planes):
     (source,) = re.findall(r"```python\n(.*?)```", (_pack.ROOT / "docs" / "format.md").read_text(), re.DOTALL)
     namespace = {}
     exec(source, namespace)
-    codes = torch.randint(-1, 2, (6, k), dtype=torch.int8)
-    group = torch.randint(1, 128, (-(-k // 128), 6), dtype=torch.uint8) if grouped else None
-    weight = TernaryWeight.from_codes(codes, torch.rand(6), group)
+    codes = torch.randint(-1, 2, (6, planes * k), dtype=torch.int8)
+    group = torch.randint(1, 128, (planes * -(-k // 128), 6), dtype=torch.uint8) if grouped else None
+    weight = TernaryWeight.from_codes(codes, torch.rand(6), group, planes=planes)
     path = tmp_path / "one.safetensors"
     with create_ternary(path, {"layer": LayerPlan.of(weight, packing)}, {}, {}) as writer:
         writer.layer("layer", weight)
