@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from . import workshop
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -14,21 +16,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("source", type=Path, metavar="IN", help="dense FLUX.1 or FLUX.2 checkpoint, .safetensors")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the .safetensors to write")
-    parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
-    parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
+    workshop.add_arguments(parser)
     parser.add_argument("--pictures", type=int, default=128, help="that the original paints (default: %(default)s)")
     parser.add_argument("--states", type=int, help="noisy states of them (default: what the largest Linear needs)")
-    parser.add_argument("--sampler-steps", type=int, help="of the original's pictures (default: the model's own)")
-    parser.add_argument("--guidance", type=float, nargs="+", help="values for models with a guidance embedding")
     parser.add_argument("--rank", type=int, default=0, help="add low-rank factors to every Linear (default: none)")
     parser.add_argument("--damping", type=float, help="of the second moments, relative (default: 0.01)")
     parser.add_argument("--sweeps", type=int, help="of descent over codes and scales (default: 3)")
     parser.add_argument("--batch", type=int, help="states at a time (default: by their number of tokens)")
     parser.add_argument("--packing", choices=("planes32", "base3"), default="planes32", help="(default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
-    parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: OUT.work)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    workshop.add_file_arguments(parser)
     parser.set_defaults(interrupted="give the same command again to go on")
 
 
@@ -36,24 +32,11 @@ def run(args: argparse.Namespace) -> None:
     from ..atomic import check_target
     from ..bars import Bars
     from ..calibrate import Settings, calibrate, enough_states
-    from ..pipeline import Workshop, choose_device
-    from ..trajectories import parse_sizes
 
     check_target(args.output, 0, args.force)
-    work = args.work or args.output.with_name(args.output.name + ".work")
+    work = workshop.work_folder(args)
     with Bars() as bars:
-        shop = Workshop(
-            args.source,
-            args.conditioning,
-            work,
-            parse_sizes(args.size),
-            pictures=args.pictures,
-            sampler_steps=args.sampler_steps,
-            guidance=None if args.guidance is None else tuple(args.guidance),
-            seed=args.seed,
-            device=choose_device(args.device),
-            on_progress=bars.show,
-        )
+        shop = workshop.open_workshop(args, args.source, work, pictures=args.pictures, on_progress=bars.show)
         shop.paint()
         blocks = len(shop.arch.block_names)
         count = args.states or enough_states(shop.arch, shop.tokens)

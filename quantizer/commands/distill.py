@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from . import workshop
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -15,8 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round` or `calibrate`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
-    parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
-    parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
+    workshop.add_arguments(parser)
     parser.add_argument("--rank", type=int, default=0, help="of low-rank factors for every Linear (default: none)")
     parser.add_argument("--codes", action="store_true", help="train the ternary codes too")
     parser.add_argument("--block-steps", type=int, default=0, help="steps of a block-wise first pass (default: none)")
@@ -28,17 +29,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--pictures", type=int, default=256, help="that the original paints (default: %(default)s)")
     parser.add_argument("--states", type=int, default=2048, help="noisy states of them (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=16, help="pictures of held-out prompts (default: %(default)s)")
-    parser.add_argument("--sampler-steps", type=int, help="of the original's pictures (default: the model's own)")
-    parser.add_argument("--guidance", type=float, nargs="+", help="values for models with a guidance embedding")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on all learning rates (default: %(default)s)")
     parser.add_argument("--evaluate-every", type=int, default=100, help="steps (default: %(default)s)")
     parser.add_argument("--checkpoint-minutes", type=float, default=5.0, help="(default: %(default)s)")
     parser.add_argument("--packing", choices=("planes32", "base3"), help="(default: as START)")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
-    parser.add_argument("--work", type=Path, help="folder for pictures and checkpoints (default: OUT.work)")
+    workshop.add_file_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the work folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(interrupted="give the same command with --resume to go on")
 
 
@@ -46,28 +42,15 @@ def run(args: argparse.Namespace) -> None:
     from ..bars import Bars
     from ..blockwise import BlockSettings
     from ..distill import RATES
-    from ..pipeline import Workshop, choose_device, distill_file, plan_for, settings_for
-    from ..trajectories import parse_sizes
+    from ..pipeline import distill_file, plan_for, settings_for
 
-    work = args.work or args.output.with_name(args.output.name + ".work")
+    work = workshop.work_folder(args)
     checkpoint = work / "distill.safetensors"
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} belongs to an unfinished run: give --resume to continue it, or delete it")
     with Bars() as bars:
-        shop = Workshop(
-            args.teacher,
-            args.conditioning,
-            work,
-            parse_sizes(args.size),
-            args.pictures,
-            args.states,
-            args.held_out,
-            args.sampler_steps,
-            None if args.guidance is None else tuple(args.guidance),
-            args.seed,
-            choose_device(args.device),
-            bars.show,
-        )
+        amounts = {"pictures": args.pictures, "states": args.states, "held_out": args.held_out}
+        shop = workshop.open_workshop(args, args.teacher, work, on_progress=bars.show, **amounts)
         plan = plan_for(shop)
         rates = {kind: args.rate * rate for kind, rate in RATES.items()}
         settings = settings_for(
@@ -105,8 +88,9 @@ def run(args: argparse.Namespace) -> None:
             args.packing,
             blocks,
             args.force,
-            step,
-            lambda result: bars.say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
+            checkpoint,
+            on_step=step,
+            on_block=lambda result: bars.say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
     checkpoint.unlink(missing_ok=True)
     print(f"{args.output}: velocity error {before.error:.4f} -> {distiller.best_error:.4f} on held-out prompts")

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from . import workshop
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -14,23 +16,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("files", nargs="*", metavar="NAME=FILE", help="ternary files, in the order of the stages")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the page is written")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="the original checkpoint")
-    parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
+    workshop.add_arguments(parser)
     parser.add_argument(
         "--work", type=Path, help="the work folder of `convert`: its stages come first, its states are used"
     )
-    parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
     parser.add_argument("--vae", type=Path, help="a VAE in TAESD form; without it latents are shown in false colours")
     parser.add_argument("--pictures", type=int, default=4, help="to show (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=16, help="pictures to measure on (default: %(default)s)")
-    parser.add_argument("--sampler-steps", type=int, help="(default: the model's own)")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
-    parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..pipeline import Workshop, choose_device
     from ..report import report, taesd_decoder
-    from ..trajectories import parse_sizes
 
     files = {}
     for stage, name in (("round", "rounded"), ("calibrate", "calibrated")):
@@ -42,14 +38,6 @@ def run(args: argparse.Namespace) -> None:
         files[name if separator else Path(text).stem] = Path(path if separator else text)
     if not files:
         raise ValueError("give ternary files as NAME=FILE, or --work with the work folder of a conversion")
-    shop = Workshop(
-        args.teacher,
-        args.conditioning,
-        args.work or args.output / "work",
-        parse_sizes(args.size),
-        held_out=args.held_out,
-        sampler_steps=args.sampler_steps,
-        seed=args.seed,
-        device=choose_device(args.device),
-    )
+    work = args.work or args.output / "work"
+    shop = workshop.open_workshop(args, args.teacher, work, held_out=args.held_out)
     print(report(shop, files, args.output, args.pictures, args.vae and taesd_decoder(args.vae)))

@@ -1,0 +1,45 @@
+"""The arguments that all commands share in which the original paints, and the workshop they describe."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..pipeline import Workshop
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
+    parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
+    parser.add_argument("--sampler-steps", type=int, help="of the original's pictures (default: the model's own)")
+    parser.add_argument("--guidance", type=float, nargs="+", help="values for models with a guidance embedding")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """For commands that write a file OUT."""
+    parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: OUT.work)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def work_folder(args: argparse.Namespace) -> Path:
+    return args.work or args.output.with_name(args.output.name + ".work")
+
+
+def open_workshop(args: argparse.Namespace, dense: Path, work: Path, **amounts) -> "Workshop":
+    """The workshop for these arguments; `amounts` are further fields of it."""
+    from ..pipeline import Workshop, choose_device
+    from ..trajectories import parse_sizes
+
+    return Workshop(
+        dense,
+        args.conditioning,
+        work,
+        parse_sizes(args.size),
+        sampler_steps=args.sampler_steps,
+        guidance=None if args.guidance is None else tuple(args.guidance),
+        seed=args.seed,
+        device=choose_device(args.device),
+        **amounts,
+    )

@@ -1,0 +1,79 @@
+"""The stages as separate commands, on the command line: calibrate, distill (interrupted and resumed), mixed."""
+
+import signal
+
+import pytest
+import torch
+from ternary_flux.quantizer import bars, cli, conditioning
+from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.tests.quantizer import synthetic
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dense checkpoint, prompts, and the file that `calibrate` makes of them."""
+    folder = tmp_path_factory.mktemp("stages")
+    arch = synthetic.FLUX1
+    synthetic.write(folder / "dense.safetensors")
+    context, pooled = torch.randn(8, 5, arch.context_dim), torch.randn(8, arch.vec_dim)
+    conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(8)], context, pooled)
+    more = ("--pictures", 4, "--states", 16, "--sweeps", 1, "--packing", "base3")
+    assert run("calibrate", folder / "dense.safetensors", "-o", folder / "calibrated.safetensors", *more) == 0
+    return folder
+
+
+def run(command, start, dash, output, *more):
+    cond = output.parent / "cond.safetensors"
+    fixed = ["--conditioning", cond, "--size", "64x64", "--sampler-steps", 2, "--guidance", 2.5, 4, "--device", "cpu"]
+    return cli.run([str(x) for x in (command, start, dash, output, *fixed, *more)])
+
+
+def distill(folder, name, *more):
+    fixed = ["--teacher", folder / "dense.safetensors", "--pictures", 4, "--states", 16, "--held-out", 2]
+    fixed += ["--steps", 6, "--evaluate-every", 3, "--rank", 2, "--codes", "--batch", 4]
+    return run("distill", folder / "calibrated.safetensors", "-o", folder / name, *fixed, *more)
+
+
+@pytest.fixture(scope="module")
+def distilled(folder):
+    assert distill(folder, "distilled.safetensors") == 0
+    return folder / "distilled.safetensors"
+
+
+def test_calibrate_keeps_its_choices(folder):
+    file = open_ternary(folder / "calibrated.safetensors")
+    assert file.metadata["ternary.method"] == "calibrate"
+    assert {plan.packing for plan in file.layers.values()} == {"base3"}
+
+
+def test_distill_adds_factors(distilled):
+    file = open_ternary(distilled)
+    assert file.metadata["ternary.method"] == "distill"
+    assert all(file.weight(name).up.shape[1] == 2 for name in file.layers)
+
+
+def test_an_interrupted_distillation_resumes_to_the_same_file(folder, distilled, monkeypatch, capsys):
+    show = bars.Bars.show
+
+    def interrupting(self, what, done, total):
+        show(self, what, done, total)
+        if what == "training steps" and done == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(bars.Bars, "show", interrupting)
+    assert distill(folder, "again.safetensors") == cli.INTERRUPTED
+    assert "--resume" in capsys.readouterr().err and not (folder / "again.safetensors").exists()
+    monkeypatch.undo()
+    assert distill(folder, "again.safetensors") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert distill(folder, "again.safetensors", "--resume") == 0
+    one, other = open_ternary(distilled), open_ternary(folder / "again.safetensors")
+    assert all((one.file.bytes(key) == other.file.bytes(key)).all() for key in one.file.entries)
+
+
+def test_mixed_grows_as_far_as_it_may(folder, distilled, capsys):
+    output = folder / "mixed.safetensors"
+    more = ("--teacher", folder / "dense.safetensors", "--growth", 0.3, "--pictures", 2)
+    assert run("mixed", distilled, "-o", output, *more) == 0
+    assert "mixed.safetensors" in capsys.readouterr().out
+    assert distilled.stat().st_size < output.stat().st_size <= 1.3 * distilled.stat().st_size + 4096
