@@ -27,8 +27,9 @@ setup: $(SETUP)
 demo: $(SETUP)
 	$(PYTHON) -m benchmarks.miniature.demo
 
+# A file's tests share fixtures, so each file stays with one of the two processes.
 test: $(SETUP)
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
