@@ -5,6 +5,7 @@ with the k that maximises (sum of the k largest)^2 / k; sorting the group finds 
 the form row x integer, which is what the kernels multiply by, and the trits are chosen for those.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,24 +90,30 @@ def ternarize(weight: Tensor, method: str = "least-squares") -> tuple[TernaryWei
 
     Raises ValueError if the weight is not finite.
     """
-    matrix = Matrix(tuple(weight.shape))
+    return by_rows(weight, lambda rows: round_rows(rows.float().cpu().numpy(), method))
+
+
+def by_rows(weight: Tensor, rounding: Callable[[Tensor], Rows], planes: int = 1) -> tuple[TernaryWeight, float]:
+    """Round a weight [N, K] some rows at a time; returns it and its relative error."""
+    matrix = Matrix(tuple(weight.shape), planes)
     step = Matrix.chunk_rows(matrix.weight.shape)
     for start in range(0, len(weight), step):
-        matrix.put(start, round_rows(weight[start : start + step].detach().float().cpu().numpy(), method))
+        matrix.put(start, rounding(weight[start : start + step].detach()))
     return matrix.weight, matrix.error
 
 
 class Matrix:
     """A ternary weight [N, K] that is filled in by rows."""
 
-    def __init__(self, shape: tuple[int, int]):
+    def __init__(self, shape: tuple[int, int], planes: int = 1):
         n, k = shape
+        groups = planes * blocks(k)
         self.missing = n
         self.weight = TernaryWeight(
-            torch.empty(blocks(k), n, 32, dtype=torch.uint8),
+            torch.empty(groups, n, 32, dtype=torch.uint8),
             torch.empty(n),
             shape,
-            torch.empty(blocks(k), n, dtype=torch.uint8),
+            torch.empty(groups, n, dtype=torch.uint8),
         )
         self._squares = []
 
