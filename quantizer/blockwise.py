@@ -19,7 +19,16 @@ from .flux import Flux, State
 from .format import LayerPlan, TernaryFile, create_ternary, open_ternary
 from .optimizer import Adam
 from .states import Pool
-from .student import add_low_rank, input_moments, load_block, load_stem, stored_dense, ternary_linears, train_codes
+from .student import (
+    add_low_rank,
+    input_moments,
+    load_block,
+    load_stem,
+    stored_dense,
+    stored_layers,
+    ternary_linears,
+    train_codes,
+)
 from .teacher import Teacher
 from .trainable import TernaryLinear
 
@@ -161,7 +170,7 @@ def _power(before: Sequence[State], after: Sequence[State], stream: str) -> floa
 def _write_part(
     path: Path, name: str, block: nn.Module, layers: Mapping[str, TernaryLinear], start: TernaryFile
 ) -> None:
-    weights = {layer: module.export() for layer, module in layers.items()}
+    weights = stored_layers(start, layers, f"{name}.")
     parameters = {f"{name}.{leaf}": p for leaf, p in block.named_parameters()}
     dense = {key: t for key, t in stored_dense(start, parameters).items() if key.startswith(f"{name}.")}
     plans = {layer: LayerPlan.of(weight) for layer, weight in weights.items()}

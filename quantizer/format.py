@@ -195,10 +195,11 @@ class TernaryFile:
         return tuple(name.removesuffix(".comfy_quant") for name in self.dense if name.endswith(".comfy_quant"))
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter that is not ternary; 8-bit weights are decoded to fp32."""
-        if name.removesuffix(".weight") not in self.int8:
-            return self.tensor(name)
-        return self.tensor(name).float() * self.tensor(f"{name}_scale")
+        """A parameter as a dense tensor; ternary and 8-bit weights are decoded to fp32."""
+        layer = name.removesuffix(".weight")
+        if layer in self.layers and layer != name:
+            return self.weight(layer).dequantize()
+        return self.tensor(name).float() * self.tensor(f"{name}_scale") if layer in self.int8 else self.tensor(name)
 
     def weight(self, name: str) -> TernaryWeight:
         """The weight of a ternary Linear: memory-mapped, except that base3 trits are unpacked to planes32."""

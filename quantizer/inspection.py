@@ -80,13 +80,16 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
     yield _architecture(file.architecture)
     linears = f"{len(file.layers)} Linears, {size.ternary_weights / 1e6:,.1f} M weights"
     yield _row("ternary", f"{linears}, {size.bits_per_weight:.3f} bits per weight ({packings}; scales {scales}{rank})")
+    if double := [plan.shape for plan in plans if plan.planes == 2]:
+        count = sum(map(math.prod, double)) / 1e6
+        yield _row("two planes", f"{len(double)} of these are Linears of two trit planes, {count:,.1f} M weights")
     dtypes = _dtypes(file.file.entries[key].dtype for key in file.dense.values())
     yield _row("dense", f"{len(file.dense)} tensors, {size.dense_weights / 1e6:,.1f} M weights ({dtypes})")
     if file.int8:
         eight_bit = sum(math.prod(file.shapes[f"{name}.weight"]) for name in file.int8)
         yield _row("8 bits", f"{len(file.int8)} of these are Linears in {INT8}, {eight_bit / 1e6:,.1f} M weights")
     yield _row("size", f"{_bytes(size.bytes)}, in bf16 {_bytes(size.bf16_bytes)}: {size.ratio:.2f} times smaller")
-    errors = _errors(file)
+    errors = stated_errors(file)
     if errors:
         worst = max(errors, key=errors.get)
         mean = sum(errors.values()) / len(errors)
@@ -104,10 +107,12 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
 def _layer(name: str, plan: LayerPlan, error: float | None) -> str:
     n, k = plan.shape
     shown = "" if error is None else f"  error {error:.4f}"
-    return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{shown}"
+    planes = "" if plan.planes == 1 else f" in {plan.planes} planes"
+    return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{planes}{shown}"
 
 
-def _errors(file: TernaryFile) -> dict[str, float]:
+def stated_errors(file: TernaryFile) -> dict[str, float]:
+    """Relative error of each layer's weight, as the metadata has it; {} where it says nothing."""
     try:
         errors = json.loads(file.metadata.get("ternary.weight_errors", "{}"))
         return {name: float(error) for name, error in errors.items()}

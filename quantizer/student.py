@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..ops import TernaryWeight
 from .architecture import Architecture
 from .checkpoint import Checkpoint
 from .flux import DoubleBlock, Flux, SingleBlock
@@ -44,14 +45,14 @@ def _fill(module: nn.Module, file: TernaryFile, prefix: str, packed: bool) -> nn
     for hole in holes:
         name = prefix + hole
         bias = file.tensor(f"{name}.bias").float() if f"{name}.bias" in file.dense else None
-        if name in file.layers:
+        if name in file.layers and file.layers[name].planes == 1:
             layer = TernaryLinear(file.weight(name), bias, packed)
         else:
-            # 8-bit layers are near the original already: their weights stay, only the bias is trained.
-            eight_bit = name in file.int8
+            # Layers of two planes or 8 bits are near the original already: they stay, only their bias is trained.
+            near = name in file.layers or name in file.int8
             weight = file.parameter(f"{name}.weight").float()
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-            layer.weight = nn.Parameter(weight, requires_grad=not eight_bit)
+            layer.weight = nn.Parameter(weight, requires_grad=not near)
             layer.bias = None if bias is None else nn.Parameter(bias)
         parent, _, leaf = hole.rpartition(".")
         setattr(module.get_submodule(parent), leaf, layer)
@@ -121,7 +122,7 @@ def save_student(
     overwrite: bool = False,
 ) -> None:
     """Write a ternary file atomically; dense tensors keep the dtypes of the file the student came from."""
-    layers = {name: layer.export() for name, layer in ternary_linears(model).items()}
+    layers = stored_layers(start, ternary_linears(model))
     plans = {name: LayerPlan.of(weight, packing or start.layers[name].packing) for name, weight in layers.items()}
     dense = stored_dense(start, dict(model.named_parameters()))
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
@@ -130,6 +131,14 @@ def save_student(
             writer.layer(name, weight)
         for name, tensor in dense.items():
             writer.dense(name, tensor)
+
+
+def stored_layers(
+    start: TernaryFile, trained: Mapping[str, TernaryLinear], prefix: str = ""
+) -> dict[str, TernaryWeight]:
+    """The file's ternary weights under the prefix, with those that were trained in their place."""
+    names = [name for name in start.layers if name.startswith(prefix)]
+    return {name: trained[name].export() if name in trained else start.weight(name) for name in names}
 
 
 def stored_dense(start: TernaryFile, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

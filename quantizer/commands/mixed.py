@@ -1,15 +1,16 @@
-"""`mixed`: give the most sensitive Linears of a ternary file 8 bits."""
+"""`mixed`: give the most sensitive Linears of a ternary file two trit planes or 8 bits."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "mixed",
-        help="give the most sensitive Linears of a ternary file 8 bits",
+        help="give the most sensitive Linears of a ternary file two trit planes or 8 bits",
         description="Measure how much each ternary Linear costs in velocity error and store those that cost most for "
-        "their bytes as int8, until the file has grown by --growth. ComfyUI loads them in its own int8 format. "
+        "their bytes as two trit planes (4.1 bits per weight) or int8, until the file has grown by --growth. "
         "`distill` goes on from the result.",
     )
     parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `calibrate` or `distill`")
@@ -18,6 +19,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
     parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
     parser.add_argument("--growth", type=float, default=0.25, help="of the file (default: %(default)s: a quarter)")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=("planes", "int8"),
+        default=("planes", "int8"),
+        help="what they may become (default: both)",
+    )
     parser.add_argument("--pictures", type=int, default=8, help="whose states are measured (default: %(default)s)")
     parser.add_argument("--sampler-steps", type=int, help="(default: the model's own)")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
@@ -56,11 +64,12 @@ def run(args: argparse.Namespace) -> None:
             done += layers
             bars.show("measured layers", done, len(file.layers))
 
-        ranking = sensitivities(file, checkpoint, batches, shop.device, count)
-    names = choose(ranking, int(args.growth * args.start.stat().st_size))
-    write_mixed(args.output, file, checkpoint, names, args.force)
-    gains = {result.name: result.gain for result in ranking}
-    for name in names:
-        print(f"  {name:<40} velocity error falls by {gains[name]:.4f}")
+        measured = sensitivities(file, checkpoint, batches, shop.device, args.kinds, count)
+    chosen = choose(measured, int(args.growth * args.start.stat().st_size))
+    write_mixed(args.output, file, checkpoint, {name: result.kind for name, result in chosen.items()}, args.force)
+    for result in sorted(chosen.values(), key=lambda result: -result.gain):
+        print(f"  {result.name:<40} {result.kind:<6} velocity error falls by {result.gain:.4f}")
+    counts = Counter(result.kind for result in chosen.values())
+    kinds = f"{counts['planes']} in two trit planes, {counts['int8']} in 8 bits"
     size = args.output.stat().st_size
-    print(f"{args.output}: {len(names)} of {len(file.layers)} Linears in 8 bits, {size / 1e6:,.1f} MB")
+    print(f"{args.output}: of {len(file.layers)} Linears {kinds}, {size / 1e6:,.1f} MB")

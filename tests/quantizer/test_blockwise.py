@@ -10,6 +10,7 @@ from ternary_flux.quantizer.checkpoint import open_checkpoint
 from ternary_flux.quantizer.conversion import round_checkpoint
 from ternary_flux.quantizer.flux import Flux
 from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.quantizer.mixed import write_mixed
 from ternary_flux.quantizer.states import Group, Pool
 from ternary_flux.quantizer.student import load_student
 from ternary_flux.quantizer.teacher import Teacher
@@ -65,6 +66,19 @@ def test_every_block_improves_and_so_does_the_model(job, tmp_path, rank, codes):
     written = open_ternary(tmp_path / "out.safetensors")
     assert written.architecture == start.architecture and written.layers.keys() == start.layers.keys()
     assert error(written, pool) < part * error(start, pool)
+
+
+def test_layers_of_two_planes_and_of_8_bits_stay_as_they_are(job, tmp_path):
+    start, teacher, pool = job
+    kinds = {"single_blocks.0.linear1": "int8", "single_blocks.0.linear2": "planes"}
+    write_mixed(tmp_path / "mixed.safetensors", start, teacher.checkpoint, kinds)
+    mixed = open_ternary(tmp_path / "mixed.safetensors")
+    settings = BlockSettings(steps=1, batch=8, states=8)
+    train_blocks(mixed, teacher, pool, tmp_path / "out.safetensors", tmp_path / "work", settings)
+    written = open_ternary(tmp_path / "out.safetensors")
+    assert written.layers == mixed.layers and written.int8 == mixed.int8
+    for name in kinds:
+        assert torch.equal(written.parameter(f"{name}.weight"), mixed.parameter(f"{name}.weight"))
 
 
 def test_an_interrupted_pass_goes_on_to_the_same_file(job, tmp_path):

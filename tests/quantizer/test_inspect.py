@@ -38,15 +38,19 @@ def test_bits_per_weight_of_a_real_layer(tmp_path):
     assert plan.nbytes == n * k / 4 + 4 * n + n * k / 128 + plan.comfy_quant.numel()
 
 
-def test_8_bit_linears_count_as_weights_and_their_scales_do_not(tmp_path):
+def test_mixed_files(tmp_path):
+    """8-bit Linears count as weights and their scales do not; Linears of two planes are named."""
     round_checkpoint(synthetic.write(tmp_path / "dense.safetensors"), tmp_path / "t.safetensors")
     name = "single_blocks.0.linear2"
     file, source = open_ternary(tmp_path / "t.safetensors"), open_checkpoint(tmp_path / "dense.safetensors")
-    write_mixed(tmp_path / "mixed.safetensors", file, source, [name])
+    other = "single_blocks.0.linear1"
+    write_mixed(tmp_path / "mixed.safetensors", file, source, {name: "int8", other: "planes"})
     before, after = sizes(file), sizes(open_ternary(tmp_path / "mixed.safetensors"))
     n, k = synthetic.FLUX1.linear_shapes[name]
     assert after.bf16_bytes == before.bf16_bytes and after.dense_weights == before.dense_weights + n * k
-    assert "1 of these are Linears in int8_tensorwise" in "\n".join(describe_file(tmp_path / "mixed.safetensors"))
+    text = "\n".join(describe_file(tmp_path / "mixed.safetensors", layers=True))
+    assert "1 of these are Linears in int8_tensorwise" in text and "1 of these are Linears of two trit planes" in text
+    assert re.search(rf"{other} .* 4\.\d+ bits in 2 planes  error 0\.17", text)
 
 
 def test_a_dense_file_says_what_ternary_would_save(tmp_path):

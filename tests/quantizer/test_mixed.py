@@ -1,10 +1,12 @@
-"""The mixed profile: the sensitive Linears are found and stored as ComfyUI's int8, and the pipeline goes on from it."""
+"""The mixed profile: sensitive Linears are found, get two planes or ComfyUI's int8, and the pipeline goes on."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from ternary_flux.quantizer import conditioning
 from ternary_flux.quantizer.architecture import Architecture
 from ternary_flux.quantizer.checkpoint import open_checkpoint
+from ternary_flux.quantizer.cli import run
 from ternary_flux.quantizer.container import FormatError
 from ternary_flux.quantizer.conversion import round_checkpoint
 from ternary_flux.quantizer.export import export_checkpoint
@@ -15,7 +17,7 @@ from ternary_flux.quantizer.student import load_student, save_student
 from ternary_flux.quantizer.velocity import Batch
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
-LOUD = "single_blocks.0.linear1"
+LOUD, HALF = "single_blocks.0.linear1", "single_blocks.0.linear2"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def error(model, batch):
 @pytest.fixture
 def mixed(made, tmp_path):
     dense, file, _ = made
-    write_mixed(tmp_path / "mixed.safetensors", file, dense, [LOUD])
+    write_mixed(tmp_path / "mixed.safetensors", file, dense, {LOUD: "int8", HALF: "planes"})
     return open_ternary(tmp_path / "mixed.safetensors")
 
 
@@ -58,29 +60,54 @@ def test_rows_of_int8():
     assert float((codes * scale - weight).abs().max()) <= float(scale.max()) / 2 + 1e-7
 
 
-def test_the_gain_of_a_layer_is_what_it_gains(made, mixed):
+@pytest.mark.parametrize("kind", ["planes", "int8"])
+def test_the_gain_of_a_layer_is_what_it_gains(made, tmp_path, kind):
     dense, file, batch = made
-    ranking = sensitivities(file, dense, [batch])
-    assert {result.name for result in ranking} == set(ARCH.linears)
-    worth = [result.gain / result.cost for result in ranking]
-    assert worth == sorted(worth, reverse=True)
-    gain = next(result.gain for result in ranking if result.name == LOUD)
-    assert error(load_student(file), batch) - error(load_student(mixed), batch) == pytest.approx(gain, rel=1e-3)
+    measured = sensitivities(file, dense, [batch], kinds=[kind])
+    assert {(result.name, result.kind) for result in measured} == {(name, kind) for name in ARCH.linears}
+    result = next(result for result in measured if result.name == LOUD)
+    write_mixed(tmp_path / "one.safetensors", file, dense, {LOUD: kind})
+    one = open_ternary(tmp_path / "one.safetensors")
+    gain = error(load_student(file), batch) - error(load_student(one), batch)
+    assert gain == pytest.approx(result.gain, rel=1e-3) and gain > 0
+    added = one.path.stat().st_size - file.path.stat().st_size
+    assert added == pytest.approx(result.cost, abs=1024)  # the header differs too
 
 
 def test_choice_fits_and_helps():
-    ranking = [
-        Sensitivity("a", 1.0, 10),
-        Sensitivity("b", 0.5, 100),
-        Sensitivity("c", 0.1, 20),
-        Sensitivity("d", -1, 1),
+    measured = [
+        Sensitivity("a", "int8", 1.0, 10),
+        Sensitivity("b", "int8", 0.5, 100),
+        Sensitivity("c", "int8", 0.1, 20),
+        Sensitivity("d", "int8", -1, 1),
     ]
-    assert choose(ranking, 40) == ["a", "c"]
-    assert choose(ranking, 0) == []
+    assert list(choose(measured, 40)) == ["a", "c"]
+    assert choose(measured, 0) == {}
+
+
+@pytest.mark.parametrize(
+    "extra, kinds",
+    [
+        (29, {"a": "planes"}),
+        (30, {"a": "planes", "b": "planes"}),  # the second layer before the small rest of the first
+        (49, {"a": "planes", "b": "planes"}),
+        (50, {"a": "int8", "b": "planes"}),
+        (70, {"a": "int8", "b": "int8"}),
+    ],
+)
+def test_two_planes_first_then_8_bits(extra, kinds):
+    measured = [
+        Sensitivity("a", "planes", 0.8, 10),
+        Sensitivity("a", "int8", 1.0, 30),
+        Sensitivity("b", "planes", 0.4, 20),
+        Sensitivity("b", "int8", 0.5, 40),
+    ]
+    assert {name: result.kind for name, result in choose(measured, extra).items()} == kinds
 
 
 def test_the_file_has_comfyuis_format(mixed):
     assert mixed.int8 == (LOUD,) and LOUD not in mixed.layers
+    assert [name for name, plan in mixed.layers.items() if plan.planes == 2] == [HALF]
     assert mixed.architecture == ARCH
     state = mixed.state_dict()
     assert state[f"{LOUD}.weight"].dtype == torch.int8 and state[f"{LOUD}.weight_scale"].shape == (7 * 128, 1)
@@ -94,12 +121,17 @@ def test_it_is_exported_and_saved_again(made, mixed, tmp_path):
     assert exported.keys() == dense.names.keys()
     codes, scale = int8(dense.tensor(f"{LOUD}.weight"))
     assert torch.equal(exported[f"{LOUD}.weight"], codes * scale)
+    original = dense.tensor(f"{HALF}.weight").float()
+    assert float((exported[f"{HALF}.weight"] - original).norm() / original.norm()) < 0.2
     student = load_student(mixed)
-    assert not student.get_parameter(f"{LOUD}.weight").requires_grad
+    for name in (LOUD, HALF):
+        assert not student.get_parameter(f"{name}.weight").requires_grad
     save_student(tmp_path / "again.safetensors", student, mixed, mixed.metadata)
     again = open_ternary(tmp_path / "again.safetensors")
     assert torch.equal(again.tensor(f"{LOUD}.weight"), mixed.tensor(f"{LOUD}.weight"))
-    assert again.int8 == mixed.int8
+    assert again.int8 == mixed.int8 and again.layers == mixed.layers
+    kept = mixed.weight(HALF).tensors
+    assert all(torch.equal(tensor, kept[part]) for part, tensor in again.weight(HALF).tensors.items())
 
 
 def test_comfyui_loads_the_layer(mixed):
@@ -128,7 +160,20 @@ def test_damage_is_named(mixed, tmp_path, part, change):
         open_ternary(tmp_path / "damaged.safetensors")
 
 
+def test_the_command(made, tmp_path, capsys):
+    dense, file, batch = made
+    conditioning.write(tmp_path / "c.safetensors", list("abcd"), batch.context, batch.pooled)
+    arguments = ["--teacher", dense.path, "--conditioning", tmp_path / "c.safetensors", "--size", "64x64"]
+    arguments += ["--pictures", 1, "--sampler-steps", 2, "--growth", 0.2, "--device", "cpu", "--kinds", "planes"]
+    assert run([str(part) for part in ("mixed", file.path, "-o", tmp_path / "out.safetensors", *arguments)]) == 0
+    written = open_ternary(tmp_path / "out.safetensors")
+    names = [name for name, plan in written.layers.items() if plan.planes == 2]
+    assert names and not written.int8
+    assert written.path.stat().st_size < 1.21 * file.path.stat().st_size
+    assert f"{len(names)} in two trit planes, 0 in 8 bits" in capsys.readouterr().out
+
+
 def test_all_layers_in_8_bits_are_refused(made, tmp_path):
     dense, file, _ = made
     with pytest.raises(ValueError, match="stay ternary"):
-        write_mixed(tmp_path / "all.safetensors", file, dense, list(file.layers))
+        write_mixed(tmp_path / "all.safetensors", file, dense, dict.fromkeys(file.layers, "int8"))
