@@ -35,11 +35,14 @@ class TernaryLayout(comfy.QuantizedLayout):
             return [name for name in ("scale", "group", "down", "up") if getattr(self, name) is not None]
 
     @classmethod
-    def quantize(cls, tensor: Tensor, scale=None, stochastic_rounding=0, inplace_ops=False, activations="auto", **_):
-        """Exact least-squares ternary of a dense weight [N, K]; `scale` is always recomputed."""
-        from ..quantizer.rounding import ternarize  # numpy-heavy, and only merges of whole models come here
+    def quantize(
+        cls, tensor: Tensor, scale=None, stochastic_rounding=0, inplace_ops=False, activations="auto", planes=1, **_
+    ):
+        """Least-squares ternary of a dense weight [N, K], in one or two trit planes; `scale` is always recomputed."""
+        from ..quantizer.planes import two_planes  # numpy-heavy, and only merges of whole models come here
+        from ..quantizer.rounding import ternarize
 
-        weight, _ = ternarize(tensor)
+        weight, _ = ternarize(tensor) if planes == 1 else two_planes(tensor)
         weight = weight.to(tensor.device)
         return weight.trits, cls.params(weight, tensor.dtype, activations)
 
@@ -58,7 +61,8 @@ class TernaryLayout(comfy.QuantizedLayout):
 
     @classmethod
     def requantize_kwargs(cls, qtensor) -> dict:
-        return {"activations": qtensor._params.activations}
+        planes = ternary_weight(qtensor._qdata, qtensor._params).planes
+        return {"activations": qtensor._params.activations, "planes": planes}
 
     @classmethod
     def params(cls, weight: TernaryWeight, dtype: torch.dtype, activations: str) -> "TernaryLayout.Params":

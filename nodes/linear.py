@@ -131,7 +131,8 @@ def take_weight(state_dict: dict, prefix: str, configuration: dict) -> TernaryWe
     state_dict.pop(f"{prefix}comfy_quant")
     suffixes = ("", "_scale", "_group", "_down", "_up")
     packed, scale, *rest = (state_dict.pop(f"{prefix}weight{suffix}", None) for suffix in suffixes)
-    plan = LayerPlan(tuple(configuration["shape"]), configuration["packing"])
+    planes = configuration.get("planes", 1)
+    plan = LayerPlan(tuple(configuration["shape"]), configuration["packing"], planes=planes)
     return TernaryWeight(planes32(packed, plan), scale, plan.shape, *rest)
 
 

@@ -164,12 +164,14 @@ def describe(file: TernaryFile, device: torch.device, activations: str) -> str:
     bits = 8 * sum(layer.nbytes for layer in layers) / weights
     size = file.path.stat().st_size
     dense = sum(math.prod(shape) for shape in file.architecture.shapes.values()) * torch.bfloat16.itemsize
+    double = sum(layer.planes == 2 for layer in layers)
+    planes = f" ({double} of two trit planes)" if double else ""
     others = f" and {len(file.int8)} int8 layers" if file.int8 else ""
     choice = layout.choose(device, activations)
     return "\n".join(
         [
             Path(file.path).name,
-            f"{file.architecture.name}, {len(layers)} ternary layers{others}, {bits:.2f} bits per weight",
+            f"{file.architecture.name}, {len(layers)} ternary layers{planes}{others}, {bits:.2f} bits per weight",
             f"{_bytes(size)}, {dense / size:.1f}x smaller than bf16",
             f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         ]

@@ -11,7 +11,7 @@ from ternary_flux.tests.nodes import tiny
 from torch.nn.functional import linear
 
 N, K = 96, 200
-VARIANTS = {"integer": {}, "float": {"float_groups": True}, "low rank": {"rank": 8}}
+VARIANTS = {"integer": {}, "float": {"float_groups": True}, "low rank": {"rank": 8}, "two planes": {"planes": 2}}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -58,18 +58,22 @@ def tensors_of(weight):
     return [weight._qdata, *(getattr(weight._params, field) for field in weight._params._tensor_fields())]
 
 
-def test_quantizing_keeps_a_ternary_weight(comfy):
-    weight = comfy.layout.wrap(tiny.ternary_weight((N, 256), tiny.generator(0)), torch.float32, "full")
+@pytest.mark.parametrize("planes, bound", [(1, 0.01), (2, 0.15)])  # one plane is 0.36 off from two
+def test_quantizing_keeps_a_ternary_weight(comfy, planes, bound):
+    ternary = tiny.ternary_weight((N, 256), tiny.generator(0), planes=planes)
+    weight = comfy.layout.wrap(ternary, torch.float32, "full")
     options = {"scale": "recalculate", "stochastic_rounding": 1, "inplace_ops": True}
     again = weight.requantize_from_float(weight.dequantize(), **options)
-    assert again._params.activations == "full"
-    assert tiny.distance(again.dequantize(), weight.dequantize()) < 0.01
+    assert again._params.activations == "full" and again._qdata.shape == weight._qdata.shape
+    assert tiny.distance(again.dequantize(), weight.dequantize()) < bound
 
 
 def test_state_dict_and_back(comfy, weight):
     entries = comfy.linear.entries(weight, "layer.")
     configuration = comfy.linear.read_configuration(entries, "layer.")
-    assert configuration == {"format": "ternary_v1", "packing": "planes32", "group_size": 128, "shape": [N, K]}
+    expected = {"format": "ternary_v1", "packing": "planes32", "group_size": 128, "shape": [N, K]}
+    planes = weight._qdata.shape[0] // 2
+    assert configuration == (expected if planes == 1 else expected | {"planes": planes})
     again = comfy.linear.take_weight(entries, "layer.", configuration)
     assert not entries
     assert torch.equal(again.dequantize(), weight.dequantize())

@@ -28,13 +28,41 @@ def test_int8_activations_are_close(comfy, path, reference):
     assert 1e-4 < error < 0.05
 
 
-@pytest.mark.parametrize("variant", [{"rank": 8}, {"float_groups": True}, {"packing": "base3"}])
+FORMS = [{"rank": 8}, {"float_groups": True}, {"packing": "base3"}, {"planes": 2}, {"planes": 2, "packing": "base3"}]
+
+
+@pytest.mark.parametrize("variant", FORMS)
 @pytest.mark.parametrize("activations", ["full", "int8"])
 def test_every_form_of_the_format_loads(comfy, tmp_path, variant, activations):
     path = tiny.write(tmp_path / "variant.safetensors", **variant)
     dense = comfy.sd.load_diffusion_model_state_dict(tiny.dense_twin(path), model_options={"dtype": torch.float32})
     error = tiny.distance(tiny.run(comfy.loader.load(str(path), activations)), tiny.run(dense))
     assert error < (1e-4 if activations == "full" else 0.05)
+
+
+def test_a_file_of_two_planes_takes_loras_and_is_saved_as_it_was(comfy, tmp_path):
+    from ternary_flux.tests.nodes import test_lora
+
+    path, saved = tiny.write(tmp_path / "two.safetensors", planes=2), tmp_path / "saved.safetensors"
+    model = comfy.loader.load(str(path), "full")
+    assert model.model_size() < 1.05 * path.stat().st_size
+    status = comfy.loader.describe(comfy.loader.check(path), tiny.CPU, "auto")
+    assert "13 ternary layers (13 of two trit planes), 4." in status
+    comfy.sd.save_checkpoint(str(saved), model)
+    before, after = load_file(path), load_file(saved)
+    for part in ("weight", "weight_scale", "weight_group", "comfy_quant"):
+        assert torch.equal(after[f"model.diffusion_model.{QKV}.{part}"], before[f"{QKV}.{part}"])
+
+    def twin():
+        options = {"dtype": torch.float32}
+        return comfy.sd.load_diffusion_model_state_dict(tiny.dense_twin(path), model_options=options)
+
+    for name in ("stacked", "dora"):
+        loras = test_lora.COMBINATIONS[name]
+        patched = test_lora.with_loras(comfy, model, loras)
+        comfy.model_management.load_models_gpu([patched])
+        assert tiny.distance(tiny.run(patched), test_lora.merged(comfy, twin, loras)) < 1e-5
+        patched.unpatch_model(tiny.CPU)
 
 
 def test_a_key_prefix_is_accepted(comfy, tmp_path, reference):

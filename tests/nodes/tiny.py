@@ -36,17 +36,17 @@ def dense_tensors(arch: Architecture, g: torch.Generator) -> dict[str, torch.Ten
     return tensors
 
 
-def ternary_weight(shape, g: torch.Generator, rank: int = 0, float_groups: bool = False) -> TernaryWeight:
+def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, planes=1) -> TernaryWeight:
     n, k = shape
-    codes = torch.randint(-1, 2, shape, generator=g, dtype=torch.int8)
+    codes = torch.randint(-1, 2, (n, planes * k), generator=g, dtype=torch.int8)
     row = (torch.rand(n, generator=g) + 0.5) * k**-0.5 / 100
-    group = torch.randint(60, 128, (blocks(k), n), generator=g, dtype=torch.uint8)
+    group = torch.randint(60, 128, (planes * blocks(k), n), generator=g, dtype=torch.uint8)
     scales = ((row * group).to(torch.bfloat16), None) if float_groups else (row, group)
     down = up = None
     if rank:
         down = (torch.randn(rank, k, generator=g) * k**-0.5).to(torch.bfloat16)
         up = (torch.randn(n, rank, generator=g) * 0.3).to(torch.bfloat16)
-    return TernaryWeight.from_codes(codes, *scales, down, up)
+    return TernaryWeight.from_codes(codes, *scales, down, up, planes)
 
 
 def write(path: Path, arch: Architecture = FLUX1, packing="planes32", seed=0, prefix="", **weights) -> Path:
