@@ -4,6 +4,8 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+from . import workshop
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -16,8 +18,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `calibrate` or `distill`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the file to write")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
-    parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
-    parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
+    workshop.add_arguments(parser)
+    workshop.add_file_arguments(parser)
     parser.add_argument("--growth", type=float, default=0.25, help="of the file (default: %(default)s: a quarter)")
     parser.add_argument(
         "--kinds",
@@ -27,11 +29,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="what they may become (default: both)",
     )
     parser.add_argument("--pictures", type=int, default=8, help="whose states are measured (default: %(default)s)")
-    parser.add_argument("--sampler-steps", type=int, help="(default: the model's own)")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
-    parser.add_argument("--work", type=Path, help="folder for the states (default: OUT.work)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,22 +36,11 @@ def run(args: argparse.Namespace) -> None:
     from ..bars import Bars
     from ..format import open_ternary
     from ..mixed import choose, sensitivities, write_mixed
-    from ..pipeline import Workshop, choose_device
-    from ..trajectories import parse_sizes
 
     check_target(args.output, 0, args.force)
     file = open_ternary(args.start)
     with Bars() as bars:
-        shop = Workshop(
-            args.teacher,
-            args.conditioning,
-            args.work or args.output.with_name(args.output.name + ".work"),
-            parse_sizes(args.size),
-            held_out=args.pictures,
-            sampler_steps=args.sampler_steps,
-            seed=args.seed,
-            device=choose_device(args.device),
-        )
+        shop = workshop.open_workshop(args, args.teacher, workshop.work_folder(args), held_out=args.pictures)
         batches, checkpoint = shop.holdout, shop.teacher.checkpoint
         shop.release_teacher()
         done = 0

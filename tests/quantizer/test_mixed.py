@@ -3,10 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from ternary_flux.quantizer import conditioning
 from ternary_flux.quantizer.architecture import Architecture
 from ternary_flux.quantizer.checkpoint import open_checkpoint
-from ternary_flux.quantizer.cli import run
 from ternary_flux.quantizer.container import FormatError
 from ternary_flux.quantizer.conversion import round_checkpoint
 from ternary_flux.quantizer.export import export_checkpoint
@@ -158,19 +156,6 @@ def test_damage_is_named(mixed, tmp_path, part, change):
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "damaged.safetensors")
     with pytest.raises(FormatError, match=f"{LOUD}.{part}"):
         open_ternary(tmp_path / "damaged.safetensors")
-
-
-def test_the_command(made, tmp_path, capsys):
-    dense, file, batch = made
-    conditioning.write(tmp_path / "c.safetensors", list("abcd"), batch.context, batch.pooled)
-    arguments = ["--teacher", dense.path, "--conditioning", tmp_path / "c.safetensors", "--size", "64x64"]
-    arguments += ["--pictures", 1, "--sampler-steps", 2, "--growth", 0.2, "--device", "cpu", "--kinds", "planes"]
-    assert run([str(part) for part in ("mixed", file.path, "-o", tmp_path / "out.safetensors", *arguments)]) == 0
-    written = open_ternary(tmp_path / "out.safetensors")
-    names = [name for name, plan in written.layers.items() if plan.planes == 2]
-    assert names and not written.int8
-    assert written.path.stat().st_size < 1.21 * file.path.stat().st_size
-    assert f"{len(names)} in two trit planes, 0 in 8 bits" in capsys.readouterr().out
 
 
 def test_all_layers_in_8_bits_are_refused(made, tmp_path):

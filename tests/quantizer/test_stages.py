@@ -73,7 +73,10 @@ def test_an_interrupted_distillation_resumes_to_the_same_file(folder, distilled,
 
 def test_mixed_grows_as_far_as_it_may(folder, distilled, capsys):
     output = folder / "mixed.safetensors"
-    more = ("--teacher", folder / "dense.safetensors", "--growth", 0.3, "--pictures", 2)
+    more = ("--teacher", folder / "dense.safetensors", "--growth", 0.3, "--pictures", 2, "--kinds", "planes")
     assert run("mixed", distilled, "-o", output, *more) == 0
-    assert "mixed.safetensors" in capsys.readouterr().out
+    file = open_ternary(output)
+    double = sum(plan.planes == 2 for plan in file.layers.values())
+    assert double and not file.int8
+    assert f"mixed.safetensors: of {len(file.layers)} Linears {double} in two trit planes" in capsys.readouterr().out
     assert distilled.stat().st_size < output.stat().st_size <= 1.3 * distilled.stat().st_size + 4096
