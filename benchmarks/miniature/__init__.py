@@ -67,7 +67,7 @@ def load_autoencoder() -> "Autoencoder":
 
 
 def encode_prompts(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Context [P, 12, 128] and pooled [P, 128] of prompts, fp32."""
+    """Context [P, 8, 128] and pooled [P, 128] of prompts, fp32."""
     return load_text_encoder().encode(list(texts))
 
 

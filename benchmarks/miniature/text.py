@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .scenes import COLOURS, COUNTS, PLURALS, SHAPES
 
-LENGTH = 12
+LENGTH = 8
 CHANNELS = 128
 PADDING = "<pad>"
 WORDS = (PADDING, "a", "and", *COUNTS, "left", "right", "of", "above", "below", *COLOURS, *SHAPES, *PLURALS.values())
@@ -33,7 +33,7 @@ def tokenize(prompt: str) -> tuple[list[int], list[str]]:
 
 
 def tokens(prompts: list[str]) -> Tensor:
-    """Word numbers int64 [P, 12], padded or cut; unknown words are left out."""
+    """Word numbers int64 [P, 8], padded or cut; unknown words are left out."""
     known = [tokenize(prompt)[0][:LENGTH] for prompt in prompts]
     return torch.tensor([numbers + [0] * (LENGTH - len(numbers)) for numbers in known])
 
@@ -47,7 +47,7 @@ class TextEncoder(nn.Module):
         self.summary = nn.Embedding(len(WORDS), channels)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Word numbers [P, 12] to context [P, 12, C] and pooled [P, C]."""
+        """Word numbers [P, 8] to context [P, 8, C] and pooled [P, C]."""
         before = nn.functional.pad(tokens[:, :-1], (1, 0))
         context = self.word(tokens) + self.previous(before) + self.position.weight
         # A bag of words, without padding, of about unit variance.
@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
         return context, pooled
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompts to context [P, 12, C] and pooled [P, C]."""
+        """Prompts to context [P, 8, C] and pooled [P, C]."""
         return self(tokens(prompts).to(self.word.weight.device))
 
 

@@ -98,7 +98,7 @@ def test_trained_weights_paint_held_out_captions():
     captions = [c for category in scenes.CATEGORIES for c in miniature.prompts("held_out", category, 4)]
     noise = torch.randn(len(captions), *miniature.LATENT_SHAPE, generator=torch.Generator().manual_seed(0))
     latents = miniature.sample(miniature.load_transformer(), *miniature.encode_prompts(captions), noise)
-    assert accuracy(miniature.decode(latents), captions) >= 0.2
+    assert accuracy(miniature.decode(latents), captions) >= 0.8
 
 
 def test_weights_are_small_and_complete():

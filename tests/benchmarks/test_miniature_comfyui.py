@@ -78,7 +78,7 @@ def test_node_names_unknown_words(node):
     assert "left out: dog" in str(output.ui.as_dict())
     with pytest.raises(ValueError, match="elephants.*Known words: a, and, two"):
         node.execute("elephants")
-    assert node.execute("").result[0][0][0].shape == (1, 12, 128)
+    assert node.execute("").result[0][0][0].shape == (1, 8, 128)
 
 
 def test_node_schema(node):
