@@ -42,7 +42,7 @@ class Scale:
     calibration_states: int
 
 
-FULL = Scale(prompts=16, seeds=4, pictures=768, states=8192, steps=1200, calibration_states=512)
+FULL = Scale(prompts=16, seeds=4, pictures=512, states=8192, steps=600, calibration_states=1024)
 QUICK = Scale(prompts=6, seeds=4, pictures=192, states=1024, steps=120, calibration_states=128)
 
 
@@ -124,7 +124,7 @@ def recipes(scale: Scale, shop: Workshop) -> dict[str, Callable[[Path], object]]
 
     def distilled(rank: int, codes: bool) -> Callable[[Path], object]:
         def make(path: Path) -> None:
-            start = path.with_name("calibrated.safetensors")
+            start = path.with_name("calibrated-rank-16.safetensors" if rank else "calibrated.safetensors")
             settings = Settings(steps=scale.steps, batch=32, evaluate_every=max(1, scale.steps // 8))
             state = path.with_suffix(".state")
             distill_file(shop, start, path, settings, rank, codes, checkpoint=state)
@@ -139,6 +139,7 @@ def recipes(scale: Scale, shop: Workshop) -> dict[str, Callable[[Path], object]]
         "ternary, absmean": lambda path: round_checkpoint(shop.dense, path, method="absmean"),
         "ternary, least squares": lambda path: round_checkpoint(shop.dense, path),
         "calibrated": lambda path: calibrated(scale, shop, path),
+        "calibrated, rank 16": lambda path: calibrated(scale, shop, path, 16),
         "distilled: scales": distilled(0, False),
         "distilled: scales, rank 16": distilled(16, False),
         "distilled: codes": distilled(0, True),
@@ -147,16 +148,19 @@ def recipes(scale: Scale, shop: Workshop) -> dict[str, Callable[[Path], object]]
     }
 
 
-def calibrated(scale: Scale, shop: Workshop, path: Path) -> None:
+def calibrated(scale: Scale, shop: Workshop, path: Path, rank: int = 0) -> None:
     states = shop.trajectories.states(shop.training_pictures, scale.calibration_states, 1)
     folder = path.with_suffix(".work")
-    calibrate.calibrate(shop.teacher, states, shop.conditioning, path, folder, calibrate.Settings(batch=64))
+    settings = calibrate.Settings(rank=rank, batch=64)
+    calibrate.calibrate(shop.teacher, states, shop.conditioning, path, folder, settings)
 
 
 def mixed(shop: Workshop, start: Path, path: Path) -> None:
     file = open_ternary(start)
     ranking = sensitivities(file, shop.teacher.checkpoint, shop.holdout[::4], shop.device)
-    write_mixed(path, file, shop.teacher.checkpoint, choose(ranking, start.stat().st_size // 4))
+    chosen = choose(ranking, start.stat().st_size // 4)
+    kinds = {name: option.kind for name, option in chosen.items()}
+    write_mixed(path, file, shop.teacher.checkpoint, kinds)
 
 
 def link(source: Path, path: Path) -> None:

@@ -28,7 +28,7 @@ from .velocity import Batch, Quality, measure
 
 # Step sizes at the peak of the schedule. Scales move by this factor, codes by this part of their scale, everything else
 # by this part of its own typical size: the same numbers mean the same in every layer and model.
-RATES = {"scale": 4e-3, "code": 4e-3, "rank": 1e-2, "bias": 4e-3, "norm": 4e-3, "dense": 4e-3}
+RATES = {"scale": 4e-3, "code": 1.5e-3, "rank": 1e-2, "bias": 4e-3, "norm": 4e-3, "dense": 4e-3}
 _FLOOR = 0.02  # of the peak: where the cosine ends
 _TIMED_STEPS = 12  # steps that are timed before a budget in seconds is turned into a number of steps
 _FREE = ("checkpoint_minutes", "steps", "seconds")  # settings that do not change what a step does

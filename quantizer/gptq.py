@@ -15,7 +15,11 @@ from ..ops import GROUP_SIZE, TernaryWeight
 from ..ops.scales import MAX_MULTIPLIER, fit_integer_groups
 from .moments import Moments
 
-DAMPING = 0.01
+# Chosen on held-out prompts of the miniature. A damping of 0.01 with the whole correction ends in a velocity error of
+# 4.06, worse than rounding: weights grow 20-fold along directions that the inputs hardly use. 0.1 ends in 0.24, with
+# half of the correction in 0.064; 0.03 with half of it in 0.060.
+DAMPING = 0.03
+CORRECTION = 0.5  # of the drift that earlier Linears caused, made up for here; GPTAQ takes all of it
 SWEEPS = 3
 _ROWS = 1024  # rows at a time on a CPU
 _INTEGER_SWEEPS = 4
@@ -110,7 +114,7 @@ class _Problem:
         # What is left of inputs that hardly vary is rounding error, and must not be blown up.
         unit = torch.maximum(hessian.diagonal().mean(), _NOISE * power).clamp_min(torch.finfo(torch.float32).tiny)
         # Few tokens cannot tell what inputs cause from chance.
-        cross *= moments.tokens / (moments.tokens + len(mean))
+        cross *= CORRECTION * moments.tokens / (moments.tokens + len(mean))
         hessian, cross = hessian.div_(unit), cross.div_(unit)
         hessian = hessian.add_(hessian.t().clone()).div_(2)
         effective_rank = (hessian.trace().square() / hessian.square().sum().clamp_min(1e-30)).item()

@@ -16,7 +16,7 @@ from .atomic import check_target
 from .blockwise import BlockResult, BlockSettings, train_blocks
 from .checkpoint import open_checkpoint
 from .distill import Distiller, Settings, distill
-from .format import open_ternary
+from .format import TernaryFile, open_ternary
 from .states import Pool, holdout_batches, to_device, training_pool
 from .student import add_low_rank, input_moments, load_student, save_student, ternary_linears, train_codes
 from .teacher import Teacher, free_memory
@@ -208,9 +208,11 @@ def distill_file(
 ) -> Distiller:
     """Distill a ternary file into another one, from a `checkpoint` (default: in the work folder) if there is one.
 
-    The block-wise pass runs first if it has settings. Raises ValueError (Collapse) where the training went wrong.
+    The block-wise pass runs first if it has settings. Raises ValueError for a rank that the start cannot be given, and
+    (Collapse) where the training went wrong.
     """
     check_target(target, 0, overwrite)
+    _check_rank(open_ternary(start), rank)
     pool, holdout, swapped = shop.pool, shop.holdout, shop.swapped
     if block_settings is not None:
         block_file = shop.work / "blocks.safetensors"
@@ -236,6 +238,13 @@ def distill_file(
     distill(distiller, checkpoint or shop.work / "distill.safetensors", on_step)
     save_student(target, model, file, described(file.metadata, distiller, rank, codes), packing, overwrite)
     return distiller
+
+
+def _check_rank(start: TernaryFile, rank: int) -> None:
+    """Factors from what the weights miss undo what the codes of one calibrated Linear make up for in others."""
+    method, ranks = start.metadata.get("ternary.method", "round"), {plan.rank for plan in start.layers.values()}
+    if rank and method != "round" and ranks == {0}:
+        raise ValueError(f"{start.file.path}: {method} made it without low-rank factors; use `calibrate --rank {rank}`")
 
 
 def described(metadata: dict[str, str], distiller: Distiller, rank: int, codes: bool) -> dict[str, str]:

@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--pictures", type=int, default=128, help="that the original paints (default: %(default)s)")
     parser.add_argument("--states", type=int, help="noisy states of them (default: what the largest Linear needs)")
     parser.add_argument("--rank", type=int, default=0, help="add low-rank factors to every Linear (default: none)")
-    parser.add_argument("--damping", type=float, help="of the second moments, relative (default: 0.01)")
+    parser.add_argument("--damping", type=float, help="of the second moments, relative (default: 0.03)")
     parser.add_argument("--sweeps", type=int, help="of descent over codes and scales (default: 3)")
     parser.add_argument("--batch", type=int, help="states at a time (default: by their number of tokens)")
     parser.add_argument("--packing", choices=("planes32", "base3"), default="planes32", help="(default: %(default)s)")

@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
     synthetic.write(folder / "dense.safetensors")
     context, pooled = torch.randn(8, 5, arch.context_dim), torch.randn(8, arch.vec_dim)
     conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(8)], context, pooled)
-    more = ("--pictures", 4, "--states", 16, "--sweeps", 1, "--packing", "base3")
+    more = ("--pictures", 4, "--states", 16, "--sweeps", 1, "--packing", "base3", "--rank", 2)
     assert run("calibrate", folder / "dense.safetensors", "-o", folder / "calibrated.safetensors", *more) == 0
     return folder
 
