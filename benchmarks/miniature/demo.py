@@ -1,14 +1,15 @@
 """`make demo`: the miniature FLUX, dense and ternary, painting the same prompts from the same noise in a real ComfyUI.
 
-Converts the miniature from its weights alone with the `round` command, runs workflow.json through a headless server for
-every model and prompt, judges every picture with the exact checker, and writes demo.png and demo.json. --distilled adds
-a file that `convert` has written.
+Converts the miniature twice, from its weights alone with `round` and within a few minutes with `convert`, runs
+workflow.json through a headless server for every model and prompt, judges every picture with the exact checker, and
+writes demo.png and demo.json. A second run uses the converted file of the first.
 """
 
 import argparse
 import copy
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -51,25 +52,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=PACK / "output", help="folder of demo.png (default: output)")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of each category (default: 4)")
-    parser.add_argument("--distilled", type=Path, default=miniature.DISTILLED, help="a ternary file of `convert`")
+    parser.add_argument("--minutes", type=float, default=3, help="for the conversion; 0: only round (default: 3)")
+    parser.add_argument("--converted", type=Path, help="show this ternary file instead of converting")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
-    print("1/3  ternarising the miniature from its weights alone")
+    print("1/4  rounding the miniature to ternary from its weights alone")
     rounded = args.output / "flux-miniature-rounded.safetensors"
-    command = [sys.executable, "-m", "quantizer", "round", str(miniature.TRANSFORMER), "-o", str(rounded), "--force"]
-    subprocess.run(command, cwd=PACK, check=True)
+    quantizer("round", miniature.TRANSFORMER, "-o", rounded, "--force")
     rows = [row("FLUX miniature, bf16", miniature.TRANSFORMER), row("1.58-bit, rounded only", rounded)]
-    if args.distilled.exists():
-        rows.append(row("1.58-bit, distilled", args.distilled))
+    if args.converted or args.minutes:
+        rows.append(row("1.58-bit, converted", args.converted or convert(args.output, args.minutes)))
 
-    print("2/3  starting ComfyUI (20 s)")
+    print("3/4  starting ComfyUI (20 s)")
     prompts = [
         prompt for category in miniature.CATEGORIES for prompt in miniature.prompts("held_out", category, args.prompts)
     ]
     with server(args.output / "comfyui", rows) as comfyui:
-        print(f"3/3  painting {len(prompts) * BATCH} pictures with each model")
+        print(f"4/4  painting {len(prompts) * BATCH} pictures with each model")
         pictures = [[paint(comfyui, row, prompt, seed) for seed, prompt in enumerate(prompts, SEED)] for row in rows]
 
     for row_, column in zip(rows, pictures, strict=True):
@@ -83,6 +84,26 @@ def main() -> None:
     results = [asdict(row_) | {"file": row_.file.name} for row_ in rows]
     (args.output / "demo.json").write_text(json.dumps(results, indent=1))
     print(f"\n{table(rows)}\n\n{args.output / 'demo.png'} written; {time.perf_counter() - started:.0f} s in all")
+
+
+def quantizer(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "quantizer", *map(str, arguments)], cwd=PACK, check=True)
+
+
+def convert(folder: Path, minutes: float) -> Path:
+    """The miniature converted in this time; kept, and made again where the miniature or the time are others."""
+    output = folder / f"flux-miniature-{minutes:g}-minutes.safetensors"
+    if output.exists() and output.stat().st_mtime > miniature.TRANSFORMER.stat().st_mtime:
+        print(f"2/4  using {output} of an earlier run")
+        return output
+    print(f"2/4  converting the miniature with its own pictures ({minutes:g} minutes)")
+    conditioning, work = folder / "conditioning.safetensors", output.with_suffix(".work")
+    miniature.write_conditioning(conditioning, overwrite=True)
+    fixed = ["--conditioning", conditioning, "--size", "64x64", "--sampler-steps", 20, "--device", "cpu"]
+    fixed += ["--budget", minutes, "--packing", "base3", "--work", work, "--force"]
+    quantizer("convert", miniature.TRANSFORMER, "-o", output, *fixed)
+    shutil.rmtree(work)
+    return output
 
 
 def row(name: str, file: Path) -> Row:

@@ -18,7 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
     workshop.add_arguments(parser)
-    parser.add_argument("--rank", type=int, default=0, help="of low-rank factors for every Linear (default: none)")
+    parser.add_argument(
+        "--rank", type=int, default=0, help="of low-rank factors; a START of `calibrate` must have them (default: none)"
+    )
     parser.add_argument("--codes", action="store_true", help="train the ternary codes too")
     parser.add_argument("--block-steps", type=int, default=0, help="steps of a block-wise first pass (default: none)")
     length = parser.add_mutually_exclusive_group()

@@ -46,10 +46,19 @@ def test_calibrate_keeps_its_choices(folder):
     assert {plan.packing for plan in file.layers.values()} == {"base3"}
 
 
-def test_distill_adds_factors(distilled):
+def test_distill_keeps_the_factors(distilled):
     file = open_ternary(distilled)
     assert file.metadata["ternary.method"] == "distill"
     assert all(file.weight(name).up.shape[1] == 2 for name in file.layers)
+
+
+def test_distill_adds_no_factors_to_calibrated_codes(folder, capsys):
+    plain = folder / "plain.safetensors"
+    more = ("--pictures", 4, "--states", 16, "--sweeps", 1)
+    assert run("calibrate", folder / "dense.safetensors", "-o", plain, *more) == 0
+    more = ("--teacher", folder / "dense.safetensors", "--pictures", 4, "--rank", 2)
+    assert run("distill", plain, "-o", folder / "factors.safetensors", *more) == 2
+    assert "calibrate --rank 2" in capsys.readouterr().err
 
 
 def test_an_interrupted_distillation_resumes_to_the_same_file(folder, distilled, monkeypatch, capsys):
