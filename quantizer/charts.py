@@ -70,7 +70,8 @@ def lines(
     shown = {name: [(x, y) for x, y in points if y > 0 or not log] for name, points in series.items()}
     shown = {name: points for name, points in shown.items() if points}
     canvas, (left, top, right, bottom) = Canvas(width, height), _MARGIN
-    top += 18 * -(-len(shown) // 3)
+    columns = max(1, int((width - 32) // (max(map(text_width, shown), default=0) + 32)))
+    top += 18 * -(-len(shown) // columns)
     canvas.text(16, 12, title, 15)
     xs = [x for points in shown.values() for x, _ in points] or [0, 1]
     ys = [y for points in shown.values() for _, y in points] or [0.1, 1]
@@ -97,8 +98,8 @@ def lines(
         canvas.line([place(x, y) for x, y in points], colour, 2)
         for x, y in points:
             canvas.dot(*place(x, y), 2.5, colour)
-        column, row = number % 3, number // 3
-        x, y = 16 + column * (width - 32) / 3, 42 + 18 * row
+        row, column = divmod(number, columns)
+        x, y = 16 + column * (width - 32) / columns, 42 + 18 * row
         canvas.box(x, y - 5, x + 14, y - 2, colour)
         canvas.text(x + 20, y - 4, name, 11, INK, "lm")
     return canvas.done()

@@ -77,6 +77,7 @@ def main() -> None:
         judged = [(picture, prompt) for prompt, batch in zip(prompts, column, strict=True) for picture in batch]
         verdicts = [miniature.check(picture, prompt) for picture, prompt in judged]
         row_.accuracy, row_.pictures = sum(map(bool, verdicts)) / len(verdicts), len(verdicts)
+        row_.seconds /= len(verdicts)
     shown = range(0, len(prompts), args.prompts)
     sheet(rows, [prompts[i] for i in shown], [[column[i][0] for i in shown] for column in pictures]).save(
         args.output / "demo.png"
@@ -138,7 +139,7 @@ def paint(comfyui: host.Server, row: Row, prompt: str, seed: int) -> list[np.nda
         workflow["model"] = {"class_type": "UNETLoader", "inputs": inputs}
     started = time.perf_counter()
     images = comfyui.execute(workflow).outputs["save"]["images"]
-    row.seconds += (time.perf_counter() - started) / BATCH
+    row.seconds += time.perf_counter() - started
     return [np.asarray(Image.open(io.BytesIO(comfyui.image(item))).convert("RGB")) / 255 for item in images]
 
 
