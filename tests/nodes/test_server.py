@@ -93,7 +93,8 @@ def test_help_and_translations_are_served(server):
 def test_a_picture_is_sampled_with_progress(server):
     execution = server.execute(workflow())
     steps = [data["value"] for kind, data in execution.events if kind == "progress" and data["node"] == "sampler"]
-    assert steps == list(range(1, STEPS + 1))
+    # ComfyUI leaves out steps that follow each other too quickly.
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
     assert any(kind == "progress" and data["node"] == "model" for kind, data in execution.events)
     (image,) = execution.outputs["save"]["images"]
     assert server.image(image).startswith(b"\x89PNG")

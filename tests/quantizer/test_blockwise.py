@@ -8,6 +8,7 @@ from ternary_flux.quantizer.architecture import Architecture
 from ternary_flux.quantizer.blockwise import BlockSettings, train_blocks
 from ternary_flux.quantizer.checkpoint import open_checkpoint
 from ternary_flux.quantizer.conversion import round_checkpoint
+from ternary_flux.quantizer.distill import RATES
 from ternary_flux.quantizer.flux import Flux
 from ternary_flux.quantizer.format import open_ternary
 from ternary_flux.quantizer.mixed import write_mixed
@@ -57,7 +58,8 @@ def error(file, pool):
 def test_every_block_improves_and_so_does_the_model(job, tmp_path, rank, codes):
     start, teacher, pool = job
     results = []
-    settings = BlockSettings(steps=30, batch=8, states=16, rank=rank, codes=codes)
+    rates = RATES | {"code": 1e-2}  # so that codes change within so few steps
+    settings = BlockSettings(steps=30, batch=8, states=16, rank=rank, codes=codes, rates=rates)
     train_blocks(start, teacher, pool, tmp_path / "out.safetensors", tmp_path / "work", settings, report=results.append)
     assert [result.name for result in results] == list(start.architecture.block_names)
     # FLUX.2 has no biases: without codes or factors only scales and norms can move.

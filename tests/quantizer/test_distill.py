@@ -75,6 +75,7 @@ def make(files, data, rank=0, codes=False, **settings):
     if codes:
         train_codes(ternary_linears(model), teacher)
     settings = {"steps": 24, "batch": 8, "evaluate_every": 6, "warmup": 4, "average": 0.9} | settings
+    settings["rates"] = RATES | {"code": 1e-2}  # so that codes change within so few steps
     return Distiller(model, start, *data[1:], Settings(**settings)), start
 
 
