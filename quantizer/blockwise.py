@@ -24,6 +24,7 @@ from .student import (
     input_moments,
     load_block,
     load_stem,
+    parameter_kinds,
     stored_dense,
     stored_layers,
     ternary_linears,
@@ -116,14 +117,14 @@ def train_block(
     if settings.codes:
         train_codes(layers, teacher)
     parameters = {name: p for name, p in block.named_parameters() if p.requires_grad}
-    rates = learning_rates(block, settings.rates)
+    kinds, rates = parameter_kinds(parameters), learning_rates(block, settings.rates)
     optimizer = Adam(parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     for step in range(settings.steps):
         for parameter in parameters.values():
             parameter.grad = None
         loss(int(torch.randint(len(inputs), (), generator=generator))).backward()
-        optimizer.step(schedule(step, settings.steps, settings.warmup))
+        optimizer.step(schedule(kinds, step, settings.steps, settings.warmup))
     for parameter in parameters.values():
         parameter.grad = None
     return BlockResult(name, first, mean_loss())

@@ -23,7 +23,7 @@ from .velocity import Quality
 
 # Shares of the budget. Pictures and states stop at numbers beyond which more of them did not help.
 _PICTURES, _STATES, _CALIBRATION = 0.12, 0.08, 0.2
-_MAX_PICTURES, _MAX_STATES = 768, 8192
+_MAX_PICTURES, _MAX_STATES = 1024, 16384
 _SMALL_MODEL = 100e6  # weights
 _BLOCKWISE = 0.4  # of the training time, where the codes cannot be trained all at once
 

@@ -27,8 +27,10 @@ from .student import as_stored, parameter_kinds, stored_dtypes
 from .velocity import Batch, Quality, measure
 
 # Step sizes at the peak of the schedule. Scales move by this factor, codes by this part of their scale, everything else
-# by this part of its own typical size: the same numbers mean the same in every layer and model.
-RATES = {"scale": 4e-3, "code": 1.5e-3, "rank": 1e-2, "bias": 4e-3, "norm": 4e-3, "dense": 4e-3}
+# by this part of its own typical size: the same numbers mean the same in every layer and model. That of the codes is
+# divided by the root of the number of steps: their gradients are mostly chance, and chance alone then moves them as far
+# in a long run as in a short one.
+RATES = {"scale": 4e-3, "code": 1.8e-2, "rank": 1e-2, "bias": 4e-3, "norm": 4e-3, "dense": 4e-3}
 _FLOOR = 0.02  # of the peak: where the cosine ends
 _TIMED_STEPS = 12  # steps that are timed before a budget in seconds is turned into a number of steps
 _FREE = ("checkpoint_minutes", "steps", "seconds")  # settings that do not change what a step does
@@ -73,7 +75,7 @@ class Distiller:
         self.model, self.pool, self.holdout, self.swapped, self.settings = model, pool, holdout, swapped, settings
         self.start, self.dtypes = start, stored_dtypes(model, start)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        rates = learning_rates(model, settings.rates)
+        self.kinds, rates = parameter_kinds(self.parameters), learning_rates(model, settings.rates)
         self.optimizer = Adam(self.parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.best = {name: p.clone() for name, p in self.average.items()}
@@ -106,7 +108,7 @@ class Distiller:
             total += float(loss.detach()) / self.settings.accumulate
         if not math.isfinite(total):
             raise Collapse(f"the loss is {total} at step {self.step}; lower the learning rates and start again")
-        self.optimizer.step(schedule(self.step, self.total, self.settings.warmup))
+        self.optimizer.step(schedule(self.kinds, self.step, self.total, self.settings.warmup))
         weight = 1 - min(self.settings.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             # Parameters in bf16 have averages in bf16, which would not move: those follow the parameters.
@@ -117,7 +119,7 @@ class Distiller:
         self.used += time.perf_counter() - started
         if self.total is None and self.step == _TIMED_STEPS:
             timed = self.used / _TIMED_STEPS
-            self.total = max(_TIMED_STEPS, int(self.settings.seconds / timed))
+            self.total = max(_TIMED_STEPS + 1, int(self.settings.seconds / timed))
         return total
 
     def evaluate(self) -> Quality:
@@ -251,13 +253,17 @@ def forward(model: Flux, batch: Batch, checkpointing: bool) -> Tensor:
     return model.finish(state)
 
 
-def schedule(step: int, total: int | None, warmup: int) -> float:
-    """Linear warm-up, then a cosine over the whole run.
+def schedule(kinds: Mapping[str, str], step: int, total: int | None, warmup: int) -> dict[str, float]:
+    """Part of the learning rate of every parameter: linear warm-up, then a cosine over the whole run.
 
-    The first steps do not depend on the length of the run, which may not be known yet: see `_TIMED_STEPS`.
+    `kinds` comes from `parameter_kinds`. The first steps do not depend on the length of the run, which may not be known
+    yet (see `_TIMED_STEPS`): the codes, whose rate does, rest until then.
     """
+    early = total is None or step < _TIMED_STEPS < total
     progress = 0.0 if step < _TIMED_STEPS else min(step / total, 1.0)
-    return min(1.0, (step + 1) / warmup) * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+    factor = min(1.0, (step + 1) / warmup) * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+    of_codes = 0.0 if early else factor / math.sqrt(total)
+    return {name: of_codes if kind == "code" else factor for name, kind in kinds.items()}
 
 
 def learning_rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ _TINY = 1e-30
 
 
 class Adam:
-    """`step(factor)` moves every parameter by rate * factor * m / sqrt(v).
+    """`step(factors)` moves every parameter by rate * factor * m / sqrt(v).
 
     rates       name -> learning rate. There is no weight decay, and no epsilon beyond what avoids 0 / 0: the size of
                 a step depends on the rates alone, not on the scale of the loss.
@@ -39,8 +39,12 @@ class Adam:
             self.second[name] = _pack_positive(zero) if name in self.packed else zero.clone()
 
     @torch.no_grad()
-    def step(self, factor: float = 1.0) -> None:
-        """One update from the gradients of the parameters; those without a gradient stay."""
+    def step(self, factors: Mapping[str, float] | None = None) -> None:
+        """One update from the gradients of the parameters; those without a gradient stay.
+
+        `factors`: name -> part of the learning rate that is used now (default: all of it).
+        """
+        rates = {name: rate if factors is None else rate * factors[name] for name, rate in self.rates.items()}
         self.count += 1
         corrections = [1 - beta**self.count for beta in self.betas]
         plain = [
@@ -49,7 +53,7 @@ class Adam:
             if p.grad is not None and name not in self.packed and p.dtype == torch.float32
         ]
         if plain:
-            self._step_plain(plain, factor, corrections)
+            self._step_plain(plain, rates, corrections)
         generators: dict[torch.device, torch.Generator] = {}
         for name in sorted(set(self.parameters) - set(plain)):
             parameter = self.parameters[name]
@@ -57,9 +61,9 @@ class Adam:
                 if parameter.device not in generators:
                     seed = self.seed * 1_000_003 + self.count
                     generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
-                self._step_one(name, factor, corrections, generators[parameter.device])
+                self._step_one(name, rates[name], corrections, generators[parameter.device])
 
-    def _step_plain(self, names: list[str], factor: float, corrections: list[float]) -> None:
+    def _step_plain(self, names: list[str], rates: Mapping[str, float], corrections: list[float]) -> None:
         parameters = [self.parameters[name] for name in names]
         gradients = [parameter.grad for parameter in parameters]
         first, second = [self.first[name] for name in names], [self.second[name] for name in names]
@@ -69,10 +73,10 @@ class Adam:
         divisors = torch._foreach_div(second, corrections[1])
         torch._foreach_sqrt_(divisors)
         torch._foreach_add_(divisors, _TINY)
-        rates = [-self.rates[name] * factor / corrections[0] for name in names]
-        torch._foreach_addcdiv_(parameters, first, divisors, rates)
+        steps = [-rates[name] / corrections[0] for name in names]
+        torch._foreach_addcdiv_(parameters, first, divisors, steps)
 
-    def _step_one(self, name: str, factor: float, corrections: list[float], generator: torch.Generator) -> None:
+    def _step_one(self, name: str, rate: float, corrections: list[float], generator: torch.Generator) -> None:
         parameter, packed = self.parameters[name], name in self.packed
         gradient = parameter.grad.float()
         first = _unpack_signed(*self.first[name], parameter.shape) if packed else self.first[name]
@@ -80,7 +84,7 @@ class Adam:
         first.lerp_(gradient, 1 - self.betas[0])
         second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
         divisor = (second / corrections[1]).sqrt_().add_(_TINY)
-        update = first / divisor * (-self.rates[name] * factor / corrections[0])
+        update = first / divisor * (-rate / corrections[0])
         if packed:
             self.first[name], self.second[name] = _pack_signed(first), _pack_positive(second)
         if parameter.dtype == torch.bfloat16:

@@ -61,7 +61,7 @@ class TernaryLinear(nn.Module):
     def codes(self) -> Tensor:
         """int8 [N, K] of -1, 0, +1."""
         if self.latent is not None:
-            return ternary(self.latent.detach()).to(torch.int8)
+            return ternary(self.latent.detach())
         if self.frozen.dtype == torch.uint8:
             return unpack_planes32(self.frozen, self.in_features)
         return self.frozen
@@ -93,8 +93,8 @@ class TernaryLinear(nn.Module):
 
 
 def ternary(latent: Tensor) -> Tensor:
-    """-1, 0 or +1, in the dtype of the latent."""
-    return (latent > THRESHOLD).to(latent.dtype) - (latent < -THRESHOLD).to(latent.dtype)
+    """int8 -1, 0 or +1."""
+    return (latent > THRESHOLD).view(torch.int8) - (latent < -THRESHOLD).view(torch.int8)
 
 
 def _spread(scales: Tensor, inputs: int) -> Tensor:
@@ -131,7 +131,7 @@ class _Frozen(torch.autograd.Function):
 class _Latent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, latent: Tensor, scales: Tensor) -> Tensor:
-        codes = ternary(latent).to(torch.int8)
+        codes = ternary(latent)
         ctx.save_for_backward(codes, scales)
         return _times_scales(codes, scales)
 

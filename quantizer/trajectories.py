@@ -23,7 +23,7 @@ from .container import TensorFile, create
 
 Velocity = Callable[..., Tensor]  # (latent, t, context, pooled, guidance) -> velocity
 
-_UNIFORM = 0.25  # of the states have times as the sampler visits them; the rest are logit-normal
+_UNIFORM = 0.5  # of the states have times as the sampler visits them; the rest are logit-normal
 _MASK = 64  # FLUX.1-Fill's mask channels
 
 
@@ -222,7 +222,7 @@ def batches(pictures: Sequence[Picture], size: int) -> Iterator[list[Picture]]:
 
 
 def draw_times(count: int, shift: float, seed: int = 0) -> Tensor:
-    """Times fp32 [count] in (0, 1]: logit-normal around the shift, and a quarter as the sampler visits them.
+    """Times fp32 [count] in (0, 1]: one half logit-normal around the shift, the other as the sampler visits them.
 
     Stratified: every stretch of the law gets its share, so that few states cover all times.
     """

@@ -10,7 +10,7 @@ from ternary_flux.quantizer import conditioning
 from ternary_flux.quantizer.architecture import Architecture
 from ternary_flux.quantizer.checkpoint import open_checkpoint
 from ternary_flux.quantizer.conversion import round_checkpoint
-from ternary_flux.quantizer.distill import RATES, Collapse, Distiller, Settings, distill, learning_rates
+from ternary_flux.quantizer.distill import RATES, Collapse, Distiller, Settings, distill, learning_rates, schedule
 from ternary_flux.quantizer.flux import Flux
 from ternary_flux.quantizer.format import open_ternary
 from ternary_flux.quantizer.states import Group, Pool
@@ -75,8 +75,25 @@ def make(files, data, rank=0, codes=False, **settings):
     if codes:
         train_codes(ternary_linears(model), teacher)
     settings = {"steps": 24, "batch": 8, "evaluate_every": 6, "warmup": 4, "average": 0.9} | settings
-    settings["rates"] = RATES | {"code": 1e-2}  # so that codes change within so few steps
+    settings["rates"] = RATES | {"code": 0.05}  # so that codes change within so few steps
     return Distiller(model, start, *data[1:], Settings(**settings)), start
+
+
+def test_chance_moves_codes_as_far_in_a_long_run_as_in_a_short_one():
+    kinds = {"w.log_scale": "scale", "w.latent": "code"}
+
+    def distance(name, total):
+        return sum(schedule(kinds, step, total, 20)[name] ** 2 for step in range(total)) ** 0.5
+
+    assert distance("w.latent", 3000) == pytest.approx(distance("w.latent", 500), rel=0.05)
+    assert distance("w.log_scale", 3000) > 2 * distance("w.log_scale", 500)
+
+
+def test_the_first_steps_do_not_depend_on_the_length_of_the_run():
+    kinds = {"w.log_scale": "scale", "w.latent": "code"}
+    for step in range(12):
+        assert schedule(kinds, step, None, 20) == schedule(kinds, step, 100, 20) == schedule(kinds, step, 5000, 20)
+    assert schedule(kinds, 12, 100, 20)["w.latent"] > schedule(kinds, 12, 5000, 20)["w.latent"] > 0
 
 
 @pytest.mark.parametrize("rank, codes", [(0, False), (4, False), (0, True), (4, True)])

@@ -18,7 +18,7 @@ def run(dtype=torch.float32, eight_bit=False, steps=60, rate=0.1, resume_at=None
         for p in parameters.values():
             p.grad = None
         (parameters["w"].float() + parameters["b"] - target).square().sum().backward()
-        adam.step(1 - step / steps)
+        adam.step(dict.fromkeys(parameters, 1 - step / steps))
     with torch.no_grad():
         return parameters, float((parameters["w"].float() + parameters["b"] - target).square().mean())
 
