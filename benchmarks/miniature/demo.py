@@ -6,6 +6,7 @@ writes demo.png and demo.json. A second run uses the converted file of the first
 """
 
 import argparse
+import contextlib
 import copy
 import io
 import json
@@ -88,7 +89,13 @@ def main() -> None:
 
 
 def quantizer(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "quantizer", *map(str, arguments)], cwd=PACK, check=True)
+    """Run a command of the quantizer; where it stops with a message, so does the demo."""
+    process = subprocess.Popen([sys.executable, "-m", "quantizer", *map(str, arguments)], cwd=PACK)
+    while process.returncode is None:
+        with contextlib.suppress(KeyboardInterrupt):  # it goes to the command too, which saves what it has and ends
+            process.wait()
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def convert(folder: Path, minutes: float) -> Path:
@@ -190,4 +197,7 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from what is done")
