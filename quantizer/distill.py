@@ -27,10 +27,11 @@ from .student import as_stored, parameter_kinds, stored_dtypes
 from .velocity import Batch, Quality, measure
 
 # Step sizes at the peak of the schedule. Scales move by this factor, codes by this part of their scale, everything else
-# by this part of its own typical size: the same numbers mean the same in every layer and model. That of the codes is
-# divided by the root of the number of steps: their gradients are mostly chance, and chance alone then moves them as far
-# in a long run as in a short one.
-RATES = {"scale": 4e-3, "code": 1.8e-2, "rank": 1e-2, "bias": 4e-3, "norm": 4e-3, "dense": 4e-3}
+# by this part of its own typical size: the same numbers mean the same in every layer and model.
+RATES = {"scale": 4e-3, "code": 1.5e-3, "rank": 1e-2, "bias": 4e-3, "norm": 4e-3, "dense": 4e-3}
+# Runs up to this length train codes at their full rate. In longer ones it falls with the root of the number of steps:
+# the gradients of codes are mostly chance, and chance alone then moves them as far in a long run as in a short one.
+_CODE_STEPS = 144
 _FLOOR = 0.02  # of the peak: where the cosine ends
 _TIMED_STEPS = 12  # steps that are timed before a budget in seconds is turned into a number of steps
 _FREE = ("checkpoint_minutes", "steps", "seconds")  # settings that do not change what a step does
@@ -262,7 +263,7 @@ def schedule(kinds: Mapping[str, str], step: int, total: int | None, warmup: int
     early = total is None or step < _TIMED_STEPS < total
     progress = 0.0 if step < _TIMED_STEPS else min(step / total, 1.0)
     factor = min(1.0, (step + 1) / warmup) * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
-    of_codes = 0.0 if early else factor / math.sqrt(total)
+    of_codes = 0.0 if early else factor * min(1.0, math.sqrt(_CODE_STEPS / total))
     return {name: of_codes if kind == "code" else factor for name, kind in kinds.items()}
 
 

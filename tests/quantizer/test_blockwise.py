@@ -58,7 +58,7 @@ def error(file, pool):
 def test_every_block_improves_and_so_does_the_model(job, tmp_path, rank, codes):
     start, teacher, pool = job
     results = []
-    rates = RATES | {"code": 0.05}  # so that codes change within so few steps
+    rates = RATES | {"code": 1e-2}  # so that codes change within so few steps
     settings = BlockSettings(steps=30, batch=8, states=16, rank=rank, codes=codes, rates=rates)
     train_blocks(start, teacher, pool, tmp_path / "out.safetensors", tmp_path / "work", settings, report=results.append)
     assert [result.name for result in results] == list(start.architecture.block_names)
