@@ -90,7 +90,7 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(tmp_path, stop, code):
-    source = synthetic.write(tmp_path / "flux.safetensors", replace(synthetic.FLUX1, hidden=512))
+    source = synthetic.write(tmp_path / "flux.safetensors", replace(synthetic.FLUX1, hidden=1024))
     target = tmp_path / "out.safetensors"
     target.write_bytes(b"older")
     process = command("-m", "quantizer", "round", source, "-o", target, "--force")
@@ -102,7 +102,7 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(tmp_path, stop
     assert "nothing was written" in err and "Traceback" not in err
     assert target.read_bytes() == b"older" and sorted(tmp_path.iterdir()) == [source, target]
     round_checkpoint(source, target, overwrite=True)
-    assert open_ternary(target).architecture.hidden == 512
+    assert open_ternary(target).architecture.hidden == 1024
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
