@@ -26,7 +26,7 @@ class State:
     img: Tensor  # [B, I, hidden] image tokens
     txt: Tensor  # [B, T, hidden] text tokens
     vec: Tensor  # [B, hidden] time, guidance and pooled text
-    pe: Tensor  # [2, T + I, head_dim] fp32: cosines and signed sines of the rope angles, text first
+    pe: Tensor  # complex64 [T + I, head_dim / 2]: unit numbers of the rope angles, text first
     modulation: tuple[tuple[Tensor, ...], ...] | None  # FLUX.2: 6 for image, 6 for text, 3 single: [B, 1, hidden]
     grid: tuple[int, int]  # token rows and columns of the image
 
@@ -295,10 +295,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotate each channel pair (2i, 2i+1) of x [..., L, D] by its position's angle, in fp32."""
-    cos, sin = pe
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x * cos + swapped * sin).to(x.dtype)
+    """Rotate each channel pair (2i, 2i+1) of x [..., L, D] by its position's angle, in fp32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * pe).flatten(-2).to(x.dtype)
 
 
 @lru_cache(maxsize=16)
@@ -306,7 +306,7 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
 def rope(
     version: int, axes_dim: tuple[int, ...], theta: int, text: int, grid: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """[2, L, D] fp32: cosine, and sine with the sign of its channel, per token and channel; text tokens first.
+    """complex64 [L, D / 2]: cos + i sin of the angle, per token and channel pair; text tokens first.
 
     Positions are (0, row, column) for FLUX.1 image tokens and (0, row, column, 0) for FLUX.2's; text is all zeros, and
     numbered on FLUX.2's last axis.
@@ -319,9 +319,7 @@ def rope(
     ids[text:, 2] = torch.arange(columns).repeat(rows)
     periods = [theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim) for dim in axes_dim]
     angles = torch.cat([ids[:, i : i + 1] / period for i, period in enumerate(periods)], dim=1)
-    cos, sin = angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
-    sin[:, 0::2] *= -1
-    return torch.stack((cos, sin)).float().to(device)
+    return torch.polar(torch.ones_like(angles), angles).to(device, torch.complex64)
 
 
 def timestep_embedding(t: Tensor, dtype: torch.dtype) -> Tensor:

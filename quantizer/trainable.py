@@ -61,7 +61,7 @@ class TernaryLinear(nn.Module):
     def codes(self) -> Tensor:
         """int8 [N, K] of -1, 0, +1."""
         if self.latent is not None:
-            return ternary(self.latent.detach())
+            return ternary(self.latent.detach()).to(torch.int8)
         if self.frozen.dtype == torch.uint8:
             return unpack_planes32(self.frozen, self.in_features)
         return self.frozen
@@ -79,10 +79,14 @@ class TernaryLinear(nn.Module):
         return _Frozen.apply(self.codes(), self.scales())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if self.up is not None:
-            y = y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        return y
+        weight, bias = self.weight(), None if self.bias is None else self.bias.to(x.dtype)
+        if self.up is None:
+            return F.linear(x, weight.to(x.dtype), bias)
+        tokens = x.numel() // self.in_features
+        if tokens * (self.in_features + self.out_features) > weight.numel():  # the dense product is the smaller one
+            return F.linear(x, torch.addmm(weight, self.up, self.down).to(x.dtype), bias)
+        y = F.linear(x, weight.to(x.dtype), bias)
+        return y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
     @torch.no_grad()
     def export(self) -> TernaryWeight:
@@ -93,8 +97,8 @@ class TernaryLinear(nn.Module):
 
 
 def ternary(latent: Tensor) -> Tensor:
-    """int8 -1, 0 or +1."""
-    return (latent > THRESHOLD).view(torch.int8) - (latent < -THRESHOLD).view(torch.int8)
+    """-1, 0 or +1 in the dtype of the latent: +-1 beyond THRESHOLD, which is where rounding to integers changes."""
+    return latent.clamp(-1, 1).round_()
 
 
 def _spread(scales: Tensor, inputs: int) -> Tensor:
@@ -105,14 +109,15 @@ def _spread(scales: Tensor, inputs: int) -> Tensor:
 def _times_scales(codes: Tensor, scales: Tensor) -> Tensor:
     """codes [N, K] times scales [ceil(K/128), N], in the dtype of the scales."""
     n, k = codes.shape
+    codes = codes.to(scales.dtype)  # a product of int8 and fp32 is ten times slower on CPUs
     if k % GROUP_SIZE:
         return codes * _spread(scales, k)
-    return (codes.view(n, -1, GROUP_SIZE) * scales.t()[:, :, None]).view(n, k)
+    return (codes.view(n, -1, GROUP_SIZE) * scales.t().contiguous()[:, :, None]).view(n, k)
 
 
 def _scale_gradient(gradient: Tensor, codes: Tensor) -> Tensor:
     """d loss / d scales [ceil(K/128), N] from d loss / d weight [N, K]."""
-    product = gradient * codes
+    product = gradient * codes.to(gradient.dtype)
     product = F.pad(product, (0, -product.shape[1] % GROUP_SIZE))
     return product.view(product.shape[0], -1, GROUP_SIZE).sum(-1).t()
 
@@ -131,14 +136,13 @@ class _Frozen(torch.autograd.Function):
 class _Latent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, latent: Tensor, scales: Tensor) -> Tensor:
-        codes = ternary(latent)
-        ctx.save_for_backward(codes, scales)
-        return _times_scales(codes, scales)
+        ctx.save_for_backward(latent, scales)
+        return _times_scales(ternary(latent), scales)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        codes, scales = ctx.saved_tensors
-        return _times_scales(gradient, scales), _scale_gradient(gradient, codes)
+        latent, scales = ctx.saved_tensors
+        return _times_scales(gradient, scales), _scale_gradient(gradient, ternary(latent))
 
 
 def low_rank_factors(residual: Tensor, rank: int, second_moments: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
 """Pictures that the teacher paints itself, and the noisy states on the way to them: all the data there is.
 
 Pictures are latents in the model's own space, painted from prompts and noise as ComfyUI's `euler` sampler does it, one
-file each, so that an interrupted run continues. States are z_t = (1 - t) z_0 + t noise with fresh noise.
+file each, so that an interrupted run continues. One half of the states are those that the sampler passed, where a
+student has to be right; the other half are z_t = (1 - t) z_0 + t noise with fresh noise and logit-normal t, which cover
+the times and places that other samplers visit. With guidance distilled into a model, the two differ.
 """
 
 import hashlib
@@ -23,7 +25,7 @@ from .container import TensorFile, create
 
 Velocity = Callable[..., Tensor]  # (latent, t, context, pooled, guidance) -> velocity
 
-_UNIFORM = 0.5  # of the states have times as the sampler visits them; the rest are logit-normal
+_KEPT = 8  # states at most that are kept of the way to a picture
 _MASK = 64  # FLUX.1-Fill's mask channels
 
 
@@ -137,9 +139,10 @@ class Trajectories:
         self.shapes = [latent_shape(arch, size) for size in settings.sizes]
         held = min(max(1, round(settings.holdout * len(conditioning))), len(conditioning) // 2)
         order = torch.randperm(len(conditioning), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-        self.prompts = {"train": sorted(order[held:]), "holdout": sorted(order[:held]) or [0]}
-        values = asdict(settings) | {"steps": self.steps, "shift": self.shift}
-        prompts = _digest("\n".join(conditioning.prompts).encode())
+        self.prompts = {"train": order[held:], "holdout": order[:held] or [0]}
+        self.kept = min(_KEPT, self.steps)
+        values = asdict(settings) | {"steps": self.steps, "shift": self.shift, "states kept of a picture": _KEPT}
+        prompts = _digest("\n".join(conditioning.prompts[i] for i in order).encode())
         keep_settings(self.folder, values | {"model": model, "prompts": prompts})
 
     @cached_property
@@ -149,7 +152,10 @@ class Trajectories:
         return self.settings.guidance or ((30.0,) if self.arch.in_channels > 80 else (3.5,))
 
     def plan(self, split: str, count: int) -> list[Picture]:
-        """The first `count` pictures of the `train` or the `holdout` prompts."""
+        """The first `count` pictures of the `train` or the `holdout` prompts, which come in an order of chance.
+
+        A file of prompts is often sorted by topic: few pictures would show its first topics alone.
+        """
         prompts, pictures = self.prompts[split], []
         for i in range(count):
             lap, place = divmod(i, len(prompts))
@@ -172,18 +178,16 @@ class Trajectories:
         levels = noise_levels(self.steps, self.shift)
         for same in batches(todo, batch):
             conditions = self.conditions(same)
-            *_, (_, painted) = paint(velocity, initial_noise(same), levels, self.arch, conditions)
-            if not torch.isfinite(painted).all():
+            way = [latent for _, latent in paint(velocity, initial_noise(same), levels, self.arch, conditions)]
+            if not torch.isfinite(way[-1]).all():
                 raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
-            for picture, latent in zip(same, painted.float(), strict=True):
-                plan = {"latent": (torch.float32, picture.shape)}
+            for row, picture in enumerate(same):
+                passed = torch.stack([way[step][row] for step in self._passed(picture)]).bfloat16()
+                plan = {"latent": (torch.float32, picture.shape), "passed": (torch.bfloat16, tuple(passed.shape))}
                 with create(self._path(picture), plan, {}, overwrite=True) as file:
-                    file.write("latent", latent)
+                    file.write("latent", way[-1][row].float())
+                    file.write("passed", passed)
             on_progress(len(same))
-
-    def latents(self, pictures: Iterable[Picture]) -> Tensor:
-        """Painted pictures of one size, fp32 [B, C, H, W]."""
-        return torch.stack([TensorFile(self._path(picture)).tensor("latent") for picture in pictures])
 
     def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor | None, ...]:
         """Context, pooled vector and guidance of some pictures."""
@@ -191,22 +195,45 @@ class Trajectories:
         return context, pooled, _guidance(pictures)
 
     def states(self, pictures: Sequence[Picture], count: int, seed: int = 0) -> list[States]:
-        """`count` noisy states of these pictures, by size: every picture in turn, times spread over their law."""
-        order = [pictures[i % len(pictures)] for i in range(count)]
-        times = draw_times(count, self.shift, seed)
-        chosen: dict[tuple[int, ...], list[int]] = {}
-        for i, picture in enumerate(order):
-            chosen.setdefault(picture.shape, []).append(i)
-        return [self._states([order[i] for i in rows], times[rows], seed, rows) for rows in chosen.values()]
+        """`count` noisy states of these pictures, by size.
 
-    def _states(self, pictures: list[Picture], t: Tensor, seed: int, numbers: list[int]) -> States:
-        latent = torch.empty(len(pictures), *pictures[0].shape)
-        for row, (picture, number) in enumerate(zip(pictures, numbers, strict=True)):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * 2 + 1 + (1 << 40))
-            noise = torch.randn(picture.shape, generator=generator)
-            torch.lerp(self.latents([picture])[0], noise, t[row], out=latent[row])
+        Every picture in turn: one that the sampler passed, as long as there are such, then one with fresh noise.
+        """
+        laps = [(number // len(pictures), number % len(pictures)) for number in range(count)]
+        passed = [lap // 2 if (lap + place) % 2 == 0 and lap // 2 < self.kept else None for lap, place in laps]
+        drawn = iter(draw_times(passed.count(None), self.shift, seed).tolist())
+        chosen: dict[tuple[int, ...], list[tuple]] = {}
+        for number, ((_, place), turn) in enumerate(zip(laps, passed, strict=True)):
+            picture = pictures[place]
+            if turn is None:
+                state = picture, next(drawn), (seed * 1_000_003 + number) * 2 + 1 + (1 << 40)
+            else:
+                state = picture, (turn + place // 2) % self.kept, None
+            chosen.setdefault(picture.shape, []).append(state)
+        return [self._states(states) for states in chosen.values()]
+
+    def _states(self, chosen: Sequence[tuple[Picture, float | int, int | None]]) -> States:
+        """States of one size from (picture, time, seed of fresh noise) or (picture, number of a kept state, None)."""
+        pictures = [picture for picture, _, _ in chosen]
+        levels = noise_levels(self.steps, self.shift).float()
+        latent, times = torch.empty(len(chosen), *pictures[0].shape), torch.empty(len(chosen))
+        for row, (picture, place, seed) in enumerate(chosen):
+            file = TensorFile(self._path(picture))
+            if seed is None:
+                times[row], latent[row] = levels[self._passed(picture)[place]], file.tensor("passed")[place].float()
+            else:
+                noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
+                times[row] = place
+                torch.lerp(file.tensor("latent"), noise, times[row], out=latent[row])
         prompts = torch.tensor([picture.prompt for picture in pictures])
-        return States(with_companions(latent, self.arch), t, prompts, _guidance(pictures))
+        return States(with_companions(latent, self.arch), times, prompts, _guidance(pictures))
+
+    def _passed(self, picture: Picture) -> list[int]:
+        """Sampler steps whose states are kept of a picture: one, chosen by chance, of each of equal ranges."""
+        edges = [step * self.steps // self.kept for step in range(self.kept + 1)]
+        generator = torch.Generator().manual_seed(picture.seed + (1 << 41))
+        chances = torch.rand(self.kept, generator=generator).tolist()
+        return [low + int(x * (high - low)) for low, high, x in zip(edges[:-1], edges[1:], chances, strict=True)]
 
     def _path(self, picture: Picture) -> Path:
         return self.folder / f"{picture.name}.safetensors"
@@ -222,15 +249,13 @@ def batches(pictures: Sequence[Picture], size: int) -> Iterator[list[Picture]]:
 
 
 def draw_times(count: int, shift: float, seed: int = 0) -> Tensor:
-    """Times fp32 [count] in (0, 1]: one half logit-normal around the shift, the other as the sampler visits them.
+    """Logit-normal times fp32 [count] in (0, 1) around the shift.
 
     Stratified: every stretch of the law gets its share, so that few states cover all times.
     """
     generator = torch.Generator().manual_seed(seed)
-    u = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
-    even = torch.arange(count) % round(1 / _UNIFORM) == 0
-    odds = torch.where(even, torch.logit(u, 1e-6), torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
-    times = torch.sigmoid(odds + shift).float()
+    u = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / max(count, 1)
+    times = torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)) + shift).float()
     return times[torch.randperm(count, generator=generator)].clamp(1e-3, 1)
 
 

@@ -7,6 +7,7 @@ import torch
 from ternary_flux.quantizer import trajectories
 from ternary_flux.quantizer.architecture import Architecture
 from ternary_flux.quantizer.conditioning import Conditioning
+from ternary_flux.quantizer.container import TensorFile
 from ternary_flux.quantizer.trajectories import Settings, Trajectories
 from ternary_flux.tests import host
 
@@ -27,6 +28,10 @@ def velocity(latent, t, context, pooled, guidance):
 
 def make(folder, arch=ARCH, count=20, **settings) -> Trajectories:
     return Trajectories(folder, arch, prompts(count), Settings(**{"sizes": ((64, 96),), **settings}), "teacher")
+
+
+def latent_of(shop: Trajectories, picture) -> torch.Tensor:
+    return TensorFile(shop.folder / f"{picture.name}.safetensors").tensor("latent")
 
 
 @pytest.mark.parametrize(("shift", "kind"), [(1.15, "Flux"), (0.0, "FluxSchnell"), (2.02, "Flux2")])
@@ -82,7 +87,7 @@ def test_pictures_are_cached_and_continued(tmp_path):
     shop.generate(counted, pictures)
     assert sum(calls) == 2 * 3
     for picture in pictures:
-        latent = shop.latents([picture])[0]
+        latent = latent_of(shop, picture)
         assert latent.shape == picture.shape
         torch.testing.assert_close(latent, torch.full(picture.shape, picture.prompt / 10))
 
@@ -91,7 +96,8 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path):
     shops = [make(tmp_path / str(batch), steps=2) for batch in (1, 3)]
     for batch, shop in zip((1, 3), shops, strict=True):
         shop.generate(lambda latent, *_: 0.1 * latent, shop.plan("train", 3), batch)
-    assert torch.equal(*(shop.latents(shop.plan("train", 3)) for shop in shops))
+    for picture in shops[0].plan("train", 3):
+        assert torch.equal(*(latent_of(shop, picture) for shop in shops))
 
 
 def test_other_settings_or_models_are_refused(tmp_path):
@@ -114,24 +120,76 @@ def test_held_out_prompts_are_never_painted_for_training(tmp_path):
     assert shop.plan("train", 10) == train[:10]
 
 
+def test_few_pictures_show_prompts_from_all_of_the_list(tmp_path):
+    shop = make(tmp_path, count=200)
+    chosen = [p.prompt for p in shop.plan("train", 20)]
+    assert len(set(chosen)) == 20
+    assert all(any(part * 50 <= prompt < part * 50 + 50 for prompt in chosen) for part in range(4))
+
+
 def test_one_prompt_serves_both(tmp_path):
     shop = make(tmp_path, count=1)
     assert shop.plan("train", 1)[0].prompt == shop.plan("holdout", 1)[0].prompt == 0
 
 
-def test_states_lie_between_picture_and_noise(tmp_path):
-    shop = make(tmp_path, steps=2, sizes=((64, 64), (32, 64)))
-    shop.generate(velocity, shop.plan("train", 4))
-    groups = shop.states(shop.plan("train", 4), 40, seed=3)
+def painted(folder, pictures: int, **settings) -> tuple[Trajectories, list]:
+    shop = make(folder, **{"steps": 12, "sizes": ((64, 64), (32, 64)), **settings})
+    plan = shop.plan("train", pictures)
+    shop.generate(velocity, plan)
+    return shop, plan
+
+
+def test_half_of_the_states_are_those_that_the_sampler_passed(tmp_path):
+    shop, plan = painted(tmp_path, 4)
+    levels = trajectories.noise_levels(12, shop.shift).float()
+    ways = {}  # (prompt, time) -> every state that was passed there
+    for picture in plan:
+        noise = trajectories.initial_noise([picture])
+        for t, latent in trajectories.paint(velocity, noise, levels.double(), ARCH, shop.conditions([picture])):
+            ways.setdefault((picture.prompt, round(t, 4)), []).append(latent[0])
+    passed = fresh = 0
+    times = []
+    for group in shop.states(plan, 40, seed=3):
+        for latent, t, prompt in zip(group.latent, group.t, group.prompt, strict=True):
+            way = ways.get((int(prompt), round(float(t), 4)))
+            if way is not None:
+                assert any(torch.allclose(latent, state, rtol=1e-2, atol=1e-2) for state in way)
+                passed += 1
+                times.append((int(prompt), float(t)))
+            else:
+                noise = (latent - (1 - t) * prompt / 10) / t
+                assert noise.std().item() == pytest.approx(1, abs=0.1) and noise.mean().abs() < 0.15
+                fresh += 1
+    assert passed == fresh == 20
+    assert len(set(times)) == 20, "a state that was passed is used once"
+    assert {round(t, 4) for _, t in times} <= {round(float(t), 4) for t in levels[:-1]}
+
+
+def test_few_states_are_spread_over_the_way(tmp_path):
+    shop, plan = painted(tmp_path, 32, sizes=((64, 64),))
+    levels = trajectories.noise_levels(12, shop.shift).float()
+    (group,) = shop.states(plan, 32)
+    passed = torch.isin(group.t, levels)
+    assert passed.sum() == 16
+    assert len(group.t[passed].unique()) >= 8
+
+
+def test_more_states_than_were_kept_get_fresh_noise(tmp_path):
+    shop, plan = painted(tmp_path, 2, steps=2)
+    groups = shop.states(plan, 20)
+    passed = [torch.isin(group.t, trajectories.noise_levels(2, shop.shift).float()).sum().item() for group in groups]
+    assert sum(passed) == 2 * 2
+    assert all(torch.isfinite(group.latent).all() for group in groups)
+
+
+def test_states_are_the_same_every_time(tmp_path):
+    shop, plan = painted(tmp_path, 4)
+    groups, again = shop.states(plan, 40, seed=3), shop.states(plan, 40, seed=3)
     assert sum(len(group) for group in groups) == 40 and len(groups) == 2
-    for group in groups:
-        noise = (group.latent - (1 - group.t)[:, None, None, None] * group.prompt[:, None, None, None] / 10)
-        noise = noise / group.t[:, None, None, None]
-        assert noise.std().item() == pytest.approx(1, abs=0.05)
-        assert torch.equal(group.guidance, torch.full((len(group),), 3.5))
-    again = shop.states(shop.plan("train", 4), 40, seed=3)
     assert all(torch.equal(a.latent, b.latent) and torch.equal(a.t, b.t) for a, b in zip(groups, again, strict=True))
-    assert not torch.equal(groups[0].latent, shop.states(shop.plan("train", 4), 40, seed=4)[0].latent)
+    assert not torch.equal(groups[0].latent, shop.states(plan, 40, seed=4)[0].latent)
+    for group in groups:
+        assert torch.equal(group.guidance, torch.full((len(group),), 3.5))
     latent, t, context, pooled, guidance = groups[0].inputs(slice(0, 2), shop.conditioning)
     assert latent.shape[0] == t.shape[0] == context.shape[0] == pooled.shape[0] == guidance.shape[0] == 2
 
@@ -141,8 +199,8 @@ def test_times_are_spread_around_the_shift():
     assert times.min() > 0 and times.max() <= 1
     middle = 1 / (1 + math.exp(-1.15))
     assert times.median().item() == pytest.approx(middle, abs=0.02)
-    assert (times > 0.97).float().mean() > 0.02
     assert trajectories.draw_times(1, 0.0).shape == (1,)
+    assert trajectories.draw_times(0, 0.0).shape == (0,)
 
 
 def test_inpainting_and_control_models_get_their_channels():
