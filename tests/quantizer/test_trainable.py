@@ -101,10 +101,17 @@ def test_low_rank_prefers_loud_inputs():
     assert errors[1] < 0.7 * errors[0]
 
 
-def test_low_rank_part_is_added():
+@pytest.mark.parametrize("tokens", [3, 64])  # factors as products of their own, and summed into the weight first
+def test_low_rank_part_is_added(tokens):
     weight, _ = ternarize(dense((16, 256)))
-    layer = TernaryLinear(weight, None)
+    layer = TernaryLinear(weight, dense((16,), 7))
     up, down = low_rank_factors(dense((16, 256)) - layer.weight().detach(), 4)
     layer.up, layer.down = torch.nn.Parameter(up.bfloat16().float()), torch.nn.Parameter(down.bfloat16().float())
-    x = dense((3, 256), 6)
-    torch.testing.assert_close(layer(x), x @ layer.export().dequantize().t(), rtol=1e-4, atol=1e-4)
+    x, target = dense((tokens, 256), 6), dense((tokens, 16), 8)
+    y = layer(x)
+    torch.testing.assert_close(y, x @ layer.export().dequantize().t() + layer.bias, rtol=1e-4, atol=1e-4)
+    (y * target).sum().backward()
+    of_weight = target.t() @ x
+    torch.testing.assert_close(layer.up.grad, of_weight @ layer.down.t(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer.down.grad, layer.up.t() @ of_weight, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer.bias.grad, target.sum(0), rtol=1e-4, atol=1e-4)
