@@ -43,7 +43,7 @@ class Scale:
 
 
 FULL = Scale(prompts=16, seeds=4, pictures=1024, states=16384, steps=1800, calibration_states=4096)
-QUICK = Scale(prompts=6, seeds=4, pictures=192, states=1024, steps=120, calibration_states=128)
+QUICK = Scale(prompts=6, seeds=4, pictures=192, states=1024, steps=80, calibration_states=128)
 
 
 def main() -> None:
