@@ -48,7 +48,7 @@ QUICK = Scale(prompts=6, seeds=4, pictures=192, states=1024, steps=80, calibrati
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the same comparison in under ten minutes")
+    parser.add_argument("--quick", action="store_true", help="the same recipes with less data and fewer steps")
     parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: output/quality)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.png", help="(default: %(default)s)")
