@@ -42,8 +42,8 @@ class Scale:
     calibration_states: int
 
 
-FULL = Scale(prompts=16, seeds=4, pictures=1024, states=16384, steps=1800, calibration_states=4096)
-QUICK = Scale(prompts=6, seeds=4, pictures=192, states=1024, steps=80, calibration_states=128)
+FULL = Scale(prompts=16, seeds=8, pictures=3072, states=36864, steps=1800, calibration_states=4096)
+QUICK = Scale(prompts=6, seeds=4, pictures=192, states=2304, steps=80, calibration_states=128)
 
 
 def main() -> None:

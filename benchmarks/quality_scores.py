@@ -19,7 +19,7 @@ from .miniature.text import TextEncoder
 
 STEPS = 20
 _BATCH = 96
-_TRAINING_PROMPTS = 160  # of each category; few-prompt categories repeat theirs
+_TRAINING_PROMPTS = 320  # of each category; few-prompt categories repeat theirs
 _RESAMPLES = 1000
 _EXAMPLES = 6
 

@@ -18,12 +18,14 @@ from .atomic import check_target
 from .blockwise import BlockSettings
 from .conversion import round_checkpoint
 from .pipeline import Plan, Workshop, distill_file, plan_for, settings_for
+from .teacher import free_memory
 from .trajectories import keep_settings
 from .velocity import Quality
 
-# Shares of the budget. Pictures and states stop at numbers beyond which more of them did not help.
-_PICTURES, _STATES, _CALIBRATION = 0.12, 0.08, 0.2
-_MAX_PICTURES, _MAX_STATES = 1024, 16384
+_PICTURES, _CALIBRATION = 0.2, 0.2  # shares of the budget; pictures with their states
+_STATES = 12  # of each picture; the teacher's velocities are known already at half of them
+_MAX_PICTURES = 4096
+_MEMORY = 0.2  # of the free main memory, for states
 _SMALL_MODEL = 100e6  # weights
 _BLOCKWISE = 0.4  # of the training time, where the codes cannot be trained all at once
 
@@ -54,18 +56,22 @@ def default_minutes(weights: int) -> float:
     return 15 if weights < _SMALL_MODEL else 240
 
 
-def amounts(budget: float, state_seconds: float, steps: int, prompts: int, enough: int) -> Amounts:
-    """`budget` in seconds; `state_seconds`: of a teacher forward of one state; `enough` states for calibration."""
+def amounts(budget: float, state_seconds: float, steps: int, prompts: int, enough: int, room: int) -> Amounts:
+    """What `budget` seconds pay for.
+
+    `state_seconds`: of a teacher forward of one state; `steps` of its sampler; `enough` states for calibration; `room`
+    for that many states in main memory.
+    """
 
     def affordable(share: float, each: float, least: int, most: int) -> int:
         return int(min(most, max(least, share * budget / each)))
 
-    pictures = affordable(_PICTURES, state_seconds * steps, 16, _MAX_PICTURES)
-    states = affordable(_STATES, state_seconds, 64, _MAX_STATES)
+    most = max(16, min(_MAX_PICTURES, room // _STATES))
+    pictures = affordable(_PICTURES, state_seconds * (steps + _STATES / 2), 16, most)
     held_out = max(2, min(32, pictures // 8, max(1, prompts // 10)))
     # Calibration runs the block's Linears about eight times for each state.
     calibration = affordable(_CALIBRATION, 16 * state_seconds, 32, enough)
-    return Amounts(pictures, states, held_out, calibration)
+    return Amounts(pictures, _STATES * pictures, held_out, calibration)
 
 
 class Conversion:
@@ -136,7 +142,10 @@ class Conversion:
         state_seconds = self._time_teacher()
         enough = calibrate.enough_states(self.shop.arch, self.shop.tokens)
         prompts, steps = len(self.shop.conditioning), self.shop.trajectories.steps
-        chosen = amounts(self.budget, state_seconds, steps, prompts, enough)
+        channels = self.shop.arch.in_channels + self.shop.arch.out_channels  # latents and velocities, fp32
+        largest = max(height * width for _, height, width in self.shop.trajectories.shapes)
+        room = int(_MEMORY * free_memory(torch.device("cpu"))) // (4 * channels * largest)
+        chosen = amounts(self.budget, state_seconds, steps, prompts, enough, room)
         choices = {"amounts": asdict(chosen), "state_seconds": state_seconds}
         _write_json(path, choices)
         return choices

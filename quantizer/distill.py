@@ -32,6 +32,7 @@ RATES = {"scale": 4e-3, "code": 1.5e-3, "rank": 1e-2, "bias": 4e-3, "norm": 4e-3
 # Runs up to this length train codes at their full rate. In longer ones it falls with the root of the number of steps:
 # the gradients of codes are mostly chance, and chance alone then moves them as far in a long run as in a short one.
 _CODE_STEPS = 144
+_CODES_REST = 0.6  # of the run: from there on codes stay, and everything else is fitted to them
 _FLOOR = 0.02  # of the peak: where the cosine ends
 _TIMED_STEPS = 12  # steps that are timed before a budget in seconds is turned into a number of steps
 _FREE = ("checkpoint_minutes", "steps", "seconds")  # settings that do not change what a step does
@@ -100,8 +101,10 @@ class Distiller:
         """One step; returns its loss."""
         started, total = time.perf_counter(), 0.0
         device = next(iter(self.parameters.values())).device
-        for parameter in self.parameters.values():
+        factors = schedule(self.kinds, self.step, self.total, self.settings.warmup)
+        for name, parameter in self.parameters.items():
             parameter.grad = None
+            parameter.requires_grad_(factors[name] > 0)
         for part in range(self.settings.accumulate):
             index = self.step * self.settings.accumulate + part
             loss = self.loss(self.pool.draw(index, self.settings.batch, self.settings.seed, device))
@@ -109,7 +112,7 @@ class Distiller:
             total += float(loss.detach()) / self.settings.accumulate
         if not math.isfinite(total):
             raise Collapse(f"the loss is {total} at step {self.step}; lower the learning rates and start again")
-        self.optimizer.step(schedule(self.kinds, self.step, self.total, self.settings.warmup))
+        self.optimizer.step(factors)
         weight = 1 - min(self.settings.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             # Parameters in bf16 have averages in bf16, which would not move: those follow the parameters.
@@ -255,16 +258,21 @@ def forward(model: Flux, batch: Batch, checkpointing: bool) -> Tensor:
 
 
 def schedule(kinds: Mapping[str, str], step: int, total: int | None, warmup: int) -> dict[str, float]:
-    """Part of the learning rate of every parameter: linear warm-up, then a cosine over the whole run.
+    """Part of the learning rate of every parameter: linear warm-up, then a cosine, over part of the run for the codes.
 
     `kinds` comes from `parameter_kinds`. The first steps do not depend on the length of the run, which may not be known
     yet (see `_TIMED_STEPS`): the codes, whose rate does, rest until then.
     """
     early = total is None or step < _TIMED_STEPS < total
-    progress = 0.0 if step < _TIMED_STEPS else min(step / total, 1.0)
-    factor = min(1.0, (step + 1) / warmup) * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
-    of_codes = 0.0 if early else factor * min(1.0, math.sqrt(_CODE_STEPS / total))
+    progress, start = 0.0 if step < _TIMED_STEPS else step / total, min(1.0, (step + 1) / warmup)
+    factor = start * (_FLOOR + (1 - _FLOOR) * _cosine(progress))
+    of_codes = 0.0 if early else start * _cosine(progress / _CODES_REST) * min(1.0, math.sqrt(_CODE_STEPS / total))
     return {name: of_codes if kind == "code" else factor for name, kind in kinds.items()}
+
+
+def _cosine(progress: float) -> float:
+    """From 1 at 0 to 0 at 1 and beyond."""
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def learning_rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:

@@ -96,7 +96,7 @@ def _trajectory(velocity, shop: Workshop, pictures: Sequence[Picture]) -> list[T
     levels = noise_levels(trajectories.steps, trajectories.shift)
     conditions = trajectories.conditions(pictures)
     steps = paint(lambda *inputs: velocity(*inputs).cpu(), initial_noise(pictures), levels, shop.arch, conditions)
-    return [latent.clone() for _, latent in steps]
+    return [latent.clone() for _, latent, _ in steps]
 
 
 def bits(file: TernaryFile) -> float:

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from .conditioning import Conditioning
 from .container import TensorFile, create
-from .trajectories import Picture, States, Trajectories, batches, initial_noise, noise_levels, paint
+from .trajectories import (
+    Picture,
+    States,
+    Trajectories,
+    batches,
+    initial_noise,
+    noise_levels,
+    paint,
+    with_companions,
+)
 from .velocity import BINS, Batch, Model
 
 _CHUNK = 64  # states whose velocities are kept in one file
@@ -91,21 +100,22 @@ def training_pool(
     seed: int = 0,
     on_progress: Callable[[int], object] = lambda states: None,
 ) -> Pool:
-    """`count` states of these pictures with the teacher's velocities, which are kept in `folder`."""
+    """`count` states of these pictures with the teacher's velocities; those not known yet are kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     groups = []
     for states in trajectories.states(pictures, count, seed):
-        velocities = []
-        for start in range(0, len(states), _CHUNK):
-            rows = slice(start, min(start + _CHUNK, len(states)))
+        velocity = states.velocity
+        unknown = torch.nonzero(velocity.flatten(1)[:, 0].isnan()).flatten()
+        on_progress(len(states) - len(unknown))
+        for rows in unknown.split(_CHUNK):
             path = folder / f"{_digest(states, rows)}.safetensors"
             if not path.exists():
                 inputs = states.inputs(rows, trajectories.conditioning)
-                pieces = zip(*(_split(x, batch, rows.stop - start) for x in inputs), strict=True)
+                pieces = zip(*(_split(x, batch, len(rows)) for x in inputs), strict=True)
                 _keep(path, {"velocity": torch.cat([teacher(*piece).cpu() for piece in pieces])})
-            velocities.append(TensorFile(path).tensor("velocity").float())
-            on_progress(rows.stop - start)
-        groups.append(Group(states, torch.cat(velocities)))
+            velocity[rows] = TensorFile(path).tensor("velocity").float()
+            on_progress(len(rows))
+        groups.append(Group(states, velocity))
     return Pool(groups, trajectories.conditioning)
 
 
@@ -134,19 +144,11 @@ def holdout_batches(
 
 def _record(teacher: Model, trajectories: Trajectories, pictures, conditions) -> Iterator[tuple[str, Tensor]]:
     """The latents and velocities of every step of the teacher's sampling."""
-    seen = []
-
-    def recording(latent: Tensor, *rest) -> Tensor:
-        velocity = teacher(latent, *rest).cpu()
-        seen.append((latent.cpu(), velocity))
-        return velocity
-
-    levels = noise_levels(trajectories.steps, trajectories.shift)
-    for _ in paint(recording, initial_noise(pictures), levels, trajectories.arch, conditions):
-        pass
-    for step, (latent, velocity) in enumerate(seen):
-        yield f"latent.{step}", latent
-        yield f"velocity.{step}", velocity
+    arch, levels = trajectories.arch, noise_levels(trajectories.steps, trajectories.shift)
+    way = list(paint(teacher, initial_noise(pictures), levels, arch, conditions))
+    for step, (_, latent, velocity) in enumerate(way[:-1]):
+        yield f"latent.{step}", with_companions(latent, arch).cpu()
+        yield f"velocity.{step}", velocity.cpu()
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

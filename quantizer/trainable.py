@@ -142,7 +142,8 @@ class _Latent(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         latent, scales = ctx.saved_tensors
-        return _times_scales(gradient, scales), _scale_gradient(gradient, ternary(latent))
+        of_latent = _times_scales(gradient, scales) if ctx.needs_input_grad[0] else None
+        return of_latent, _scale_gradient(gradient, ternary(latent))
 
 
 def low_rank_factors(residual: Tensor, rank: int, second_moments: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 Pictures are latents in the model's own space, painted from prompts and noise as ComfyUI's `euler` sampler does it, one
 file each, so that an interrupted run continues. One half of the states are those that the sampler passed, where a
-student has to be right; the other half are z_t = (1 - t) z_0 + t noise with fresh noise and logit-normal t, which cover
-the times and places that other samplers visit. With guidance distilled into a model, the two differ.
+student has to be right; they are kept with the velocities that the sampler used there. The other half are z_t =
+(1 - t) z_0 + t noise with fresh noise and logit-normal t, which cover the times and places that other samplers visit.
+With guidance distilled into a model, the two differ.
 """
 
 import hashlib
@@ -66,6 +67,7 @@ class States:
     t: Tensor  # fp32 [S]
     prompt: Tensor  # int64 [S], rows of the conditioning
     guidance: Tensor | None  # fp32 [S]
+    velocity: Tensor | None = None  # fp32 [S, out_channels, H, W] where the sampler knew it, NaN elsewhere
 
     def __len__(self) -> int:
         return len(self.t)
@@ -96,18 +98,18 @@ def noise_levels(steps: int, shift: float) -> Tensor:
 
 def paint(
     velocity: Velocity, noise: Tensor, levels: Tensor, arch: Architecture, conditions: Sequence[Tensor | None]
-) -> Iterator[tuple[float, Tensor]]:
-    """Euler steps from `noise` [B, C, H, W] along `levels`: each (t, latent) on the way, the picture (t = 0) last.
+) -> Iterator[tuple[float, Tensor, Tensor | None]]:
+    """Euler steps from `noise` [B, C, H, W] along `levels`: each (t, latent, velocity), and (0, picture, None) last.
 
     `conditions`: context, pooled, guidance, as `velocity` takes them.
     """
     latent = noise
     for now, after in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
-        yield now, latent
         times = torch.full((len(latent),), now, dtype=torch.float32)
-        step = velocity(with_companions(latent, arch), times, *conditions)
-        latent = latent + (after - now) * step.to(latent)
-    yield 0.0, latent
+        step = velocity(with_companions(latent, arch), times, *conditions).to(latent)
+        yield now, latent, step
+        latent = latent + (after - now) * step
+    yield 0.0, latent, None
 
 
 def with_companions(latent: Tensor, arch: Architecture) -> Tensor:
@@ -141,7 +143,8 @@ class Trajectories:
         order = torch.randperm(len(conditioning), generator=torch.Generator().manual_seed(settings.seed)).tolist()
         self.prompts = {"train": order[held:], "holdout": order[:held] or [0]}
         self.kept = min(_KEPT, self.steps)
-        values = asdict(settings) | {"steps": self.steps, "shift": self.shift, "states kept of a picture": _KEPT}
+        values = asdict(settings) | {"steps": self.steps, "shift": self.shift}
+        values["states and velocities kept of a picture"] = _KEPT
         prompts = _digest("\n".join(conditioning.prompts[i] for i in order).encode())
         keep_settings(self.folder, values | {"model": model, "prompts": prompts})
 
@@ -178,15 +181,20 @@ class Trajectories:
         levels = noise_levels(self.steps, self.shift)
         for same in batches(todo, batch):
             conditions = self.conditions(same)
-            way = [latent for _, latent in paint(velocity, initial_noise(same), levels, self.arch, conditions)]
-            if not torch.isfinite(way[-1]).all():
-                raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
+            way = list(paint(velocity, initial_noise(same), levels, self.arch, conditions))
             for row, picture in enumerate(same):
-                passed = torch.stack([way[step][row] for step in self._passed(picture)]).bfloat16()
-                plan = {"latent": (torch.float32, picture.shape), "passed": (torch.bfloat16, tuple(passed.shape))}
+                passed = [way[step][1:] for step in self._passed(picture)]
+                tensors = {
+                    "latent": way[-1][1][row].float(),
+                    "passed": torch.stack([latent[row] for latent, _ in passed]).half(),
+                    "velocity": torch.stack([velocities[row] for _, velocities in passed]).half(),
+                }
+                if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                    raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
+                plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
                 with create(self._path(picture), plan, {}, overwrite=True) as file:
-                    file.write("latent", way[-1][row].float())
-                    file.write("passed", passed)
+                    for name, tensor in tensors.items():
+                        file.write(name, tensor)
             on_progress(len(same))
 
     def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor | None, ...]:
@@ -217,16 +225,18 @@ class Trajectories:
         pictures = [picture for picture, _, _ in chosen]
         levels = noise_levels(self.steps, self.shift).float()
         latent, times = torch.empty(len(chosen), *pictures[0].shape), torch.empty(len(chosen))
+        velocity = torch.full_like(latent, math.nan)
         for row, (picture, place, seed) in enumerate(chosen):
             file = TensorFile(self._path(picture))
             if seed is None:
-                times[row], latent[row] = levels[self._passed(picture)[place]], file.tensor("passed")[place].float()
+                times[row] = levels[self._passed(picture)[place]]
+                latent[row], velocity[row] = file.tensor("passed")[place], file.tensor("velocity")[place]
             else:
                 noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
                 times[row] = place
                 torch.lerp(file.tensor("latent"), noise, times[row], out=latent[row])
         prompts = torch.tensor([picture.prompt for picture in pictures])
-        return States(with_companions(latent, self.arch), times, prompts, _guidance(pictures))
+        return States(with_companions(latent, self.arch), times, prompts, _guidance(pictures), velocity)
 
     def _passed(self, picture: Picture) -> list[int]:
         """Sampler steps whose states are kept of a picture: one, chosen by chance, of each of equal ranges."""

@@ -120,8 +120,13 @@ def test_a_small_model_trains_everything_in_full_precision():
 
 
 def test_amounts_follow_the_budget_and_stay_within_bounds():
-    small, large = amounts(60, 0.01, 20, 1000, 500), amounts(6000, 0.01, 20, 1000, 500)
+    small, large = (amounts(seconds, 0.01, 20, 1000, 500, 10**6) for seconds in (60, 6000))
     assert small.pictures < large.pictures and small.states < large.states
-    tiny = amounts(1, 10.0, 50, 4, 500)
+    assert 0.9 * 0.2 * 60 < 0.01 * (20 * small.pictures + small.states / 2) <= 0.2 * 60
+    tiny = amounts(1, 10.0, 50, 4, 500, 10**6)
     assert tiny.pictures >= 16 and tiny.states >= 64 and tiny.held_out == 2
     assert tiny.calibration_states == 32 and large.calibration_states == 500
+
+
+def test_states_stay_within_the_memory():
+    assert amounts(6000, 0.01, 20, 1000, 500, 3000).states <= 3000 < amounts(6000, 0.01, 20, 1000, 500, 10**6).states

@@ -85,7 +85,7 @@ def test_chance_moves_codes_as_far_in_a_long_run_as_in_a_short_one():
     def distance(name, total):
         return sum(schedule(kinds, step, total, 20)[name] ** 2 for step in range(total)) ** 0.5
 
-    assert distance("w.latent", 3000) == pytest.approx(distance("w.latent", 500), rel=0.05)
+    assert distance("w.latent", 3000) == pytest.approx(distance("w.latent", 500), rel=0.1)
     assert distance("w.log_scale", 3000) > 2 * distance("w.log_scale", 500)
 
 
@@ -96,9 +96,21 @@ def test_the_first_steps_do_not_depend_on_the_length_of_the_run():
     assert schedule(kinds, 12, 200, 20)["w.latent"] > schedule(kinds, 12, 5000, 20)["w.latent"] > 0
 
 
+def test_codes_rest_in_the_last_part_of_a_run(files, data):
+    distiller, _ = make(files, data, codes=True, steps=40)
+    latents = {name: p for name, p in distiller.parameters.items() if name.endswith(".latent")}
+    seen = []
+    for _ in range(40):
+        before = {name: p.detach().clone() for name, p in distiller.parameters.items()}
+        distiller.advance()
+        seen.append(sum(not torch.equal(p, before[name]) for name, p in latents.items()))
+        assert not torch.equal(distiller.model.img_in.weight, before["img_in.weight"])
+    assert seen == [0] * 12 + [len(latents)] * 12 + [0] * 16
+
+
 @pytest.mark.parametrize("rank, codes", [(0, False), (4, False), (0, True), (4, True)])
 def test_learns_and_writes_what_it_evaluated(files, data, tmp_path, rank, codes):
-    distiller, start = make(files, data, rank, codes)
+    distiller, start = make(files, data, rank, codes, steps=48)
     before = measure(distiller.model, data[2], data[3]).error
     distill(distiller)
     assert distiller.best_error < 0.8 * before

@@ -1,5 +1,6 @@
 """Pictures of the teacher: sampler, plan, cache, states."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from ternary_flux.quantizer import trajectories
 from ternary_flux.quantizer.architecture import Architecture
 from ternary_flux.quantizer.conditioning import Conditioning
 from ternary_flux.quantizer.container import TensorFile
+from ternary_flux.quantizer.states import training_pool
 from ternary_flux.quantizer.trajectories import Settings, Trajectories
 from ternary_flux.tests import host
 
@@ -63,6 +65,9 @@ def test_sampling_follows_the_velocity():
     path = list(trajectories.paint(velocity, noise, trajectories.noise_levels(5, 1.0), ARCH, conditions))
     assert len(path) == 6 and path[0][0] == 1 and path[-1][0] == 0
     assert torch.equal(path[0][1], noise)
+    for (t, latent, used), (after, reached, _) in itertools.pairwise(path):
+        torch.testing.assert_close(used, velocity(latent, torch.full((2,), t), *conditions))
+        torch.testing.assert_close(reached, latent + (after - t) * used)
     torch.testing.assert_close(path[-1][1], torch.tensor([0.3, 0.7])[:, None, None, None].expand(2, 16, 4, 4))
 
 
@@ -145,7 +150,7 @@ def test_half_of_the_states_are_those_that_the_sampler_passed(tmp_path):
     ways = {}  # (prompt, time) -> every state that was passed there
     for picture in plan:
         noise = trajectories.initial_noise([picture])
-        for t, latent in trajectories.paint(velocity, noise, levels.double(), ARCH, shop.conditions([picture])):
+        for t, latent, _ in trajectories.paint(velocity, noise, levels.double(), ARCH, shop.conditions([picture])):
             ways.setdefault((picture.prompt, round(t, 4)), []).append(latent[0])
     passed = fresh = 0
     times = []
@@ -163,6 +168,33 @@ def test_half_of_the_states_are_those_that_the_sampler_passed(tmp_path):
     assert passed == fresh == 20
     assert len(set(times)) == 20, "a state that was passed is used once"
     assert {round(t, 4) for _, t in times} <= {round(float(t), 4) for t in levels[:-1]}
+
+
+def test_velocities_come_with_the_states_that_were_passed(tmp_path):
+    shop, plan = painted(tmp_path, 4)
+    levels = trajectories.noise_levels(12, shop.shift).float()
+    for group in shop.states(plan, 40):
+        known = torch.isin(group.t, levels)
+        assert torch.equal(group.velocity.flatten(1).isnan().any(1), ~known)
+        assert torch.equal(group.velocity.flatten(1).isnan().all(1), ~known)
+        theirs = velocity(*group.inputs(slice(None), shop.conditioning))
+        torch.testing.assert_close(group.velocity[known], theirs[known], rtol=1e-2, atol=1e-2)
+
+
+def test_the_teacher_answers_for_fresh_noise_only_and_only_once(tmp_path):
+    shop, plan = painted(tmp_path / "pictures", 4)
+    asked, counted = [], []
+
+    def teacher(latent, *rest):
+        asked.append(len(latent))
+        return velocity(latent, *rest)
+
+    pools = [training_pool(teacher, shop, plan, 40, tmp_path / "velocities", on_progress=counted.append) for _ in "ab"]
+    assert sum(asked) == 20 and sum(counted) == 2 * 40
+    for group, again in zip(*(pool.groups for pool in pools), strict=True):
+        assert torch.equal(group.velocity, again.velocity)
+        theirs = velocity(*group.states.inputs(slice(None), shop.conditioning))
+        torch.testing.assert_close(group.velocity, theirs, rtol=1e-2, atol=1e-2)
 
 
 def test_few_states_are_spread_over_the_way(tmp_path):
