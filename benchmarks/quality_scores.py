@@ -21,7 +21,7 @@ STEPS = 20
 _BATCH = 96
 _TRAINING_PROMPTS = 320  # of each category; few-prompt categories repeat theirs
 _RESAMPLES = 1000
-_EXAMPLES = 6
+_TRAJECTORY_NOISE = 4  # its seed
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Stage:
             context, pooled = self.encode(self.prompts)
             # Neighbours of a batch swap prompts: they must not be of one category.
             mixed = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(0))[:_BATCH]
-            context, pooled, latent = context[mixed], pooled[mixed], self.noise(self.seeds)[mixed]
+            context, pooled, latent = context[mixed], pooled[mixed], self.noise(_TRAJECTORY_NOISE)[mixed]
             levels, batches = noise_levels(STEPS, 0.0).tolist(), []
             for now, after in zip(levels[:-1], levels[1:], strict=True):
                 t = torch.full((len(mixed),), now, device=self.device)

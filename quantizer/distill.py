@@ -29,10 +29,11 @@ from .velocity import Batch, Quality, measure
 # Step sizes at the peak of the schedule. Scales move by this factor, codes by this part of their scale, everything else
 # by this part of its own typical size: the same numbers mean the same in every layer and model.
 RATES = {"scale": 4e-3, "code": 1.5e-3, "rank": 1e-2, "bias": 4e-3, "norm": 4e-3, "dense": 4e-3}
-# Runs up to this length train codes at their full rate. In longer ones it falls with the root of the number of steps:
-# the gradients of codes are mostly chance, and chance alone then moves them as far in a long run as in a short one.
-_CODE_STEPS = 144
-_CODES_REST = 0.6  # of the run: from there on codes stay, and everything else is fitted to them
+# Codes are trained in the first part of a run only; from there on they stay, and everything else is fitted to them. The
+# gradients of codes are mostly chance: moving for longer, they do harm. Their rate falls with the root of the length of
+# that part, so that chance moves them as far in a long one as in a short one.
+_CODES_PART, _CODES_MOST = 0.6, 300  # of the steps, and steps at most
+_CODES_FULL = 86  # steps up to which the rate is the full one
 _FLOOR = 0.02  # of the peak: where the cosine ends
 _TIMED_STEPS = 12  # steps that are timed before a budget in seconds is turned into a number of steps
 _FREE = ("checkpoint_minutes", "steps", "seconds")  # settings that do not change what a step does
@@ -258,15 +259,18 @@ def forward(model: Flux, batch: Batch, checkpointing: bool) -> Tensor:
 
 
 def schedule(kinds: Mapping[str, str], step: int, total: int | None, warmup: int) -> dict[str, float]:
-    """Part of the learning rate of every parameter: linear warm-up, then a cosine, over part of the run for the codes.
+    """Part of the learning rate of every parameter: linear warm-up, then a cosine; that of codes ends early.
 
     `kinds` comes from `parameter_kinds`. The first steps do not depend on the length of the run, which may not be known
     yet (see `_TIMED_STEPS`): the codes, whose rate does, rest until then.
     """
-    early = total is None or step < _TIMED_STEPS < total
-    progress, start = 0.0 if step < _TIMED_STEPS else step / total, min(1.0, (step + 1) / warmup)
-    factor = start * (_FLOOR + (1 - _FLOOR) * _cosine(progress))
-    of_codes = 0.0 if early else start * _cosine(progress / _CODES_REST) * min(1.0, math.sqrt(_CODE_STEPS / total))
+    start = min(1.0, (step + 1) / warmup)
+    factor = start * (_FLOOR + (1 - _FLOOR) * _cosine(0.0 if step < _TIMED_STEPS else step / total))
+    if total is None or step < _TIMED_STEPS < total:
+        of_codes = 0.0
+    else:
+        part = min(_CODES_PART * total, _CODES_MOST)
+        of_codes = start * _cosine(step / part) * min(1.0, math.sqrt(_CODES_FULL / part))
     return {name: of_codes if kind == "code" else factor for name, kind in kinds.items()}
 
 
