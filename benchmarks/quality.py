@@ -53,11 +53,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.png", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, help="of each distillation")
+    parser.add_argument("--seeds", type=int, help="pictures of each prompt")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     scale = QUICK if args.quick else FULL
-    if args.steps:
-        scale = replace(scale, steps=args.steps)
+    changes = {name: value for name in ("steps", "seeds") if (value := getattr(args, name))}
+    scale = replace(scale, **changes)
     work = args.work or ROOT / "output" / ("quality-quick" if args.quick else "quality")
     name = "quality-quick.json" if args.quick else "quality.json"
     picture = args.picture.with_stem("quality-quick") if args.quick else args.picture

@@ -89,6 +89,17 @@ def test_chance_moves_codes_as_far_in_a_long_run_as_in_a_short_one():
     assert distance("w.log_scale", 3000) > 2 * distance("w.log_scale", 500)
 
 
+def test_codes_rest_earlier_beside_low_rank_factors():
+    alone = {"w.log_scale": "scale", "w.latent": "code"}
+    beside = alone | {"w.up": "rank"}
+
+    def last(kinds, total):
+        return max(step for step in range(total) if schedule(kinds, step, total, 20)["w.latent"] > 0)
+
+    assert last(alone, 2000) == 1199 and last(beside, 2000) == 299
+    assert last(alone, 200) == last(beside, 200) == 119
+
+
 def test_the_first_steps_do_not_depend_on_the_length_of_the_run():
     kinds = {"w.log_scale": "scale", "w.latent": "code"}
     for step in range(12):
