@@ -32,7 +32,7 @@ RATES = {"scale": 4e-3, "code": 1.5e-3, "rank": 1e-2, "bias": 4e-3, "norm": 4e-3
 # Codes are trained in the first part of a run only; from there on they stay, and everything else is fitted to them. The
 # gradients of codes are mostly chance, and beside low-rank factors, which can do the same, longer training does harm.
 # The rate falls with the root of the length of that part: chance then moves codes as far in a long one as in a short.
-_CODES_PART, _CODES_BESIDE_FACTORS = 0.6, 300  # of the steps; steps at most
+_CODES_PART, _CODES_LEAST, _CODES_BESIDE_FACTORS = 0.6, 120, 300  # of the steps; steps at least; and at most
 _CODES_FULL = 86  # steps up to which the rate is the full one
 _FLOOR = 0.02  # of the peak: where the cosine ends
 _TIMED_STEPS = 12  # steps that are timed before a budget in seconds is turned into a number of steps
@@ -269,7 +269,7 @@ def schedule(kinds: Mapping[str, str], step: int, total: int | None, warmup: int
     if total is None or step < _TIMED_STEPS < total:
         of_codes = 0.0
     else:
-        part = _CODES_PART * total
+        part = max(_CODES_PART * total, min(_CODES_LEAST, total))
         if "rank" in kinds.values():
             part = min(part, _CODES_BESIDE_FACTORS)
         of_codes = start * _cosine(step / part) * min(1.0, math.sqrt(_CODES_FULL / part))
