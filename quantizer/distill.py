@@ -46,7 +46,7 @@ class Collapse(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how to train; `steps` or `seconds` ends the run."""
+    """How long and how to train; `steps` or `seconds` (with evaluations) ends the run."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -83,7 +83,7 @@ class Distiller:
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.best = {name: p.clone() for name, p in self.average.items()}
         self.power = pool.power().to(next(model.parameters()).device)
-        self.step, self.total, self.used = 0, settings.steps, 0.0
+        self.step, self.total, self.used, self.evaluation_seconds = 0, settings.steps, 0.0, 0.0
         self.log: list[dict] = []
 
     @property
@@ -105,7 +105,8 @@ class Distiller:
         factors = schedule(self.kinds, self.step, self.total, self.settings.warmup)
         for name, parameter in self.parameters.items():
             parameter.grad = None
-            parameter.requires_grad_(factors[name] > 0)
+            # Timed steps must cost what later ones do; Adam's moments of the codes settle meanwhile.
+            parameter.requires_grad_(factors[name] > 0 or self.step < _TIMED_STEPS)
         for part in range(self.settings.accumulate):
             index = self.step * self.settings.accumulate + part
             loss = self.loss(self.pool.draw(index, self.settings.batch, self.settings.seed, device))
@@ -124,13 +125,18 @@ class Distiller:
         self.used += time.perf_counter() - started
         if self.total is None and self.step == _TIMED_STEPS:
             timed = self.used / _TIMED_STEPS
-            self.total = max(_TIMED_STEPS + 1, int(self.settings.seconds / timed))
+            each = timed + self.evaluation_seconds / self.settings.evaluate_every
+            # Besides the regular evaluations: that of the start, of the end and of the written file.
+            left = self.settings.seconds - 3 * self.evaluation_seconds
+            self.total = max(_TIMED_STEPS + 1, int(left / each))
         return total
 
     def evaluate(self) -> Quality:
         """Quality of what would be written now; the best is kept. Raises Collapse where prompts lost influence."""
+        started = time.perf_counter()
         with as_stored(self.model, self.dtypes, self.average):
             quality = measure(self.model, self.holdout, self.swapped)
+        self.evaluation_seconds = time.perf_counter() - started
         best = self.best_error
         self.log.append({"step": self.step, **asdict(quality)})
         if quality.error < best:
