@@ -103,7 +103,7 @@ def training_pool(
     """`count` states of these pictures with the teacher's velocities; those not known yet are kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     groups = []
-    for states in trajectories.states(pictures, count, seed):
+    for states in trajectories.states(pictures, count, seed, velocities=True):
         velocity = states.velocity
         unknown = torch.nonzero(velocity.flatten(1)[:, 0].isnan()).flatten()
         on_progress(len(states) - len(unknown))

@@ -202,8 +202,10 @@ class Trajectories:
         context, pooled = self.conditioning.batch([picture.prompt for picture in pictures])
         return context, pooled, _guidance(pictures)
 
-    def states(self, pictures: Sequence[Picture], count: int, seed: int = 0) -> list[States]:
-        """`count` noisy states of these pictures, by size.
+    def states(
+        self, pictures: Sequence[Picture], count: int, seed: int = 0, velocities: bool = False
+    ) -> list[States]:
+        """`count` noisy states of these pictures, by size; on request with the velocities that the sampler knew.
 
         Every picture in turn: one that the sampler passed, as long as there are such, then one with fresh noise.
         """
@@ -218,19 +220,21 @@ class Trajectories:
             else:
                 state = picture, (turn + place // 2) % self.kept, None
             chosen.setdefault(picture.shape, []).append(state)
-        return [self._states(states) for states in chosen.values()]
+        return [self._states(states, velocities) for states in chosen.values()]
 
-    def _states(self, chosen: Sequence[tuple[Picture, float | int, int | None]]) -> States:
+    def _states(self, chosen: Sequence[tuple[Picture, float | int, int | None]], velocities: bool) -> States:
         """States of one size from (picture, time, seed of fresh noise) or (picture, number of a kept state, None)."""
         pictures = [picture for picture, _, _ in chosen]
         levels = noise_levels(self.steps, self.shift).float()
         latent, times = torch.empty(len(chosen), *pictures[0].shape), torch.empty(len(chosen))
-        velocity = torch.full_like(latent, math.nan)
+        velocity = torch.full_like(latent, math.nan) if velocities else None
         for row, (picture, place, seed) in enumerate(chosen):
             file = TensorFile(self._path(picture))
             if seed is None:
                 times[row] = levels[self._passed(picture)[place]]
-                latent[row], velocity[row] = file.tensor("passed")[place], file.tensor("velocity")[place]
+                latent[row] = file.tensor("passed")[place]
+                if velocity is not None:
+                    velocity[row] = file.tensor("velocity")[place]
             else:
                 noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
                 times[row] = place

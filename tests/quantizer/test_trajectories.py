@@ -173,7 +173,8 @@ def test_half_of_the_states_are_those_that_the_sampler_passed(tmp_path):
 def test_velocities_come_with_the_states_that_were_passed(tmp_path):
     shop, plan = painted(tmp_path, 4)
     levels = trajectories.noise_levels(12, shop.shift).float()
-    for group in shop.states(plan, 40):
+    assert all(group.velocity is None for group in shop.states(plan, 40))
+    for group in shop.states(plan, 40, velocities=True):
         known = torch.isin(group.t, levels)
         assert torch.equal(group.velocity.flatten(1).isnan().any(1), ~known)
         assert torch.equal(group.velocity.flatten(1).isnan().all(1), ~known)
