@@ -19,7 +19,7 @@ from ternary_flux.benchmarks import quality_chart
 from ternary_flux.benchmarks.quality_models import dense_of, round_to_bits
 from ternary_flux.benchmarks.quality_scores import Scores, Stage, evaluate
 from ternary_flux.quantizer import calibrate, conditioning
-from ternary_flux.quantizer.atomic import atomic_file
+from ternary_flux.quantizer.atomic import write_json
 from ternary_flux.quantizer.conversion import round_checkpoint
 from ternary_flux.quantizer.distill import Settings
 from ternary_flux.quantizer.format import open_ternary
@@ -93,8 +93,7 @@ def run(scale: Scale, work: Path, results: Path, picture: Path, device: torch.de
         "models": rows,
     }
     results.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(results, overwrite=True) as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
+    write_json(results, result)
     picture.parent.mkdir(parents=True, exist_ok=True)
     quality_chart.draw(rows, pictures, stage.examples).save(picture, optimize=True)
     say(f"{results} and {picture} written, {result['seconds']:.0f} s in all")

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written beside their place under a temporary name, flushed, then renamed."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -51,6 +52,12 @@ def atomic_file(path: str | os.PathLike, size: int = 0, overwrite: bool = False)
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def write_json(path: str | os.PathLike, value) -> None:
+    """Write `value` as JSON, in the place of what is there."""
+    with atomic_file(path, overwrite=True) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def _sync_folder(folder: Path) -> None:

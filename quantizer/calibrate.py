@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ops import TernaryWeight
 from . import gptq
 from .architecture import Architecture
-from .atomic import check_target
+from .atomic import check_target, write_json
 from .checkpoint import Checkpoint
 from .conditioning import Conditioning
 from .container import TensorFile, create
@@ -84,7 +84,7 @@ def calibrate(
             report[name] = _calibrate_block(name, teacher, streams, work / f"{name}.safetensors", settings)
             on_block(name, report[name])
     blocks = {name: asdict(block) for name, block in report.items()}
-    (work / "report.json").write_text(json.dumps(blocks, indent=1) + "\n", encoding="utf-8")
+    write_json(work / "report.json", blocks)
     write(teacher.checkpoint, work, target, settings, report, overwrite)
     streams.remove()
     return report

@@ -14,18 +14,14 @@ from pathlib import Path
 import torch
 
 from . import calibrate
-from .atomic import check_target
+from .atomic import check_target, write_json
 from .blockwise import BlockSettings
 from .conversion import round_checkpoint
-from .pipeline import Plan, Workshop, distill_file, plan_for, settings_for
-from .teacher import free_memory
+from .pipeline import MAX_PICTURES, STATES_EACH, Plan, Workshop, distill_file, plan_for, settings_for
 from .trajectories import keep_settings
 from .velocity import Quality
 
 _PICTURES, _CALIBRATION = 0.2, 0.2  # shares of the budget; pictures with their states
-_STATES = 12  # of each picture; the teacher's velocities are known already at half of them
-_MAX_PICTURES = 4096
-_MEMORY = 0.2  # of the free main memory, for states
 _SMALL_MODEL = 100e6  # weights
 _BLOCKWISE = 0.4  # of the training time, where the codes cannot be trained all at once
 
@@ -66,12 +62,12 @@ def amounts(budget: float, state_seconds: float, steps: int, prompts: int, enoug
     def affordable(share: float, each: float, least: int, most: int) -> int:
         return int(min(most, max(least, share * budget / each)))
 
-    most = max(16, min(_MAX_PICTURES, room // _STATES))
-    pictures = affordable(_PICTURES, state_seconds * (steps + _STATES / 2), 16, most)
+    most = max(16, min(MAX_PICTURES, room // STATES_EACH))
+    pictures = affordable(_PICTURES, state_seconds * (steps + STATES_EACH / 2), 16, most)
     held_out = max(2, min(32, pictures // 8, max(1, prompts // 10)))
     # Calibration runs the block's Linears about eight times for each state.
     calibration = affordable(_CALIBRATION, 16 * state_seconds, 32, enough)
-    return Amounts(pictures, _STATES * pictures, held_out, calibration)
+    return Amounts(pictures, STATES_EACH * pictures, held_out, calibration)
 
 
 class Conversion:
@@ -139,30 +135,13 @@ class Conversion:
     def _choices(self, path: Path) -> dict:
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        state_seconds = self._time_teacher()
+        state_seconds = self.shop.time_state()
         enough = calibrate.enough_states(self.shop.arch, self.shop.tokens)
         prompts, steps = len(self.shop.conditioning), self.shop.trajectories.steps
-        channels = self.shop.arch.in_channels + self.shop.arch.out_channels  # latents and velocities, fp32
-        largest = max(height * width for _, height, width in self.shop.trajectories.shapes)
-        room = int(_MEMORY * free_memory(torch.device("cpu"))) // (4 * channels * largest)
-        chosen = amounts(self.budget, state_seconds, steps, prompts, enough, room)
+        chosen = amounts(self.budget, state_seconds, steps, prompts, enough, self.shop.room)
         choices = {"amounts": asdict(chosen), "state_seconds": state_seconds}
-        _write_json(path, choices)
+        write_json(path, choices)
         return choices
-
-    def _time_teacher(self) -> float:
-        """Seconds of a teacher forward for one state."""
-        shop = self.shop
-        shape = (shop.arch.in_channels, *max(shop.trajectories.shapes)[1:])
-        size = shop.teacher_batch
-        context, pooled = shop.conditioning.batch([0] * size)
-        guidance = torch.full((size,), 3.5) if shop.arch.guidance else None
-        times = []
-        for _ in range(3):
-            started = time.monotonic()
-            shop.teacher(torch.randn(size, *shape), torch.full((size,), 0.5), context, pooled, guidance).cpu()
-            times.append((time.monotonic() - started) / size)
-        return min(times)
 
     def _round(self, path: Path) -> None:
         round_checkpoint(self.shop.dense, path, overwrite=True)
@@ -194,7 +173,7 @@ class Conversion:
             self.shop.release_teacher()
             plan, seconds = plan_for(self.shop), max(0.3 * self.budget, self.left - 0.03 * self.budget)
             choices["training"] = self._training(plan, seconds, choices["state_seconds"])
-            _write_json(plan_file, choices)
+            write_json(plan_file, choices)
         training = choices["training"]
         dtype = torch.bfloat16 if training["autocast"] else None
         plan = Plan(**{**training["plan"], "autocast": dtype})
@@ -207,7 +186,7 @@ class Conversion:
         def step(row: dict) -> None:
             if training["steps"] is None and row["total"]:
                 training["steps"] = row["total"]
-                _write_json(plan_file, choices)
+                write_json(plan_file, choices)
             self.shop.on_progress("training steps", row["step"], row["total"] or 0)
 
         distill_file(
@@ -246,12 +225,6 @@ class Conversion:
             "plan": description,
             "autocast": bool(plan.autocast),
         }
-
-
-def _write_json(path: Path, value: dict) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def expectation(stages: list[Stage]) -> str:

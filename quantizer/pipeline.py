@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +26,11 @@ from .trajectories import Settings as PictureSettings
 from .velocity import Batch, Quality, measure, swapped_velocities
 
 Progress = Callable[[str, int, int], object]  # (what, done, total)
+
+STATES_EACH = 12  # states of each picture; the teacher's velocities are known already at half of them
+MAX_PICTURES = 4096
+_LEAST_PICTURES = 64
+_MEMORY = 0.2  # of the free main memory, for states
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -126,6 +132,35 @@ class Workshop:
     def teacher_batch(self) -> int:
         """States that the teacher runs at a time."""
         return max(1, min(64, 4096 // self.tokens))
+
+    @property
+    def room(self) -> int:
+        """States, with the teacher's velocities, that a fifth of the free main memory holds."""
+        channels = self.arch.in_channels + self.arch.out_channels
+        largest = max(height * width for _, height, width in self.trajectories.shapes)
+        return int(_MEMORY * free_memory(torch.device("cpu"))) // (4 * channels * largest)
+
+    def pictures_for(self, seen: int) -> int:
+        """Pictures that take about a quarter of the time of training on `seen` states; 64 to 4,096 that fit `room`.
+
+        A state costs about four of the teacher's forwards in training; a picture costs one for each step of the sampler
+        and for each of its states where the velocity is not known.
+        """
+        affordable = seen // (self.trajectories.steps + STATES_EACH // 2)
+        return min(max(_LEAST_PICTURES, affordable), MAX_PICTURES, max(1, self.room // STATES_EACH))
+
+    def time_state(self) -> float:
+        """Seconds of a teacher forward for one state."""
+        shape = (self.arch.in_channels, *max(self.trajectories.shapes)[1:])
+        size = self.teacher_batch
+        context, pooled = self.conditioning.batch([0] * size)
+        guidance = torch.full((size,), 3.5) if self.arch.guidance else None
+        times = []
+        for _ in range(3):
+            started = time.monotonic()
+            self.teacher(torch.randn(size, *shape), torch.full((size,), 0.5), context, pooled, guidance).cpu()
+            times.append((time.monotonic() - started) / size)
+        return min(times)
 
     @cached_property
     def trajectories(self) -> Trajectories:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Architecture
+from .atomic import write_json
 from .checkpoint import Checkpoint
 from .conditioning import Conditioning
 from .container import TensorFile, create
@@ -306,7 +307,7 @@ def keep_settings(folder: Path, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_json(path, settings)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     for key in settings.keys() | found.keys():

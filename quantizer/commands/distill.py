@@ -1,9 +1,14 @@
 """`distill`: train a ternary file to follow its teacher."""
 
 import argparse
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import workshop
+
+if TYPE_CHECKING:
+    from ..pipeline import Plan, Workshop
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -24,12 +29,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--codes", action="store_true", help="train the ternary codes too")
     parser.add_argument("--block-steps", type=int, default=0, help="steps of a block-wise first pass (default: none)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="of the end-to-end pass (default: 1000)")
+    length.add_argument("--steps", type=int, default=1000, help="of the end-to-end pass (default: %(default)s)")
     length.add_argument("--minutes", type=float, help="of the end-to-end pass, instead of --steps")
     parser.add_argument("--batch", type=int, help="states in a batch (default: what fits the device)")
     parser.add_argument("--accumulate", type=int, default=1, help="batches for each step (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=256, help="that the original paints (default: %(default)s)")
-    parser.add_argument("--states", type=int, default=2048, help="noisy states of them (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, help="that the original paints (default: by the length of the run)")
+    parser.add_argument("--states", type=int, help="noisy states of them (default: 12 of each)")
     parser.add_argument("--held-out", type=int, default=16, help="pictures of held-out prompts (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on all learning rates (default: %(default)s)")
     parser.add_argument("--evaluate-every", type=int, default=100, help="steps (default: %(default)s)")
@@ -38,6 +43,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     workshop.add_file_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the work folder")
     parser.set_defaults(interrupted="give the same command with --resume to go on")
+
+
+def _choose(args: argparse.Namespace, shop: "Workshop", plan: "Plan", path: Path) -> int:
+    """Give the workshop its pictures and states and return the batch: as asked, else as fits the run and the machine.
+
+    They are kept in `path`, so that a run that resumes has the same ones.
+    """
+    from ..atomic import write_json
+    from ..pipeline import STATES_EACH
+
+    kept = json.loads(path.read_text(encoding="utf-8")) if args.resume and path.exists() else {}
+    batch = args.batch or kept.get("batch") or plan.batch
+    shop.pictures = args.pictures or kept.get("pictures")
+    if shop.pictures is None:
+        # A trained state costs about four of the teacher's forwards.
+        timed = args.minutes and int(60 * args.minutes / (4 * shop.time_state()))
+        shop.pictures = shop.pictures_for(timed or args.steps * batch * args.accumulate)
+    shop.states = args.states or kept.get("states") or STATES_EACH * shop.pictures
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"batch": batch, "pictures": shop.pictures, "states": shop.states})
+    return batch
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,15 +77,15 @@ def run(args: argparse.Namespace) -> None:
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} belongs to an unfinished run: give --resume to continue it, or delete it")
     with Bars() as bars:
-        amounts = {"pictures": args.pictures, "states": args.states, "held_out": args.held_out}
-        shop = workshop.open_workshop(args, args.teacher, work, on_progress=bars.show, **amounts)
+        shop = workshop.open_workshop(args, args.teacher, work, held_out=args.held_out, on_progress=bars.show)
         plan = plan_for(shop)
+        batch = _choose(args, shop, plan, work / "distill.json")
         rates = {kind: args.rate * rate for kind, rate in RATES.items()}
         settings = settings_for(
             plan,
-            steps=None if args.minutes else args.steps or 1000,
+            steps=None if args.minutes else args.steps,
             seconds=args.minutes and 60 * args.minutes,
-            batch=args.batch or plan.batch,
+            batch=batch,
             accumulate=args.accumulate,
             evaluate_every=args.evaluate_every,
             checkpoint_minutes=args.checkpoint_minutes,
@@ -95,4 +121,5 @@ def run(args: argparse.Namespace) -> None:
             on_block=lambda result: bars.say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
     checkpoint.unlink(missing_ok=True)
+    (work / "distill.json").unlink()
     print(f"{args.output}: velocity error {before.error:.4f} -> {distiller.best_error:.4f} on held-out prompts")

@@ -1,11 +1,13 @@
 """The stages as separate commands, on the command line: calibrate, distill (interrupted and resumed), mixed."""
 
+import json
 import signal
 
 import pytest
 import torch
 from ternary_flux.quantizer import bars, cli, conditioning
 from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.quantizer.pipeline import Workshop
 from ternary_flux.tests.quantizer import synthetic
 
 
@@ -78,6 +80,32 @@ def test_an_interrupted_distillation_resumes_to_the_same_file(folder, distilled,
     assert distill(folder, "again.safetensors", "--resume") == 0
     one, other = open_ternary(distilled), open_ternary(folder / "again.safetensors")
     assert all((one.file.bytes(key) == other.file.bytes(key)).all() for key in one.file.entries)
+
+
+def test_a_resumed_run_keeps_its_pictures(folder, monkeypatch):
+    """A run of so many minutes has as many as its machine's speed allows; on resuming that may be another."""
+    show, output = bars.Bars.show, folder / "timed.safetensors"
+    more = ("--teacher", folder / "dense.safetensors", "--held-out", 2, "--minutes", 0.05, "--rank", 2, "--batch", 4)
+
+    def interrupting(self, what, done, total):
+        show(self, what, done, total)
+        if what == "training steps" and done == 13:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Workshop, "time_state", lambda shop: 0.05 * 60 / 4 / (8 * 70))
+    with monkeypatch.context() as context:
+        context.setattr(bars.Bars, "show", interrupting)
+        assert run("distill", folder / "calibrated.safetensors", "-o", output, *more) == cli.INTERRUPTED
+    monkeypatch.setattr(Workshop, "time_state", lambda shop: 0.05 * 60 / 4 / (8 * 90))
+    assert run("distill", folder / "calibrated.safetensors", "-o", output, *more, "--resume") == 0
+    settings = json.loads(open_ternary(output).metadata["ternary.settings"])
+    assert settings["distill"]["states"] == 12 * 70
+    assert len(list((folder / "timed.safetensors.work" / "pictures").glob("train-*"))) == 70
+
+
+def test_longer_runs_get_more_pictures(folder):
+    shop = Workshop(folder / "dense.safetensors", folder / "cond.safetensors", folder, ((64, 64),), sampler_steps=2)
+    assert [shop.pictures_for(seen) for seen in (10, 8000, 10**9)] == [64, 1000, 4096]
 
 
 def test_mixed_grows_as_far_as_it_may(folder, distilled, capsys):
