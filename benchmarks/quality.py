@@ -9,7 +9,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ternary_flux.quantizer.atomic import write_json
 from ternary_flux.quantizer.conversion import round_checkpoint
 from ternary_flux.quantizer.distill import Settings
 from ternary_flux.quantizer.format import open_ternary
-from ternary_flux.quantizer.mixed import choose, sensitivities, write_mixed
+from ternary_flux.quantizer.mixed import choose, sensitivities
 from ternary_flux.quantizer.pipeline import Workshop, distill_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,12 +122,11 @@ def workshop(scale: Scale, work: Path, stage: Stage, device: torch.device, weigh
 def recipes(scale: Scale, shop: Workshop) -> dict[str, Callable[[Path], object]]:
     """Name -> what makes the file, in the order of the table; the original comes first."""
 
-    def distilled(rank: int, codes: bool) -> Callable[[Path], object]:
+    def distilled(start: str, rank: int = 0, codes: bool = False) -> Callable[[Path], object]:
         def make(path: Path) -> None:
-            start = path.with_name("calibrated-rank-16.safetensors" if rank else "calibrated.safetensors")
             settings = Settings(steps=scale.steps, batch=32, evaluate_every=max(1, scale.steps // 8))
             state = path.with_suffix(".state")
-            distill_file(shop, start, path, settings, rank, codes, checkpoint=state)
+            distill_file(shop, path.with_name(f"{start}.safetensors"), path, settings, rank, codes, checkpoint=state)
             state.unlink(missing_ok=True)
 
         return make
@@ -140,27 +139,28 @@ def recipes(scale: Scale, shop: Workshop) -> dict[str, Callable[[Path], object]]
         "ternary, least squares": lambda path: round_checkpoint(shop.dense, path),
         "calibrated": lambda path: calibrated(scale, shop, path),
         "calibrated, rank 16": lambda path: calibrated(scale, shop, path, 16),
-        "distilled: scales": distilled(0, False),
-        "distilled: scales, rank 16": distilled(16, False),
-        "distilled: codes": distilled(0, True),
-        "distilled: codes, rank 16": distilled(16, True),
-        "mixed: codes, a quarter larger": lambda path: mixed(shop, path.with_name("distilled-codes.safetensors"), path),
+        "distilled: scales": distilled("calibrated"),
+        "distilled: scales, rank 16": distilled("calibrated-rank-16", 16),
+        "distilled: codes": distilled("calibrated", codes=True),
+        "distilled: codes, rank 16": distilled("calibrated-rank-16", 16, codes=True),
+        "mixed, calibrated": lambda path: mixed(scale, shop, path),
+        "mixed, distilled: codes": distilled("mixed-calibrated", codes=True),
     }
 
 
-def calibrated(scale: Scale, shop: Workshop, path: Path, rank: int = 0) -> None:
+def calibrated(scale: Scale, shop: Workshop, path: Path, rank: int = 0, kinds: Mapping[str, str] | None = None) -> None:
     states = shop.trajectories.states(shop.training_pictures, scale.calibration_states, 1)
     folder = path.with_suffix(".work")
-    settings = calibrate.Settings(rank=rank, batch=64)
+    settings = calibrate.Settings(rank=rank, batch=64, kinds=kinds or {})
     calibrate.calibrate(shop.teacher, states, shop.conditioning, path, folder, settings)
 
 
-def mixed(shop: Workshop, start: Path, path: Path) -> None:
-    file = open_ternary(start)
-    ranking = sensitivities(file, shop.teacher.checkpoint, shop.holdout[::4], shop.device)
+def mixed(scale: Scale, shop: Workshop, path: Path) -> None:
+    """Calibrated with the most sensitive Linears in two planes or 8 bits, in a file that is a quarter larger."""
+    start = path.with_name("ternary-least-squares.safetensors")
+    ranking = sensitivities(open_ternary(start), shop.teacher, shop.holdout[::4])
     chosen = choose(ranking, start.stat().st_size // 4)
-    kinds = {name: option.kind for name, option in chosen.items()}
-    write_mixed(path, file, shop.teacher.checkpoint, kinds)
+    calibrated(scale, shop, path, kinds={name: option.kind for name, option in chosen.items()})
 
 
 def link(source: Path, path: Path) -> None:

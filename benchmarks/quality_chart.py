@@ -9,7 +9,7 @@ from ..quantizer import charts
 from ..quantizer.velocity import BINS
 
 # Their lines lie on others', and there are no more colours than ten that everyone can tell apart.
-_LIKE_OTHERS = ("calibrated, rank 16", "mixed: codes, a quarter larger")
+_LIKE_OTHERS = ("calibrated, rank 16", "mixed, calibrated")
 
 
 def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Image.Image:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import TernaryWeight
-from . import gptq
+from . import gptq, mixed
 from .architecture import Architecture
 from .atomic import check_target, write_json
 from .checkpoint import Checkpoint
@@ -33,7 +33,10 @@ from .trajectories import States, keep_settings
 
 @dataclass(frozen=True)
 class Settings:
-    """How to quantise. `batch` states run at a time; `rank` > 0 adds low-rank factors to every Linear."""
+    """How to quantise. `batch` states run at a time; `rank` > 0 adds low-rank factors to every ternary Linear.
+
+    `kinds`: name -> "planes" or "int8" of Linears that are not to be ternary (see `mixed`).
+    """
 
     rank: int = 0
     damping: float = gptq.DAMPING
@@ -41,6 +44,7 @@ class Settings:
     batch: int = 8
     packing: str = "planes32"
     seed: int = 0
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,25 @@ def stages(arch: Architecture, block: str) -> list[list[str]]:
 def _calibrate_block(name: str, teacher: Teacher, streams: Streams, path: Path, settings: Settings) -> BlockReport:
     dense = teacher.block(name)
     student = deepcopy(dense)
+    kinds = {linear: settings.kinds.get(f"{name}.{linear}", "ternary") for linear in teacher.arch.block_linears(name)}
+    for linear, kind in kinds.items():
+        if kind == "int8":
+            weight = student.get_submodule(linear).weight
+            weight.copy_(mixed.rounded(weight, kind))
     if path.exists():
         layers = _load_block(path, student)
     else:
         results = {}
         for stage in stages(teacher.arch, name):
+            stage = [linear for linear in stage if kinds[linear] != "int8"]
+            if not stage:
+                continue
             collected = streams.moments(dense, student, stage)
             for linear in stage:
                 module = student.get_submodule(linear)
+                rank, planes = (0, 2) if kinds[linear] == "planes" else (settings.rank, 1)
                 solution = gptq.solve(
-                    module.weight, module.bias, collected.pop(linear), settings.rank, settings.damping, settings.sweeps
+                    module.weight, module.bias, collected.pop(linear), rank, settings.damping, settings.sweeps, planes
                 )
                 results[linear] = solution
                 _apply(module, solution.weight, solution.bias)
@@ -174,25 +187,33 @@ def write(
 ) -> None:
     """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
     arch = checkpoint.architecture
-    plan = {
-        name: LayerPlan(shape, settings.packing, rank=min(settings.rank, *shape))
-        for name, shape in arch.linear_shapes.items()
-    }
-    weights = {f"{name}.weight" for name in plan}
+    int8 = mixed.int8_tensors(checkpoint, settings.kinds)
+    plan = {}
+    for name, shape in arch.linear_shapes.items():
+        if settings.kinds.get(name) == "planes":
+            plan[name] = LayerPlan(shape, settings.packing, planes=2)
+        elif name not in settings.kinds:
+            plan[name] = LayerPlan(shape, settings.packing, rank=min(settings.rank, *shape))
+    weights = {f"{name}.weight" for name in arch.linears}
     dense = {name: (torch.bfloat16, checkpoint.entry(name).shape) for name in checkpoint.names if name not in weights}
+    dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
     errors = {f"{block}.{name}": r.weight_error for block, b in report.items() for name, r in b.layers.items()}
     shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
     metadata = describe(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors)
+    metadata |= mixed.metadata(settings.kinds)
     started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, timezone.utc)
     metadata["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
     with create_ternary(target, plan, dense, metadata, room(arch), overwrite) as writer:
         for block in arch.block_names:
             file = TensorFile(work / f"{block}.safetensors")
             for linear, shape in arch.block_linears(block).items():
+                if f"{block}.{linear}" not in plan:
+                    continue
                 weight, bias = _read_layer(file, linear, shape)
                 writer.layer(f"{block}.{linear}", weight)
                 if bias is not None:
                     writer.dense(f"{block}.{linear}.bias", bias)
                     del dense[f"{block}.{linear}.bias"]
         for name in dense:
-            writer.dense(name, checkpoint.tensor(name).bfloat16())
+            tensor = int8.get(name)
+            writer.dense(name, checkpoint.tensor(name).bfloat16() if tensor is None else tensor)

@@ -55,17 +55,31 @@ def solve(
     rank: int = 0,
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
+    planes: int = 1,
 ) -> Solution:
     """Quantise `weight` [N, K] (K a multiple of 128). Everything is computed in fp32 on the device of the moments,
     which are used up.
 
     A bias [N] also absorbs the difference of means. `damping` is relative to the mean of H's diagonal, and is raised
-    tenfold until H can be factored. `rank` adds low-rank factors fitted to what codes and scales leave.
+    tenfold until H can be factored. `rank` adds low-rank factors fitted to what codes and scales leave. Without them
+    there can be two trit `planes`.
     """
     w = weight.to(moments.second.device, torch.float32)
     if w.shape[1] % GROUP_SIZE:
         raise ValueError(f"a Linear with {w.shape[1]} inputs; multiples of {GROUP_SIZE} are supported")
     problem = _Problem.of(w, moments, centred=bias is not None, damping=damping)
+    solution = two_planes(problem, sweeps) if planes == 2 else one_plane(problem, rank, sweeps)
+    codes, row, group, factors = solution
+    group = group.t().to(torch.uint8).contiguous()
+    result = TernaryWeight.from_codes(codes.to(torch.int8), row, group, planes=planes, **factors)
+    approximation = result.dequantize(torch.float32)
+    if bias is not None:
+        bias = bias.to(w) + problem.wanted + (w - approximation) @ problem.mean
+    return Solution(result, bias, problem.report(w, approximation))
+
+
+def one_plane(problem: "_Problem", rank: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Codes [N, K], row scales [N], group multipliers [N, K/128] and low-rank factors, if any."""
     hessian = problem.hessian
     codes, scales = error_feedback(problem.target, hessian)
     projected, up, down = problem.target @ hessian, None, None
@@ -80,13 +94,29 @@ def solve(
     row, group = fit_integer_scales(codes, scales, projected, hessian)
     codes = descend(codes, row[:, None] * group, projected, hessian)
     row, group = fit_integer_scales(codes, row[:, None] * group, projected, hessian)
-    factors = {} if up is None else {"up": up.bfloat16(), "down": down.bfloat16()}
-    group = group.t().to(torch.uint8).contiguous()
-    result = TernaryWeight.from_codes(codes.to(torch.int8), row, group, **factors)
-    approximation = result.dequantize(torch.float32)
-    if bias is not None:
-        bias = bias.to(w) + problem.wanted + (w - approximation) @ problem.mean
-    return Solution(result, bias, problem.report(w, approximation))
+    return codes, row, group, {} if up is None else {"up": up.bfloat16(), "down": down.bfloat16()}
+
+
+def two_planes(problem: "_Problem", sweeps: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """As `one_plane` with codes [N, 2K] and multipliers [N, 2K/128]: two ternary weights that are added.
+
+    The second one starts as the answer to what the first leaves; then each in turn is fitted to what the other leaves.
+    """
+    hessian, planes, left = problem.hessian, [], problem.target
+    for _ in range(2):
+        codes, scales = error_feedback(left, hessian)
+        planes.append((codes, scales))
+        left = left - dense(codes, scales)
+    for _ in range(sweeps):
+        for this in range(2):
+            projected = (problem.target - dense(*planes[1 - this])) @ hessian
+            codes, scales = fit_scales(planes[this][0], projected, hessian)
+            planes[this] = descend(codes, scales, projected, hessian), scales
+    # Two planes are one ternary weight whose inputs come twice, and share their row scales as such.
+    twice, projected = hessian.repeat(2, 2), (problem.target @ hessian).repeat(1, 2)
+    codes = torch.cat([codes for codes, _ in planes], 1)
+    row, group = fit_integer_scales(codes, torch.cat([scales for _, scales in planes], 1), projected, twice)
+    return codes, row, group, {}
 
 
 @dataclass(frozen=True, eq=False)

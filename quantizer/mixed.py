@@ -1,7 +1,9 @@
 """The mixed profile: the Linears whose ternary error hurts most get two trit planes, or 8 bits in ComfyUI's own format.
 
-How much a Linear hurts is measured, not guessed: the velocities with this Linear alone in another kind, made from the
-original's weights, against those of the model as it is.
+How much a Linear hurts is measured, not guessed: the velocity error of the original with this Linear alone as it is in
+the ternary file, less the error with this Linear alone in the other kind. In the ternary model itself such gains cannot
+be seen: its Linears make up for each other's errors, and one that becomes better alone makes the whole worse. So the
+choice comes before calibration, which fits the Linears that stay ternary to those that do not.
 """
 
 import json
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
+from .flux import State
 from .format import INT8, LayerPlan, TernaryFile, create_ternary
 from .inspection import stated_errors
 from .planes import two_planes
-from .student import load_student, ternary_linears
+from .teacher import Teacher
 from .velocity import Batch
 
 KINDS = ("planes", "int8")  # two trit planes, or 8 bits
@@ -24,7 +27,7 @@ KINDS = ("planes", "int8")  # two trit planes, or 8 bits
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One Linear in one kind: how much the model's velocity error falls with it alone, and the bytes it adds."""
+    """One Linear in one kind: how much less it adds to the original's velocity error, and the bytes it adds."""
 
     name: str
     kind: str
@@ -42,30 +45,66 @@ def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def sensitivities(
     file: TernaryFile,
-    teacher: Checkpoint,
+    teacher: Teacher,
     batches: Sequence[Batch],
-    device: torch.device | str = "cpu",
     kinds: Sequence[str] = KINDS,
     on_layer: Callable[[int], object] = lambda layers: None,
 ) -> list[Sensitivity]:
     """Measure every Linear of one trit plane in each of these kinds at these states, one after the other."""
-    model = load_student(file, device).requires_grad_(False)
-    before, results = _error(model, batches), []
-    for name, layer in ternary_linears(model).items():
-        dense, plan = teacher.tensor(f"{name}.weight").to(device), file.layers[name]
-        parent, _, leaf = name.rpartition(".")
-        for kind in kinds:
-            if kind == "int8":
-                codes, scale = int8(dense)
-                weight, size = codes.float() * scale, codes.numel() + 4 * len(codes)
-            else:
-                weight = two_planes(dense)[0].to(device).dequantize()
-                size = LayerPlan(plan.shape, plan.packing, planes=2).nbytes
-            setattr(model.get_submodule(parent), leaf, _Dense(weight, layer.bias))
-            results.append(Sensitivity(name, kind, before - _error(model, batches), size - plan.nbytes))
-        setattr(model.get_submodule(parent), leaf, layer)
-        on_layer(1)
+    results, names = [], teacher.arch.block_names
+    states = [teacher.stem.prepare(*teacher.cast(*batch.inputs)) for batch in batches]
+    for number, block_name in enumerate(names, 1):
+        block = teacher.block(block_name)
+        for name in teacher.arch.block_linears(block_name):
+            full = f"{block_name}.{name}"
+            if full not in file.layers or file.layers[full].planes > 1:
+                continue
+            linear, plan = block.get_submodule(name), file.layers[full]
+            after = _changed(block, linear, file.weight(full).dequantize(), states)
+            ternary = _error(teacher, after, names[number:], batches)
+            for kind in kinds:
+                after = _changed(block, linear, rounded(linear.weight, kind), states)
+                gain = ternary - _error(teacher, after, names[number:], batches)
+                results.append(Sensitivity(full, kind, gain, _size(plan, kind) - plan.nbytes))
+            on_layer(1)
+        states = [block(state) for state in states]
     return results
+
+
+def _changed(block: nn.Module, linear: nn.Linear, weight: Tensor, states: Sequence[State]) -> list[State]:
+    """The states after the block with another weight in this Linear of it."""
+    kept, linear.weight = linear.weight, nn.Parameter(weight.to(linear.weight), requires_grad=False)
+    try:
+        return [block(state) for state in states]
+    finally:
+        linear.weight = kept
+
+
+def _error(teacher: Teacher, states: Sequence[State], blocks: Sequence[str], batches: Sequence[Batch]) -> float:
+    """Squared velocity error, relative, that the teacher ends in from these states before these blocks."""
+    for name in blocks:
+        block = teacher.block(name)
+        states = [block(state) for state in states]
+    wrong = power = 0.0
+    for state, batch in zip(states, batches, strict=True):
+        velocity = batch.velocity.float()
+        wrong += float((teacher.stem.finish(state).float() - velocity).square().sum())
+        power += float(velocity.square().sum())
+    return wrong / power
+
+
+def rounded(weight: Tensor, kind: str) -> Tensor:
+    """A weight [N, K] with the values, fp32, that it has in this kind."""
+    if kind == "int8":
+        codes, scale = int8(weight)
+        return codes.float() * scale
+    return two_planes(weight)[0].dequantize()
+
+
+def _size(plan: LayerPlan, kind: str) -> int:
+    """Bytes of the Linear of this plan in this kind."""
+    n, k = plan.shape
+    return n * k + 4 * n if kind == "int8" else LayerPlan(plan.shape, plan.packing, planes=2).nbytes
 
 
 def choose(measured: Sequence[Sensitivity], extra_bytes: int) -> dict[str, Sensitivity]:
@@ -88,6 +127,26 @@ def choose(measured: Sequence[Sensitivity], extra_bytes: int) -> dict[str, Sensi
         extra_bytes -= cost
 
 
+def int8_tensors(teacher: Checkpoint, kinds: Mapping[str, str]) -> dict[str, Tensor]:
+    """What a file holds, by key, for those of the original's Linears whose kind is int8."""
+    entry = torch.frombuffer(bytearray(json.dumps({"format": INT8}).encode()), dtype=torch.uint8)
+    tensors = {}
+    for name in (name for name, kind in kinds.items() if kind == "int8"):
+        codes, scale = int8(teacher.tensor(f"{name}.weight"))
+        tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale, f"{name}.comfy_quant": entry}
+    return tensors
+
+
+def metadata(kinds: Mapping[str, str]) -> dict[str, str]:
+    """What a file says of its kinds; `kinds_of` reads it."""
+    return {"ternary.mixed": json.dumps(dict(kinds))} if kinds else {}
+
+
+def kinds_of(file: TernaryFile) -> dict[str, str]:
+    """The kinds (name -> kind) that `mixed` chose for this file; none for others."""
+    return json.loads(file.metadata.get("ternary.mixed", "{}"))
+
+
 def write_mixed(
     path: str | os.PathLike,
     file: TernaryFile,
@@ -99,44 +158,19 @@ def write_mixed(
 
     Atomic. Raises ValueError where no Linear would stay in trits.
     """
-    names = [name for name, kind in kinds.items() if kind == "int8"]
-    if len(names) == len(file.layers):
+    plans = {name: plan for name, plan in file.layers.items() if kinds.get(name) != "int8"}
+    if not plans:
         raise ValueError("no Linear would stay ternary; choose fewer, or use a plain int8 checkpoint")
     weights, errors = {}, stated_errors(file)
-    for name in kinds.keys() - set(names):
+    for name in (name for name, kind in kinds.items() if kind == "planes"):
         weights[name], errors[name] = two_planes(teacher.tensor(f"{name}.weight"))
-    plans = {name: plan for name, plan in file.layers.items() if name not in names}
-    plans |= {name: LayerPlan.of(weight, file.layers[name].packing) for name, weight in weights.items()}
-    dense = {name: file.tensor(name) for name in file.dense}
-    entry = torch.frombuffer(bytearray(json.dumps({"format": INT8}).encode()), dtype=torch.uint8)
-    for name in names:
-        codes, scale = int8(teacher.tensor(f"{name}.weight"))
-        dense |= {f"{name}.weight": codes, f"{name}.weight_scale": scale, f"{name}.comfy_quant": entry}
+        plans[name] = LayerPlan.of(weights[name], file.layers[name].packing)
+    dense = {name: file.tensor(name) for name in file.dense} | int8_tensors(teacher, kinds)
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
-    metadata = dict(file.metadata) | {
-        "ternary.mixed": json.dumps(dict(kinds)),
-        "ternary.weight_errors": json.dumps({name: round(errors[name], 4) for name in plans if name in errors}),
-    }
-    with create_ternary(path, plans, specs, metadata, overwrite=overwrite) as writer:
+    errors = {name: round(errors[name], 4) for name in plans if name in errors}
+    described = dict(file.metadata) | metadata(kinds) | {"ternary.weight_errors": json.dumps(errors)}
+    with create_ternary(path, plans, specs, described, overwrite=overwrite) as writer:
         for name in plans:
             writer.layer(name, weights.get(name) or file.weight(name))
         for name, tensor in dense.items():
             writer.dense(name, tensor)
-
-
-class _Dense(nn.Module):
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.weight, self.bias = weight, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-def _error(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Squared velocity error relative to the teacher's velocities."""
-    error = power = 0.0
-    for batch in batches:
-        error += float((model(*batch.inputs) - batch.velocity).square().sum())
-        power += float(batch.velocity.square().sum())
-    return error / power

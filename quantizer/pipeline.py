@@ -18,6 +18,7 @@ from .blockwise import BlockResult, BlockSettings, train_blocks
 from .checkpoint import open_checkpoint
 from .distill import Distiller, Settings, distill
 from .format import TernaryFile, open_ternary
+from .rounding import METHODS
 from .states import Pool, holdout_batches, to_device, training_pool
 from .student import add_low_rank, input_moments, load_student, save_student, ternary_linears, train_codes
 from .teacher import Teacher, free_memory
@@ -277,8 +278,8 @@ def distill_file(
 
 def _check_rank(start: TernaryFile, rank: int) -> None:
     """Factors from what the weights miss undo what the codes of one calibrated Linear make up for in others."""
-    method, ranks = start.metadata.get("ternary.method", "round"), {plan.rank for plan in start.layers.values()}
-    if rank and method != "round" and ranks == {0}:
+    method, ranks = start.metadata.get("ternary.method"), {plan.rank for plan in start.layers.values()}
+    if rank and method not in (None, *METHODS) and ranks == {0}:
         raise ValueError(f"{start.file.path}: {method} made it without low-rank factors; use `calibrate --rank {rank}`")
 
 

@@ -203,9 +203,7 @@ class Trajectories:
         context, pooled = self.conditioning.batch([picture.prompt for picture in pictures])
         return context, pooled, _guidance(pictures)
 
-    def states(
-        self, pictures: Sequence[Picture], count: int, seed: int = 0, velocities: bool = False
-    ) -> list[States]:
+    def states(self, pictures: Sequence[Picture], count: int, seed: int = 0, velocities: bool = False) -> list[States]:
         """`count` noisy states of these pictures, by size; on request with the velocities that the sampler knew.
 
         Every picture in turn: one that the sampler passed, as long as there are such, then one with fresh noise.

@@ -20,6 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--pictures", type=int, default=128, help="that the original paints (default: %(default)s)")
     parser.add_argument("--states", type=int, help="noisy states of them (default: what the largest Linear needs)")
     parser.add_argument("--rank", type=int, default=0, help="add low-rank factors to every Linear (default: none)")
+    parser.add_argument("--like", type=Path, metavar="MIXED", help="Linears in two planes or 8 bits as in this file")
     parser.add_argument("--damping", type=float, help="of the second moments, relative (default: 0.03)")
     parser.add_argument("--sweeps", type=int, help="of descent over codes and scales (default: 3)")
     parser.add_argument("--batch", type=int, help="states at a time (default: by their number of tokens)")
@@ -32,8 +33,13 @@ def run(args: argparse.Namespace) -> None:
     from ..atomic import check_target
     from ..bars import Bars
     from ..calibrate import Settings, calibrate, enough_states
+    from ..format import open_ternary
+    from ..mixed import kinds_of
 
     check_target(args.output, 0, args.force)
+    kinds = kinds_of(open_ternary(args.like)) if args.like else {}
+    if args.like and not kinds:
+        raise ValueError(f"{args.like}: all of its Linears are alike; give a file of `mixed`")
     work = workshop.work_folder(args)
     with Bars() as bars:
         shop = workshop.open_workshop(args, args.source, work, pictures=args.pictures, on_progress=bars.show)
@@ -43,25 +49,24 @@ def run(args: argparse.Namespace) -> None:
         states = shop.trajectories.states(shop.training_pictures, count, args.seed + 1)
         changes = {"damping": args.damping, "sweeps": args.sweeps, "batch": args.batch or shop.teacher_batch}
         changes = {name: value for name, value in changes.items() if value is not None}
-        settings = Settings(rank=args.rank, packing=args.packing, **changes)
+        settings = Settings(rank=args.rank, packing=args.packing, kinds=kinds, **changes)
         done = 0
 
         def show(name: str, report) -> None:
             nonlocal done
             done += 1
-            worst = max(report.layers.items(), key=lambda item: item[1].output_error)
-            rank = min(layer.effective_rank for layer in report.layers.values())
-            bars.say(
-                f"{name}: drift {report.img_drift:.3f} image, {report.txt_drift:.3f} text; "
-                f"largest output error {worst[1].output_error:.3f} ({worst[0]}), least effective rank {rank:.0f}"
-            )
+            text = f"{name}: drift {report.img_drift:.3f} image, {report.txt_drift:.3f} text"
+            if report.layers:
+                worst = max(report.layers.items(), key=lambda item: item[1].output_error)
+                rank = min(layer.effective_rank for layer in report.layers.values())
+                text += f"; largest output error {worst[1].output_error:.3f} ({worst[0]})"
+                text += f", least effective rank {rank:.0f}"
+            bars.say(text)
             bars.show("calibrated blocks", done, blocks)
 
         identity = {"pictures": args.pictures, "states": count}
         folder = work / "calibrate"
-        calibrate(
-            shop.teacher, states, shop.conditioning, args.output, folder, settings, identity, args.force, show
-        )
+        calibrate(shop.teacher, states, shop.conditioning, args.output, folder, settings, identity, args.force, show)
         quality = shop.quality(args.output)
     print(f"{args.output}: {args.output.stat().st_size / 1e9:.3f} GB")
     print(f"velocity error {quality.error:.4f} on held-out prompts (relative, squared)")

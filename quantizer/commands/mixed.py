@@ -11,11 +11,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "mixed",
         help="give the most sensitive Linears of a ternary file two trit planes or 8 bits",
-        description="Measure how much each ternary Linear costs in velocity error and store those that cost most for "
-        "their bytes as two trit planes (4.1 bits per weight) or int8, until the file has grown by --growth. "
-        "`distill` goes on from the result.",
+        description="Measure how much each ternary Linear alone costs the original in velocity error, and store those "
+        "that cost most for their bytes as two trit planes (4.1 bits per weight) or int8, until the file has grown by "
+        "--growth. Then `calibrate --like` the result, and `distill`: they fit the other Linears to these.",
     )
-    parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `calibrate` or `distill`")
+    parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the file to write")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
     workshop.add_arguments(parser)
@@ -36,13 +36,17 @@ def run(args: argparse.Namespace) -> None:
     from ..bars import Bars
     from ..format import open_ternary
     from ..mixed import choose, sensitivities, write_mixed
+    from ..rounding import METHODS
 
     check_target(args.output, 0, args.force)
     file = open_ternary(args.start)
+    if (method := file.metadata.get("ternary.method")) not in (None, *METHODS):
+        raise ValueError(
+            f"{args.start}: {method} fitted its Linears to each other, and one that gets better alone would make it "
+            "worse; give the file of `round`, then calibrate --like the result"
+        )
     with Bars() as bars:
         shop = workshop.open_workshop(args, args.teacher, workshop.work_folder(args), held_out=args.pictures)
-        batches, checkpoint = shop.holdout, shop.teacher.checkpoint
-        shop.release_teacher()
         done = 0
 
         def count(layers: int) -> None:
@@ -50,12 +54,13 @@ def run(args: argparse.Namespace) -> None:
             done += layers
             bars.show("measured layers", done, len(file.layers))
 
-        measured = sensitivities(file, checkpoint, batches, shop.device, args.kinds, count)
+        measured = sensitivities(file, shop.teacher, shop.holdout, args.kinds, count)
     chosen = choose(measured, int(args.growth * args.start.stat().st_size))
-    write_mixed(args.output, file, checkpoint, {name: result.kind for name, result in chosen.items()}, args.force)
+    kinds = {name: result.kind for name, result in chosen.items()}
+    write_mixed(args.output, file, shop.teacher.checkpoint, kinds, args.force)
     for result in sorted(chosen.values(), key=lambda result: -result.gain):
-        print(f"  {result.name:<40} {result.kind:<6} velocity error falls by {result.gain:.4f}")
-    counts = Counter(result.kind for result in chosen.values())
-    kinds = f"{counts['planes']} in two trit planes, {counts['int8']} in 8 bits"
-    size = args.output.stat().st_size
-    print(f"{args.output}: of {len(file.layers)} Linears {kinds}, {size / 1e6:,.1f} MB")
+        print(f"  {result.name:<40} {result.kind:<6} alone costs {result.gain:.4f} less of the velocity error")
+    counts = Counter(kinds.values())
+    changed = f"{counts['planes']} in two trit planes, {counts['int8']} in 8 bits"
+    print(f"{args.output}: of {len(file.layers)} Linears {changed}, {args.output.stat().st_size / 1e6:,.1f} MB")
+    print(f"next: calibrate --like {args.output}, so that the ternary Linears are fitted to these")

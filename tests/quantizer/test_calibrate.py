@@ -11,6 +11,7 @@ from ternary_flux.quantizer.conditioning import Conditioning
 from ternary_flux.quantizer.conversion import round_checkpoint
 from ternary_flux.quantizer.flux import Flux
 from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.quantizer.mixed import kinds_of, rounded
 from ternary_flux.quantizer.streams import Streams, inputs_of, many_vectors
 from ternary_flux.quantizer.teacher import Teacher
 
@@ -45,18 +46,14 @@ class Case:
     def run(self, name: str, work: str, **arguments):
         settings = Settings(batch=4, sweeps=1, **arguments)
         target = self.folder / f"{name}.safetensors"
-        report = calibrate.calibrate(
-            self.teacher, self.states, self.conditioning, target, self.folder / work, settings
-        )
+        report = calibrate.calibrate(self.teacher, self.states, self.conditioning, target, self.folder / work, settings)
         return target, report
 
     def error(self, path) -> float:
         """Relative squared velocity error of a ternary file on the calibration states."""
         file = open_ternary(path)
         model = Flux(file.architecture)
-        weights = {name: file.tensor(name).float() for name in file.dense}
-        weights |= {f"{name}.weight": file.weight(name).dequantize(torch.float32) for name in file.layers}
-        model.load_state_dict(weights)
+        model.load_state_dict({name: file.parameter(name).float() for name in file.architecture.shapes})
         error = power = 0.0
         for group in self.states:
             inputs = group.inputs(slice(None), self.conditioning)
@@ -85,28 +82,36 @@ def test_is_better_than_rounding(case):
     assert not (case.folder / "work" / "activations").exists()
 
 
-def test_an_interrupted_run_gives_the_same_file(case):
+def some_kinds(case) -> dict[str, str]:
+    """The first Linear in 8 bits, the last one in two planes."""
+    return {case.teacher.arch.linears[0]: "int8", case.teacher.arch.linears[-1]: "planes"}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_interrupted_run_gives_the_same_file(case, tmp_path, mixed):
+    kinds = some_kinds(case) if mixed else {}
+
     class Stop(Exception):
         pass
 
     def stop(name, report):
         raise Stop
 
-    path = case.folder / "resumed.safetensors"
-    arguments = (case.teacher, case.states, case.conditioning, path, case.folder / "resumed")
-    settings = Settings(batch=4, sweeps=1)
+    path = tmp_path / "resumed.safetensors"
+    arguments = (case.teacher, case.states, case.conditioning, path, tmp_path / "resumed")
+    settings = Settings(batch=4, sweeps=1, kinds=kinds)
     with pytest.raises(Stop):
         calibrate.calibrate(*arguments, settings, on_block=stop)
     assert not path.exists()
     done = []
     resumed = calibrate.calibrate(*arguments, settings, on_block=lambda name, _: done.append(name))
-    first, report = case.run("again", "once")
+    first, report = case.run(f"again-{mixed}", f"once-{mixed}", kinds=kinds)
     assert report == resumed and done == list(case.teacher.arch.block_names)
     files = [open_ternary(p) for p in (path, first)]
     assert files[0].file.entries == files[1].file.entries
     assert all((files[0].file.bytes(key) == files[1].file.bytes(key)).all() for key in files[0].file.entries)
     with pytest.raises(ValueError, match="its batch is 4, not 8"):
-        calibrate.calibrate(*arguments, Settings(batch=8, sweeps=1), overwrite=True)
+        calibrate.calibrate(*arguments, Settings(batch=8, sweeps=1, kinds=kinds), overwrite=True)
     with pytest.raises(FileExistsError):
         calibrate.calibrate(*arguments, settings)
 
@@ -172,3 +177,15 @@ def test_vectors_combine_times_prompts_and_guidance(case):
     vectors = many_vectors(case.teacher, case.states, case.conditioning, 100)
     assert vectors.shape == (100, 128)
     assert len(vectors.unique(dim=0)) > 2 * sum(len(group) for group in case.states)
+
+
+def test_linears_of_other_kinds(case):
+    kinds = some_kinds(case)
+    (int8, planes), (target, _) = kinds, case.run("kinds", "kinds-work", kinds=kinds)
+    file = open_ternary(target)
+    assert kinds_of(file) == kinds and file.int8 == (int8,)
+    assert [name for name, plan in file.layers.items() if plan.planes == 2] == [planes]
+    dense = case.teacher.checkpoint.tensor(f"{int8}.weight")
+    assert torch.equal(file.parameter(f"{int8}.weight").float(), rounded(dense, "int8"))
+    plain, _ = case.run("all-ternary", "all-ternary")
+    assert case.error(target) < 0.95 * case.error(plain)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ternary_flux.quantizer import gptq
 from ternary_flux.quantizer.moments import Moments
+from ternary_flux.quantizer.planes import two_planes
 
 K, N = 256, 48
 
@@ -53,6 +54,16 @@ def test_beats_rounding_on_the_outputs():
     assert solution.report.weight_error == pytest.approx(
         ((solution.weight.dequantize(torch.float32) - w).norm() / w.norm()).item(), rel=1e-4
     )
+
+
+def test_two_planes_leave_little():
+    x, w, bias = inputs(), weight(), torch.zeros(N)
+    one, two = (gptq.solve(w, bias, moments(x), planes=planes) for planes in (1, 2))
+    assert (one.weight.planes, two.weight.planes) == (1, 2)
+    rounded = (x @ (two_planes(w)[0].dequantize() - w).t()).norm() / (x @ w.t()).norm()
+    error = output_error(two, x, x, w, bias)
+    assert error < 0.85 * rounded
+    assert error < 0.6 * output_error(one, x, x, w, bias)
 
 
 def test_follows_the_teacher_where_the_inputs_drifted():

@@ -12,6 +12,7 @@ from ternary_flux.quantizer.flux import Flux
 from ternary_flux.quantizer.format import open_ternary
 from ternary_flux.quantizer.mixed import Sensitivity, choose, int8, sensitivities, write_mixed
 from ternary_flux.quantizer.student import load_student, save_student
+from ternary_flux.quantizer.teacher import Teacher
 from ternary_flux.quantizer.velocity import Batch
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
@@ -38,6 +39,12 @@ def made(tmp_path_factory):
     return dense, file, Batch(*inputs, velocity)
 
 
+def original(dense):
+    model = Flux(ARCH)
+    model.load_state_dict({name: dense.tensor(name).float() for name in dense.names})
+    return model
+
+
 def error(model, batch):
     with torch.no_grad():
         return float((model(*batch.inputs) - batch.velocity).square().sum() / batch.velocity.square().sum())
@@ -60,13 +67,18 @@ def test_rows_of_int8():
 
 @pytest.mark.parametrize("kind", ["planes", "int8"])
 def test_the_gain_of_a_layer_is_what_it_gains(made, tmp_path, kind):
+    """In the original, where it alone is ternary."""
     dense, file, batch = made
-    measured = sensitivities(file, dense, [batch], kinds=[kind])
+    measured = sensitivities(file, Teacher(dense), [batch], kinds=[kind])
     assert {(result.name, result.kind) for result in measured} == {(name, kind) for name in ARCH.linears}
     result = next(result for result in measured if result.name == LOUD)
     write_mixed(tmp_path / "one.safetensors", file, dense, {LOUD: kind})
     one = open_ternary(tmp_path / "one.safetensors")
-    gain = error(load_student(file), batch) - error(load_student(one), batch)
+    ternary, other = (original(dense) for _ in "ab")
+    with torch.no_grad():
+        ternary.get_parameter(f"{LOUD}.weight").copy_(file.weight(LOUD).dequantize())
+        other.get_parameter(f"{LOUD}.weight").copy_(one.parameter(f"{LOUD}.weight").float())
+    gain = error(ternary, batch) - error(other, batch)
     assert gain == pytest.approx(result.gain, rel=1e-3) and gain > 0
     added = one.path.stat().st_size - file.path.stat().st_size
     assert added == pytest.approx(result.cost, abs=1024)  # the header differs too

@@ -63,6 +63,14 @@ def test_distill_adds_no_factors_to_calibrated_codes(folder, capsys):
     assert "calibrate --rank 2" in capsys.readouterr().err
 
 
+def test_distill_adds_factors_to_rounded_codes(folder):
+    start, output = folder / "start.safetensors", folder / "from-rounded.safetensors"
+    assert cli.run(["round", str(folder / "dense.safetensors"), "-o", str(start)]) == 0
+    more = ("--teacher", folder / "dense.safetensors", "--pictures", 4, "--states", 16, "--held-out", 2)
+    assert run("distill", start, "-o", output, *more, "--steps", 2, "--batch", 4, "--rank", 2) == 0
+    assert {plan.rank for plan in open_ternary(output).layers.values()} == {2}
+
+
 def test_an_interrupted_distillation_resumes_to_the_same_file(folder, distilled, monkeypatch, capsys):
     show = bars.Bars.show
 
@@ -108,12 +116,28 @@ def test_longer_runs_get_more_pictures(folder):
     assert [shop.pictures_for(seen) for seen in (10, 8000, 10**9)] == [64, 1000, 4096]
 
 
-def test_mixed_grows_as_far_as_it_may(folder, distilled, capsys):
-    output = folder / "mixed.safetensors"
-    more = ("--teacher", folder / "dense.safetensors", "--growth", 0.3, "--pictures", 2, "--kinds", "planes")
-    assert run("mixed", distilled, "-o", output, *more) == 0
+def test_mixed_grows_as_far_as_it_may(folder, capsys):
+    start, output, more = folder / "rounded.safetensors", folder / "mixed.safetensors", ("--rank", 2, "--sweeps", 1)
+    assert cli.run(["round", str(folder / "dense.safetensors"), "-o", str(start), "--packing", "base3"]) == 0
+    chosen = ("--teacher", folder / "dense.safetensors", "--growth", 0.3, "--pictures", 2, "--kinds", "planes")
+    assert run("mixed", start, "-o", output, *chosen) == 0
     file = open_ternary(output)
-    double = sum(plan.planes == 2 for plan in file.layers.values())
+    double = {name for name, plan in file.layers.items() if plan.planes == 2}
     assert double and not file.int8
-    assert f"mixed.safetensors: of {len(file.layers)} Linears {double} in two trit planes" in capsys.readouterr().out
-    assert distilled.stat().st_size < output.stat().st_size <= 1.3 * distilled.stat().st_size + 4096
+    assert f"of {len(file.layers)} Linears {len(double)} in two trit planes" in capsys.readouterr().out
+    assert start.stat().st_size < output.stat().st_size <= 1.3 * start.stat().st_size + 4096
+    again, more = folder / "like.safetensors", (*more, "--pictures", 4, "--states", 16, "--like", output)
+    assert run("calibrate", folder / "dense.safetensors", "-o", again, *more) == 0
+    layers = open_ternary(again).layers
+    assert {name for name, plan in layers.items() if plan.planes == 2} == double
+    assert all(plan.rank == (0 if name in double else 2) for name, plan in layers.items())
+
+
+def test_mixed_wants_a_rounded_file(folder, capsys):
+    more = ("--teacher", folder / "dense.safetensors")
+    assert run("mixed", folder / "calibrated.safetensors", "-o", folder / "no.safetensors", *more) == 2
+    assert "give the file of `round`" in capsys.readouterr().err
+    more = ("--like", folder / "calibrated.safetensors")
+    assert run("calibrate", folder / "dense.safetensors", "-o", folder / "no.safetensors", *more) == 2
+    assert "give a file of `mixed`" in capsys.readouterr().err
+    assert not (folder / "no.safetensors").exists()
