@@ -1,5 +1,7 @@
 """From a dense checkpoint to a distilled ternary file in one go: round, paint, calibrate, distill, within a budget.
 
+With a growth the most sensitive Linears are found before calibration, and get more bits.
+
 Every choice that depends on the machine's speed is made once and kept in the work folder, so that a run that was
 interrupted goes on with the same choices and writes the same file.
 """
@@ -17,11 +19,14 @@ from . import calibrate
 from .atomic import check_target, write_json
 from .blockwise import BlockSettings
 from .conversion import round_checkpoint
+from .format import open_ternary
+from .mixed import choose, sensitivities
 from .pipeline import MAX_PICTURES, STATES_EACH, Plan, Workshop, distill_file, plan_for, settings_for
+from .states import fewer
 from .trajectories import keep_settings
 from .velocity import Quality
 
-_PICTURES, _CALIBRATION = 0.2, 0.2  # shares of the budget; pictures with their states
+_PICTURES, _CALIBRATION, _CHOICE = 0.2, 0.2, 0.1  # shares of the budget; pictures with their states
 _SMALL_MODEL = 100e6  # weights
 _BLOCKWISE = 0.4  # of the training time, where the codes cannot be trained all at once
 
@@ -81,12 +86,15 @@ class Conversion:
         rank: int = 0,
         codes: bool | None = None,
         packing: str = "planes32",
+        growth: float = 0.0,
         overwrite: bool = False,
         say: Callable[[str], object] = print,
     ):
-        """`codes`: whether to train them; None: where the device's memory allows it, at once or block by block."""
+        """`codes`: whether to train them; None: where the device's memory allows it, at once or block by block.
+        `growth`: part by which the file may grow for Linears in two planes or 8 bits (see `mixed`).
+        """
         self.shop, self.target, self.rank, self.codes, self.packing = shop, target, rank, codes, packing
-        self.overwrite, self.say = overwrite, say
+        self.growth, self.overwrite, self.say = growth, overwrite, say
         weights = sum(n * k for n, k in shop.arch.linear_shapes.values())
         self.budget = 60 * (default_minutes(weights) if minutes is None else minutes)
         self.started = time.monotonic()
@@ -101,7 +109,7 @@ class Conversion:
         work = self.shop.work
         settings = {"dense": self.shop.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
         settings |= {"sizes": self.shop.sizes, "seed": self.shop.seed, "packing": self.packing}
-        keep_settings(work, settings)
+        keep_settings(work, settings | ({"growth": self.growth} if self.growth else {}))
         choices = self._choices(work / "choices.json")
         chosen = Amounts(**choices["amounts"])
         self.shop.pictures, self.shop.states = chosen.pictures, chosen.states
@@ -113,8 +121,9 @@ class Conversion:
         )
         self.shop.pool  # noqa: B018  painted now, so that the stages' times are their own
         self.shop.swapped  # noqa: B018
+        kinds = self._kinds(work / "kinds.json", choices["state_seconds"]) if self.growth else {}
         stages.append(
-            self._stage("calibrate", work / "calibrated.safetensors", lambda path: self._calibrate(path, chosen))
+            self._stage("calibrate", work / "calibrated.safetensors", lambda path: self._calibrate(path, chosen, kinds))
         )
         stages.append(self._stage("distill", self.target, lambda path: self._distill(path, choices)))
         return stages
@@ -146,7 +155,26 @@ class Conversion:
     def _round(self, path: Path) -> None:
         round_checkpoint(self.shop.dense, path, overwrite=True)
 
-    def _calibrate(self, path: Path, chosen: Amounts) -> None:
+    def _kinds(self, path: Path, state_seconds: float) -> dict[str, str]:
+        """The Linears in two planes or 8 bits, by name."""
+        if not path.exists():
+            self.say(f"looking for the most sensitive Linears ({self._left_text()})")
+            start, done = self.shop.work / "rounded.safetensors", 0
+            file = open_ternary(start)
+
+            def count(layers: int) -> None:
+                nonlocal done
+                done += layers
+                self.shop.on_progress("measured layers", done, len(file.layers))
+
+            # Three forms of each, and half of the blocks come after it.
+            states = int(_CHOICE * self.budget / (1.5 * len(file.layers) * state_seconds))
+            measured = sensitivities(file, self.shop.teacher, fewer(self.shop.holdout, states), on_layer=count)
+            chosen = choose(measured, int(self.growth * start.stat().st_size))
+            write_json(path, {name: option.kind for name, option in chosen.items()})
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _calibrate(self, path: Path, chosen: Amounts, kinds: dict[str, str]) -> None:
         trajectories, blocks = self.shop.trajectories, len(self.shop.arch.block_names)
         states = trajectories.states(self.shop.training_pictures, chosen.calibration_states, self.shop.seed + 1)
         done = 0
@@ -162,7 +190,7 @@ class Conversion:
             self.shop.conditioning,
             path,
             self.shop.work / "calibrate",
-            calibrate.Settings(rank=self.rank, batch=self.shop.teacher_batch),
+            calibrate.Settings(rank=self.rank, batch=self.shop.teacher_batch, kinds=kinds),
             overwrite=True,
             on_block=count,
         )

@@ -151,6 +151,13 @@ def _record(teacher: Model, trajectories: Trajectories, pictures, conditions) ->
         yield f"velocity.{step}", velocity.cpu()
 
 
+def fewer(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """About `count` of these states, at least one, spread over the batches."""
+    chosen = batches[:: max(1, -(-len(batches) // max(1, count)))]
+    rows = max(1, count // len(chosen))
+    return [Batch(**{name: x if x is None else x[:rows] for name, x in vars(batch).items()}) for batch in chosen]
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     moved = {name: value.to(device) for name, value in vars(batch).items() if value is not None}
     return replace(batch, **moved)

@@ -27,6 +27,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="auto",
         help="train the ternary codes too, where memory allows it (default: %(default)s)",
     )
+    parser.add_argument(
+        "--growth",
+        type=float,
+        default=0.0,
+        help="part by which the file may grow for the most sensitive Linears in two planes or 8 bits (default: none)",
+    )
     parser.add_argument("--packing", choices=("planes32", "base3"), default="planes32", help="(default: %(default)s)")
     workshop.add_file_arguments(parser)
     parser.set_defaults(interrupted="give the same command again to go on")
@@ -41,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         shop = workshop.open_workshop(args, args.source, work, on_progress=bars.show)
         codes = {"auto": None, "train": True, "freeze": False}[args.codes]
         conversion = Conversion(
-            shop, args.output, args.budget, args.rank, codes, args.packing, args.force, say=bars.say
+            shop, args.output, args.budget, args.rank, codes, args.packing, args.growth, args.force, bars.say
         )
         stages = conversion.run()
     print(expectation(stages))

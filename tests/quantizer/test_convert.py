@@ -13,7 +13,10 @@ from ternary_flux.quantizer.architecture import Architecture
 from ternary_flux.quantizer.convert import amounts
 from ternary_flux.quantizer.flux import Flux
 from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.quantizer.mixed import kinds_of
 from ternary_flux.quantizer.pipeline import plan
+from ternary_flux.quantizer.states import fewer
+from ternary_flux.quantizer.velocity import Batch
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
 DEV = Architecture(1, 3072, 19, 38, 16, 16, context_dim=4096, vec_dim=768, guidance=True)
@@ -81,6 +84,30 @@ def test_an_interrupted_conversion_goes_on_to_the_same_file(converted, tmp_path)
     one, other = open_ternary(first), open_ternary(tmp_path / "again.safetensors")
     assert one.file.entries.keys() == other.file.entries.keys()
     assert all((one.file.bytes(key) == other.file.bytes(key)).all() for key in one.file.entries)
+
+
+def test_a_mixed_conversion_grows_as_far_as_it_may(source):
+    """The choice is kept with the work: an interrupted run does not make another."""
+    output, work = source / "mixed.safetensors", source / "mixed.safetensors.work"
+    assert cli.run(command(source, output, "--growth", 0.3)) == 0
+    kinds = json.loads((work / "kinds.json").read_text())
+    assert kinds and kinds == kinds_of(open_ternary(output))
+    size = (work / "rounded.safetensors").stat().st_size
+    assert size < output.stat().st_size < 1.3 * size + 4096
+    kinds.popitem()
+    (work / "kinds.json").write_text(json.dumps(kinds))
+    for path in (output, work / "calibrated.safetensors"):
+        path.unlink()
+    shutil.rmtree(work / "calibrate")
+    assert cli.run(command(source, output, "--growth", 0.3)) == 0
+    assert kinds_of(open_ternary(output)) == kinds
+
+
+def test_fewer_states_of_all_batches():
+    batches = [Batch(*(torch.full((4, 1), float(i)) for _ in range(3)), None, None, torch.ones(4)) for i in range(10)]
+    counts = {count: [len(batch.t) for batch in fewer(batches, count)] for count in (0, 3, 10, 25, 100)}
+    assert counts == {0: [1], 3: [1] * 3, 10: [1] * 10, 25: [2] * 10, 100: [4] * 10}
+    assert [float(batch.t[0]) for batch in fewer(batches, 3)] == [0, 4, 8]
 
 
 def test_a_work_folder_of_another_conversion_is_refused(converted, capsys):
