@@ -168,7 +168,8 @@ def write_mixed(
     dense = {name: file.tensor(name) for name in file.dense} | int8_tensors(teacher, kinds)
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
     errors = {name: round(errors[name], 4) for name in plans if name in errors}
-    described = dict(file.metadata) | metadata(kinds) | {"ternary.weight_errors": json.dumps(errors)}
+    described = dict(file.metadata) | metadata(kinds_of(file) | dict(kinds))
+    described["ternary.weight_errors"] = json.dumps(errors)
     with create_ternary(path, plans, specs, described, overwrite=overwrite) as writer:
         for name in plans:
             writer.layer(name, weights.get(name) or file.weight(name))

@@ -88,6 +88,15 @@ def test_help_imports_nothing_heavy():
     assert all(name in out for name in COMMANDS)
 
 
+@pytest.fixture
+def interruptible():
+    """Processes started in the background of a shell ignore Ctrl-C, and so would those started by them."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(tmp_path, stop, code):
     source = synthetic.write(tmp_path / "flux.safetensors", replace(synthetic.FLUX1, hidden=1024))
