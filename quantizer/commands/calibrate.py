@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
     work = workshop.work_folder(args)
     with Bars() as bars:
         shop = workshop.open_workshop(args, args.source, work, pictures=args.pictures, on_progress=bars.show)
+        if kinds.keys() - set(shop.arch.linears):
+            raise ValueError(f"{args.like} was made from another model than {args.source}")
         shop.paint()
         blocks = len(shop.arch.block_names)
         count = args.states or enough_states(shop.arch, shop.tokens)

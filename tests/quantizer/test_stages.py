@@ -2,11 +2,15 @@
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from ternary_flux.quantizer import bars, cli, conditioning
+from ternary_flux.quantizer.checkpoint import open_checkpoint
+from ternary_flux.quantizer.conversion import round_checkpoint
 from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.quantizer.mixed import write_mixed
 from ternary_flux.quantizer.pipeline import Workshop
 from ternary_flux.tests.quantizer import synthetic
 
@@ -140,4 +144,10 @@ def test_mixed_wants_a_rounded_file(folder, capsys):
     more = ("--like", folder / "calibrated.safetensors")
     assert run("calibrate", folder / "dense.safetensors", "-o", folder / "no.safetensors", *more) == 2
     assert "give a file of `mixed`" in capsys.readouterr().err
+    deeper = synthetic.write(folder / "deeper.safetensors", replace(synthetic.FLUX1, depth_single=3))
+    round_checkpoint(deeper, folder / "deeper-rounded.safetensors")
+    file, other = open_ternary(folder / "deeper-rounded.safetensors"), folder / "other.safetensors"
+    write_mixed(other, file, open_checkpoint(deeper), {"single_blocks.2.linear1": "planes"})
+    assert run("calibrate", folder / "dense.safetensors", "-o", folder / "no.safetensors", "--like", other) == 2
+    assert "another model" in capsys.readouterr().err
     assert not (folder / "no.safetensors").exists()
