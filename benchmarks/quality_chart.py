@@ -8,8 +8,8 @@ from PIL import Image
 from ..quantizer import charts
 from ..quantizer.velocity import BINS
 
-# Their lines lie on others', and there are no more colours than ten that everyone can tell apart.
-_LIKE_OTHERS = ("calibrated, rank 16", "mixed, calibrated")
+# Stages before a row that is shown: there are no more colours than ten that everyone can tell apart.
+_WITHOUT_LINE = ("calibrated, rank 16", "mixed, calibrated")
 
 
 def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Image.Image:
@@ -26,7 +26,7 @@ def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequ
     series = {
         row["name"]: [((i + 0.5) / BINS, e) for i, e in enumerate(row["velocity"]["by_timestep"]) if e]
         for row in rows
-        if row["velocity"]["error"] > 0 and row["name"] not in _LIKE_OTHERS
+        if row["velocity"]["error"] > 0 and row["name"] not in _WITHOUT_LINE
     }
     size = (sheet.width - accuracy.width, max(accuracy.height, 340))
     velocity = charts.lines("Velocity error by timestep (0: picture, 1: noise)", "t", series, True, *size)

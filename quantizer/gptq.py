@@ -68,8 +68,10 @@ def solve(
     if w.shape[1] % GROUP_SIZE:
         raise ValueError(f"a Linear with {w.shape[1]} inputs; multiples of {GROUP_SIZE} are supported")
     problem = _Problem.of(w, moments, centred=bias is not None, damping=damping)
-    solution = two_planes(problem, sweeps) if planes == 2 else one_plane(problem, rank, sweeps)
-    codes, row, group, factors = solution
+    if planes == 2:
+        codes, row, group, factors = *_solve_two_planes(problem, sweeps), {}
+    else:
+        codes, row, group, factors = _solve_one_plane(problem, rank, sweeps)
     group = group.t().to(torch.uint8).contiguous()
     result = TernaryWeight.from_codes(codes.to(torch.int8), row, group, planes=planes, **factors)
     approximation = result.dequantize(torch.float32)
@@ -78,7 +80,7 @@ def solve(
     return Solution(result, bias, problem.report(w, approximation))
 
 
-def one_plane(problem: "_Problem", rank: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+def _solve_one_plane(problem: "_Problem", rank: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Codes [N, K], row scales [N], group multipliers [N, K/128] and low-rank factors, if any."""
     hessian = problem.hessian
     codes, scales = error_feedback(problem.target, hessian)
@@ -97,8 +99,8 @@ def one_plane(problem: "_Problem", rank: int, sweeps: int) -> tuple[Tensor, Tens
     return codes, row, group, {} if up is None else {"up": up.bfloat16(), "down": down.bfloat16()}
 
 
-def two_planes(problem: "_Problem", sweeps: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """As `one_plane` with codes [N, 2K] and multipliers [N, 2K/128]: two ternary weights that are added.
+def _solve_two_planes(problem: "_Problem", sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_solve_one_plane` with codes [N, 2K] and multipliers [N, 2K/128]: two ternary weights that are added.
 
     The second one starts as the answer to what the first leaves; then each in turn is fitted to what the other leaves.
     """
@@ -116,7 +118,7 @@ def two_planes(problem: "_Problem", sweeps: int) -> tuple[Tensor, Tensor, Tensor
     twice, projected = hessian.repeat(2, 2), (problem.target @ hessian).repeat(1, 2)
     codes = torch.cat([codes for codes, _ in planes], 1)
     row, group = fit_integer_scales(codes, torch.cat([scales for _, scales in planes], 1), projected, twice)
-    return codes, row, group, {}
+    return codes, row, group
 
 
 @dataclass(frozen=True, eq=False)

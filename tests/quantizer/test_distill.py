@@ -188,6 +188,22 @@ def test_a_budget_in_seconds_becomes_a_number_of_steps(files, data):
     assert distiller.log[-1]["step"] == distiller.total
 
 
+def test_a_budget_in_seconds_pays_for_evaluations_too(files, data):
+    distiller, _ = make(files, data, steps=None, seconds=100.0, evaluate_every=10)
+    distiller.evaluation_seconds = 20.0
+    for _ in range(12):
+        distiller.advance()
+    assert distiller.total <= (100 - 3 * 20) / (20 / 10), "thousands of these steps alone would fit"
+
+
+def test_timed_steps_cost_what_steps_with_trained_codes_do(files, data):
+    distiller, _ = make(files, data, codes=True, steps=None, seconds=1.0)
+    before = {name: p.detach().clone() for name, p in distiller.parameters.items() if name.endswith(".latent")}
+    distiller.advance()
+    assert before and all(distiller.parameters[name].grad is not None for name in before)
+    assert all(torch.equal(distiller.parameters[name], latent) for name, latent in before.items())
+
+
 def test_lost_conditioning_stops_the_run(files, data):
     distiller, _ = make(files, data)
     distiller.evaluate()
