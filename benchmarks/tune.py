@@ -1,6 +1,6 @@
 """Finds the fastest tiles on this GPU and writes them where the kernels' table looks (ops/kernels/configs.py).
 
-    python -m benchmarks.tune                     FLUX.1-dev's layers, a few minutes
+    python -m benchmarks.tune                     FLUX.1-dev's layers; some 200 tiles on Hopper, each compiled and timed
     python -m benchmarks.tune --model FLUX.2-dev --kernels int8_group
     python -m benchmarks.tune --dry               two tiles on the CPU: shows that it works
 
