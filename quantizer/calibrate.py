@@ -199,7 +199,7 @@ def write(
     dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
     errors = {f"{block}.{name}": r.weight_error for block, b in report.items() for name, r in b.layers.items()}
     shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
-    metadata = describe(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors)
+    metadata = describe(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, checkpoint.sha256())
     metadata |= mixed.metadata(settings.kinds)
     started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, timezone.utc)
     metadata["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption

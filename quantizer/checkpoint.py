@@ -1,5 +1,6 @@
 """Dense FLUX checkpoints: recognised from their keys, read tensor by tensor or streamed once from start to end."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -82,6 +83,11 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A tensor in the file's dtype, memory-mapped and read-only."""
         return self.file.tensor(self.names[name])
+
+    def sha256(self) -> str:
+        """Of the whole file, in one pass over it."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def pieces(self, size: int = 1 << 22) -> Iterator[Piece]:
         """Every byte of the file once and in order, in pieces of whole rows and about `size` bytes."""

@@ -1,5 +1,7 @@
 """Calibration of tiny FLUX.1 and FLUX.2 models with random weights."""
 
+import hashlib
+
 import pytest
 import safetensors.torch
 import torch
@@ -79,6 +81,7 @@ def test_is_better_than_rounding(case):
     round_checkpoint(case.path, rounded)
     assert case.error(path) < 0.8 * case.error(rounded)
     assert file.metadata["ternary.method"] == "calibrate"
+    assert file.metadata["ternary.source_sha256"] == hashlib.sha256(case.path.read_bytes()).hexdigest()
     assert not (case.folder / "work" / "activations").exists()
 
 

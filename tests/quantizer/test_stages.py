@@ -52,9 +52,11 @@ def test_calibrate_keeps_its_choices(folder):
     assert {plan.packing for plan in file.layers.values()} == {"base3"}
 
 
-def test_distill_keeps_the_factors(distilled):
+def test_distill_keeps_the_factors_and_the_source(distilled):
     file = open_ternary(distilled)
+    calibrated = open_ternary(distilled.parent / "calibrated.safetensors")
     assert file.metadata["ternary.method"] == "distill"
+    assert file.metadata["ternary.source_sha256"] == calibrated.metadata["ternary.source_sha256"]
     assert all(file.weight(name).up.shape[1] == 2 for name in file.layers)
 
 
