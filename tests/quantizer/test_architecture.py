@@ -1,7 +1,12 @@
 """What `detect` recognises, and what it says when it does not."""
 
+from pathlib import Path
+
 import pytest
 from ternary_flux.quantizer.architecture import Architecture, canonical, detect
+from ternary_flux.quantizer.format import LayerPlan
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def dev(**changes) -> Architecture:
@@ -44,6 +49,25 @@ def test_parameter_counts_are_the_published_ones():
     modulation = sum(size for name, size in ternary.items() if name.endswith("lin"))
     assert len(ternary) == 19 * 10 + 38 * 3
     assert (sum(ternary.values()), modulation) == (11_834_228_736, 3_227_516_928)
+
+
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        ("FLUX.1-dev", "FLUX.1 [dev], 11.9 B"),
+        ("FLUX.2-klein-4B", "FLUX.2 [klein] 4B"),
+        ("FLUX.2-klein-9B", "FLUX.2 [klein] 9B"),
+        ("FLUX.2-dev", "FLUX.2 [dev], 32 B"),
+    ],
+)
+def test_sizes_in_the_readme(name, row):
+    arch = MODELS[name]
+    dense = 2 * sum(_product(shape) for shape in arch.shapes.values())
+    cells = [row, f"{dense / 1e9:.1f} GB"]
+    for packing in ("planes32", "base3"):
+        saved = sum(2 * _product(shape) - LayerPlan(shape, packing).nbytes for shape in arch.linear_shapes.values())
+        cells.append(f"{(dense - saved) / 1e9:.2f} GB, {dense / (dense - saved):.1f}x smaller")
+    assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_linears_are_listed_in_forward_order():
