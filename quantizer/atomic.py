@@ -5,21 +5,21 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 
 def check_target(
-    path: str | os.PathLike, size: int = 0, overwrite: bool = False, source: str | os.PathLike | None = None
+    path: str | os.PathLike, size: int = 0, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()
 ) -> Path:
-    """The path, if a file of `size` bytes can be written there and it is not the `source` that it is made from.
+    """The path, if a file of `size` bytes can be written there and it is none of the `sources` that it is made from.
 
     Raises OSError, or ValueError where it is, naming the path and what to do.
     """
     path = Path(path)
-    if source is not None and path.exists() and os.path.exists(source) and path.samefile(source):
-        raise ValueError(f"{path}: the output is the input; choose another name")
+    if path.exists() and any(os.path.exists(source) and path.samefile(source) for source in sources):
+        raise ValueError(f"{path}: the output is an input; choose another name")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     if not path.parent.is_dir():

@@ -78,7 +78,7 @@ def calibrate(
     written to `report.json` there.
     """
     settings = settings or Settings()
-    check_target(target, 0, overwrite)
+    check_target(target, 0, overwrite, [teacher.checkpoint.path])
     work = Path(work)
     keep_settings(work, asdict(settings) | dict(identity or {}))
     report: Report = {}

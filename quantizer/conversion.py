@@ -52,7 +52,7 @@ def round_checkpoint(
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source)
-    check_target(target, 0, overwrite, source)
+    check_target(target, 0, overwrite, [source])
     arch = checkpoint.architecture
     layers = {name: LayerPlan(shape, packing) for name, shape in arch.linear_shapes.items()}
     names = {f"{layer}.weight" for layer in layers}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from . import calibrate
-from .atomic import check_target, write_json
+from .atomic import write_json
 from .blockwise import BlockSettings
 from .conversion import round_checkpoint
 from .format import open_ternary
@@ -105,7 +105,7 @@ class Conversion:
         return self.budget - (time.monotonic() - self.started)
 
     def run(self) -> list[Stage]:
-        check_target(self.target, 0, self.overwrite)
+        self.shop.check(self.target, self.overwrite)
         work = self.shop.work
         settings = {"dense": self.shop.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
         settings |= {"sizes": self.shop.sizes, "seed": self.shop.seed, "packing": self.packing}

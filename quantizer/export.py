@@ -26,7 +26,7 @@ def export_checkpoint(
     ValueError where both are the same file.
     """
     file = source if isinstance(source, TernaryFile) else open_ternary(source)
-    check_target(target, 0, overwrite, file.path)
+    check_target(target, 0, overwrite, [file.path])
     eight_bit = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
     plan = {name: (dtype, shape) for name, shape in file.shapes.items() if name not in eight_bit}
     metadata = {key: value for key, value in file.metadata.items() if key.startswith("modelspec.")}

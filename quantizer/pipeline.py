@@ -22,7 +22,7 @@ from .rounding import METHODS
 from .states import Pool, holdout_batches, to_device, training_pool
 from .student import add_low_rank, input_moments, load_student, save_student, ternary_linears, train_codes
 from .teacher import Teacher, free_memory
-from .trajectories import Picture, Trajectories, fingerprint
+from .trajectories import Picture, Trajectories, fingerprint, latent_shape
 from .trajectories import Settings as PictureSettings
 from .velocity import Batch, Quality, measure, swapped_velocities
 
@@ -110,6 +110,15 @@ class Workshop:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     on_progress: Progress = _silent
+
+    def check(self, target: Path, overwrite: bool, *sources: Path) -> None:
+        """Raises ValueError or OSError, before anything is written, where these inputs do not fit each other, and where
+        `target` cannot be written or is one of them. `sources` are further inputs.
+        """
+        check_target(target, 0, overwrite, [self.dense, self.conditioning_file, *sources])
+        for size in self.sizes:
+            latent_shape(self.arch, size)
+        self.conditioning  # noqa: B018  read, and compared with the model
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -247,7 +256,7 @@ def distill_file(
     The block-wise pass runs first if it has settings. Raises ValueError for a rank that the start cannot be given, and
     (Collapse) where the training went wrong.
     """
-    check_target(target, 0, overwrite)
+    shop.check(target, overwrite, start)
     _check_rank(open_ternary(start), rank)
     pool, holdout, swapped = shop.pool, shop.holdout, shop.swapped
     if block_settings is not None:

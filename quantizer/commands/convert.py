@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from . import workshop
+from .numbers import natural, positive, share
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -18,9 +19,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
     workshop.add_arguments(parser)
     parser.add_argument(
-        "--budget", type=float, metavar="MINUTES", help="time for everything (default: 15 for small models, else 240)"
+        "--budget", type=positive, metavar="MINUTES", help="time for all of it (default: 15 for small models, else 240)"
     )
-    parser.add_argument("--rank", type=int, default=0, help="add low-rank factors to every Linear (default: none)")
+    parser.add_argument("--rank", type=natural, default=0, help="add low-rank factors to every Linear (default: none)")
     parser.add_argument(
         "--codes",
         choices=("auto", "train", "freeze"),
@@ -29,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--growth",
-        type=float,
+        type=share,
         default=0.0,
         help="part by which the file may grow for the most sensitive Linears in two planes or 8 bits (default: none)",
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import workshop
+from .numbers import count, natural, positive
 
 if TYPE_CHECKING:
     from ..pipeline import Plan, Workshop
@@ -24,21 +25,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
     workshop.add_arguments(parser)
     parser.add_argument(
-        "--rank", type=int, default=0, help="of low-rank factors; a START of `calibrate` must have them (default: none)"
+        "--rank",
+        type=natural,
+        default=0,
+        help="of low-rank factors; a START of `calibrate` must have them (default: none)",
     )
     parser.add_argument("--codes", action="store_true", help="train the ternary codes too")
-    parser.add_argument("--block-steps", type=int, default=0, help="steps of a block-wise first pass (default: none)")
+    parser.add_argument("--block-steps", type=natural, default=0, help="of a first pass by blocks (default: none)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=1000, help="of the end-to-end pass (default: %(default)s)")
-    length.add_argument("--minutes", type=float, help="of the end-to-end pass, instead of --steps")
-    parser.add_argument("--batch", type=int, help="states in a batch (default: what fits the device)")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches for each step (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, help="that the original paints (default: by the length of the run)")
-    parser.add_argument("--states", type=int, help="noisy states of them (default: 12 of each)")
-    parser.add_argument("--held-out", type=int, default=16, help="pictures of held-out prompts (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=1.0, help="factor on all learning rates (default: %(default)s)")
-    parser.add_argument("--evaluate-every", type=int, default=100, help="steps (default: %(default)s)")
-    parser.add_argument("--checkpoint-minutes", type=float, default=5.0, help="(default: %(default)s)")
+    length.add_argument("--steps", type=count, default=1000, help="of the end-to-end pass (default: %(default)s)")
+    length.add_argument("--minutes", type=positive, help="of the end-to-end pass, instead of --steps")
+    parser.add_argument("--batch", type=count, help="states in a batch (default: what fits the device)")
+    parser.add_argument("--accumulate", type=count, default=1, help="batches for each step (default: %(default)s)")
+    parser.add_argument("--pictures", type=count, help="that the original paints (default: by the length of the run)")
+    parser.add_argument("--states", type=count, help="noisy states of them (default: 12 of each)")
+    parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
+    parser.add_argument("--rate", type=positive, default=1.0, help="factor on learning rates (default: %(default)s)")
+    parser.add_argument("--evaluate-every", type=count, default=100, help="steps (default: %(default)s)")
+    parser.add_argument("--checkpoint-minutes", type=positive, default=5.0, help="(default: %(default)s)")
     parser.add_argument("--packing", choices=("planes32", "base3"), help="(default: as START)")
     workshop.add_file_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the work folder")
@@ -78,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{checkpoint} belongs to an unfinished run: give --resume to continue it, or delete it")
     with Bars() as bars:
         shop = workshop.open_workshop(args, args.teacher, work, held_out=args.held_out, on_progress=bars.show)
+        shop.check(args.output, args.force, args.start)
         plan = plan_for(shop)
         batch = _choose(args, shop, plan, work / "distill.json")
         rates = {kind: args.rate * rate for kind, rate in RATES.items()}

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .numbers import count
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -23,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a prompt in each line (default: this pack's own list)"
     )
-    parser.add_argument("--count", type=int, metavar="N", help="take only the first N prompts")
+    parser.add_argument("--count", type=count, metavar="N", help="take only the first N prompts")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="COND", help="the .safetensors to write")
     parser.add_argument("--force", action="store_true", help="replace COND if it exists")
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from ..progress import progress
     from ..prompts import FILE
 
-    check_target(args.output, 0, args.force)
+    check_target(args.output, 0, args.force, [*args.text_encoders, args.prompts or FILE])
     lines = (args.prompts or FILE).read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()][: args.count]
     if not prompts:

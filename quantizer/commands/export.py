@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from ..format import open_ternary
     from ..progress import progress
 
-    check_target(args.output, 0, args.force, args.source)
+    check_target(args.output, 0, args.force, [args.source])
     file = open_ternary(args.source)
     weights = sum(n * k for n, k in (layer.shape for layer in file.layers.values()))
     with progress(weights, "exporting") as bar:

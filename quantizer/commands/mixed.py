@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from . import workshop
+from .numbers import count, positive
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -20,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
     workshop.add_arguments(parser)
     workshop.add_file_arguments(parser)
-    parser.add_argument("--growth", type=float, default=0.25, help="of the file (default: %(default)s: a quarter)")
+    parser.add_argument("--growth", type=positive, default=0.25, help="of the file (default: %(default)s: a quarter)")
     parser.add_argument(
         "--kinds",
         nargs="+",
@@ -28,17 +29,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=("planes", "int8"),
         help="what they may become (default: both)",
     )
-    parser.add_argument("--pictures", type=int, default=8, help="whose states are measured (default: %(default)s)")
+    parser.add_argument("--pictures", type=count, default=8, help="whose states are measured (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..atomic import check_target
     from ..bars import Bars
     from ..format import open_ternary
     from ..mixed import choose, sensitivities, write_mixed
     from ..rounding import METHODS
 
-    check_target(args.output, 0, args.force)
     file = open_ternary(args.start)
     if (method := file.metadata.get("ternary.method")) not in (None, *METHODS):
         raise ValueError(
@@ -47,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
         )
     with Bars() as bars:
         shop = workshop.open_workshop(args, args.teacher, workshop.work_folder(args), held_out=args.pictures)
+        shop.check(args.output, args.force, args.start)
         done = 0
 
         def count(layers: int) -> None:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from . import workshop
+from .numbers import count
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -21,8 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--work", type=Path, help="the work folder of `convert`: its stages come first, its states are used"
     )
     parser.add_argument("--vae", type=Path, help="a VAE in TAESD form; without it latents are shown in false colours")
-    parser.add_argument("--pictures", type=int, default=4, help="to show (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=16, help="pictures to measure on (default: %(default)s)")
+    parser.add_argument("--pictures", type=count, default=4, help="to show (default: %(default)s)")
+    parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:

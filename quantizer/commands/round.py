@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from ..conversion import round_checkpoint
     from ..progress import progress
 
-    check_target(args.output, 0, args.force, args.source)
+    check_target(args.output, 0, args.force, [args.source])
     arch = open_checkpoint(args.source).architecture
     weights = sum(n * k for n, k in arch.linear_shapes.values())
     with progress(weights, f"rounding {arch.name}") as bar:

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .numbers import count
+
 if TYPE_CHECKING:
     from ..pipeline import Workshop
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
     parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
-    parser.add_argument("--sampler-steps", type=int, help="of the original's pictures (default: the model's own)")
+    parser.add_argument("--sampler-steps", type=count, help="of the original's pictures (default: the model's own)")
     parser.add_argument("--guidance", type=float, nargs="+", help="values for models with a guidance embedding")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     parser.add_argument("--seed", type=int, default=0)

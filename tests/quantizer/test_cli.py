@@ -12,6 +12,7 @@ from ternary_flux.quantizer.checkpoint import open_checkpoint
 from ternary_flux.quantizer.cli import COMMANDS, run
 from ternary_flux.quantizer.conversion import round_checkpoint
 from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.quantizer.mixed import write_mixed
 from ternary_flux.tests.quantizer import synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,12 +59,57 @@ def test_mistakes_are_one_line_and_code_2(source, tmp_path, capsys):
     assert "is a folder" in mistake("round", source, "-o", tmp_path)
     assert "does not exist" in mistake("round", source, "-o", tmp_path / "no" / "x")
     assert "--force" in mistake("round", source, "-o", mine)
-    assert "the output is the input" in mistake("round", source, "-o", source, "--force")
+    assert "the output is an input" in mistake("round", source, "-o", source, "--force")
     assert "not a ternary file" in mistake("export", source, "-o", target)
     assert "truncated" in mistake("inspect", mine)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
     assert run(["round", str(source), "-o", str(mine), "--force"]) == 0
     assert open_ternary(mine).layers
+
+
+@pytest.mark.parametrize(
+    "command, start, output, options",
+    [
+        ("convert", "dense", "dense", []),
+        ("convert", "dense", "cond", []),
+        ("calibrate", "dense", "dense", []),
+        ("calibrate", "dense", "ternary", ["--like", "ternary"]),
+        ("distill", "ternary", "ternary", ["--teacher", "dense"]),
+        ("distill", "ternary", "dense", ["--teacher", "dense"]),
+        ("mixed", "ternary", "dense", ["--teacher", "dense"]),
+    ],
+)
+def test_no_command_replaces_what_it_reads(source, tmp_path, monkeypatch, capsys, command, start, output, options):
+    monkeypatch.chdir(tmp_path)
+    Path("dense").write_bytes(source.read_bytes())
+    round_checkpoint("dense", "ternary")
+    if "--like" in options:
+        file = open_ternary("ternary")
+        write_mixed("mixed", file, open_checkpoint("dense"), {next(iter(file.layers)): "planes"})
+        Path("mixed").replace("ternary")
+    Path("cond").write_bytes(b"prompts")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    shared = ["--conditioning", "cond", "--device", "cpu", "--force"]
+    assert run([command, start, "-o", output, *options, *shared]) == 2
+    assert f"{output}: the output is an input" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "option, value, wanted",
+    [
+        ("--rank", "-1", "a whole number from 0"),
+        ("--sampler-steps", "0", "a whole number from 1"),
+        ("--budget", "0", "a number above 0"),
+        ("--budget", "nan", "a number above 0"),
+        ("--growth", "-0.1", "a number from 0"),
+    ],
+)
+def test_numbers_out_of_bounds(capsys, option, value, wanted):
+    with pytest.raises(SystemExit) as stop:
+        run(["convert", "in", "-o", "out", "--conditioning", "cond", option, value])
+    assert stop.value.code == 2
+    assert f"argument {option}: {value} is not {wanted}" in capsys.readouterr().err
 
 
 def test_values_that_are_not_finite_name_the_tensor(tmp_path, capsys):

@@ -65,6 +65,16 @@ def test_a_distilled_file_and_the_stages_before_it(converted):
     assert {"rounded.safetensors", "calibrated.safetensors", "choices.json"} <= {path.name for path in work.iterdir()}
 
 
+def test_a_refused_conversion_leaves_no_work(source, tmp_path, capsys):
+    wrong = ["--size", "65x64"]
+    assert cli.run([*command(source, tmp_path / "out.safetensors"), *wrong]) == 2
+    assert "multiples of 16 pixels" in capsys.readouterr().err
+    wrong = ["--conditioning", str(source / "tiny.safetensors")]
+    assert cli.run([*command(source, tmp_path / "out.safetensors"), *wrong]) == 2
+    assert "quantizer embed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_output_says_what_to_expect(printed):
     table = printed[printed.index("stage ") :].splitlines()[1:4]
     errors = [float(line.split()[1]) for line in table]

@@ -56,7 +56,7 @@ def test_refusals(tmp_path):
     with pytest.raises(FormatError, match="not a ternary file"):
         export_checkpoint(source, tmp_path / "e.safetensors")
     round_checkpoint(source, tmp_path / "t.safetensors")
-    with pytest.raises(ValueError, match="the output is the input"):
+    with pytest.raises(ValueError, match="the output is an input"):
         export_checkpoint(tmp_path / "t.safetensors", tmp_path / "t.safetensors", overwrite=True)
     (tmp_path / "e.safetensors").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="--force"):
