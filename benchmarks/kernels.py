@@ -314,6 +314,7 @@ def main() -> None:
     out = options.out
     if out is None and not options.dry:
         out = RESULTS / f"kernels-{report['machine']['gpu'].replace(' ', '-')}.json"
+    torch.manual_seed(0)
     for model, label, n, k, bias, modulation in layers(options.models.split(","), options.dry):
         layer = Layer.random(n, k, device, dtype, bias)
         for m in tokens:

@@ -35,7 +35,7 @@ def test_kernels(tmp_path):
             assert "failed" not in row["missing"], row
         else:
             assert row["seconds"] is None
-            bound = 0.08 if "e4m3" in row["method"] else 0.02 if "int8" in row["method"] else 2e-3
+            bound = 0.1 if "e4m3" in row["method"] else 0.02 if "int8" in row["method"] else 2e-3
             assert row["error"] < bound or "rotated" in row["method"] or "_int_mm" in row["method"], row
     methods = {row["method"] for row in rows}
     assert {"gemlite A16W2 g128 fp16", "comfy-kitchen int8", "torch._int_mm", "ours e4m3, row scales"} <= methods
