@@ -16,11 +16,6 @@ from ternary_flux.ops.kernels.quantize_rows import quantize_rows
 SCALES = ("row", "integer", "float")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=["portable", "sm_90"])
 def chip(request, monkeypatch):
     """Products of K = 32 and of K = 128, with the tiles of such GPUs and the portable decode."""
