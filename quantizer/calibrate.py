@@ -69,13 +69,14 @@ def calibrate(
     identity: Mapping[str, object] | None = None,
     overwrite: bool = False,
     on_block: Callable[[str, BlockReport], object] = lambda name, report: None,
+    sha256: str | None = None,
 ) -> Report:
     """Quantise all block Linears of the teacher and write a ternary file.
 
     `states` are noisy states of the teacher's pictures (`Trajectories.states`). Finished blocks are kept in the folder
     `work`, and a run that was interrupted continues with the next one and writes the same file; `identity` tells runs
     apart (ValueError where the folder belongs to another). `on_block` is called after every block. The report is also
-    written to `report.json` there.
+    written to `report.json` there. `sha256` of the teacher's file saves reading it once more.
     """
     settings = settings or Settings()
     check_target(target, 0, overwrite, [teacher.checkpoint.path])
@@ -89,7 +90,7 @@ def calibrate(
             on_block(name, report[name])
     blocks = {name: asdict(block) for name, block in report.items()}
     write_json(work / "report.json", blocks)
-    write(teacher.checkpoint, work, target, settings, report, overwrite)
+    write(teacher.checkpoint, work, target, settings, report, overwrite, sha256)
     streams.remove()
     return report
 
@@ -184,6 +185,7 @@ def write(
     settings: Settings,
     report: Report,
     overwrite: bool = False,
+    sha256: str | None = None,
 ) -> None:
     """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
     arch = checkpoint.architecture
@@ -199,7 +201,8 @@ def write(
     dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
     errors = {f"{block}.{name}": r.weight_error for block, b in report.items() for name, r in b.layers.items()}
     shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
-    metadata = describe(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, checkpoint.sha256())
+    sha256 = sha256 or checkpoint.sha256()
+    metadata = describe(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, sha256)
     metadata |= mixed.metadata(settings.kinds)
     started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, timezone.utc)
     metadata["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption

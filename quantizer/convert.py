@@ -108,8 +108,8 @@ class Conversion:
         self.shop.check(self.target, self.overwrite)
         work = self.shop.work
         settings = {"dense": self.shop.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
-        settings |= {"sizes": self.shop.sizes, "seed": self.shop.seed, "packing": self.packing}
-        keep_settings(work, settings | ({"growth": self.growth} if self.growth else {}))
+        settings |= {"sizes": self.shop.sizes, "seed": self.shop.seed, "packing": self.packing, "growth": self.growth}
+        keep_settings(work, settings)
         choices = self._choices(work / "choices.json")
         chosen = Amounts(**choices["amounts"])
         self.shop.pictures, self.shop.states = chosen.pictures, chosen.states
@@ -159,14 +159,9 @@ class Conversion:
         """The Linears in two planes or 8 bits, by name."""
         if not path.exists():
             self.say(f"looking for the most sensitive Linears ({self._left_text()})")
-            start, done = self.shop.work / "rounded.safetensors", 0
+            start = self.shop.work / "rounded.safetensors"
             file = open_ternary(start)
-
-            def count(layers: int) -> None:
-                nonlocal done
-                done += layers
-                self.shop.on_progress("measured layers", done, len(file.layers))
-
+            count = self.shop.counter("measured layers", len(file.layers))
             # Three forms of each, and half of the blocks come after it.
             states = int(_CHOICE * self.budget / (1.5 * len(file.layers) * state_seconds))
             measured = sensitivities(file, self.shop.teacher, fewer(self.shop.holdout, states), on_layer=count)
@@ -175,24 +170,20 @@ class Conversion:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def _calibrate(self, path: Path, chosen: Amounts, kinds: dict[str, str]) -> None:
-        trajectories, blocks = self.shop.trajectories, len(self.shop.arch.block_names)
-        states = trajectories.states(self.shop.training_pictures, chosen.calibration_states, self.shop.seed + 1)
-        done = 0
-
-        def count(name: str, report: calibrate.BlockReport) -> None:
-            nonlocal done
-            done += 1
-            self.shop.on_progress("calibrated blocks", done, blocks)
-
+        shop = self.shop
+        states = shop.trajectories.states(shop.training_pictures, chosen.calibration_states, shop.seed + 1)
+        count = shop.counter("calibrated blocks", len(shop.arch.block_names))
+        source = open_ternary(shop.work / "rounded.safetensors").metadata["ternary.source_sha256"]
         calibrate.calibrate(
-            self.shop.teacher,
+            shop.teacher,
             states,
-            self.shop.conditioning,
+            shop.conditioning,
             path,
-            self.shop.work / "calibrate",
-            calibrate.Settings(rank=self.rank, batch=self.shop.teacher_batch, kinds=kinds),
+            shop.work / "calibrate",
+            calibrate.Settings(rank=self.rank, batch=shop.teacher_batch, kinds=kinds),
             overwrite=True,
-            on_block=count,
+            on_block=lambda name, report: count(1),
+            sha256=source,
         )
 
     def _distill(self, path: Path, choices: dict) -> None:

@@ -120,6 +120,17 @@ class Workshop:
             latent_shape(self.arch, size)
         self.conditioning  # noqa: B018  read, and compared with the model
 
+    def counter(self, what: str, total: int) -> Callable[[int], None]:
+        """A function that adds to what is done, and shows it."""
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self.on_progress(what, done, total)
+
+        return count
+
     @cached_property
     def teacher(self) -> Teacher:
         return Teacher(open_checkpoint(self.dense), self.device)
@@ -184,25 +195,13 @@ class Workshop:
 
     def paint(self) -> None:
         """Let the teacher paint its training pictures."""
-        done = 0
-
-        def count(pictures: int) -> None:
-            nonlocal done
-            done += pictures
-            self.on_progress("pictures", done, self.pictures)
-
+        count = self.counter("pictures", self.pictures)
         self.trajectories.generate(self.teacher, self.training_pictures, self.teacher_batch, count)
 
     @cached_property
     def pool(self) -> Pool:
         self.paint()
-        done = 0
-
-        def count(states: int) -> None:
-            nonlocal done
-            done += states
-            self.on_progress("teacher velocities", done, self.states)
-
+        count = self.counter("teacher velocities", self.states)
         folder = self.work / "velocities"
         pictures, batch = self.training_pictures, self.teacher_batch
         return training_pool(self.teacher, self.trajectories, pictures, self.states, folder, batch, self.seed, count)

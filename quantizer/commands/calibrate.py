@@ -46,17 +46,14 @@ def run(args: argparse.Namespace) -> None:
         if kinds.keys() - set(shop.arch.linears):
             raise ValueError(f"{args.like} was made from another model than {args.source}")
         shop.paint()
-        blocks = len(shop.arch.block_names)
-        count = args.states or enough_states(shop.arch, shop.tokens)
-        states = shop.trajectories.states(shop.training_pictures, count, args.seed + 1)
+        wanted = args.states or enough_states(shop.arch, shop.tokens)
+        states = shop.trajectories.states(shop.training_pictures, wanted, args.seed + 1)
         changes = {"damping": args.damping, "sweeps": args.sweeps, "batch": args.batch or shop.teacher_batch}
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = Settings(rank=args.rank, packing=args.packing, kinds=kinds, **changes)
-        done = 0
+        finished = shop.counter("calibrated blocks", len(shop.arch.block_names))
 
         def show(name: str, report) -> None:
-            nonlocal done
-            done += 1
             text = f"{name}: drift {report.img_drift:.3f} image, {report.txt_drift:.3f} text"
             if report.layers:
                 worst = max(report.layers.items(), key=lambda item: item[1].output_error)
@@ -64,9 +61,9 @@ def run(args: argparse.Namespace) -> None:
                 text += f"; largest output error {worst[1].output_error:.3f} ({worst[0]})"
                 text += f", least effective rank {rank:.0f}"
             bars.say(text)
-            bars.show("calibrated blocks", done, blocks)
+            finished(1)
 
-        identity = {"pictures": args.pictures, "states": count}
+        identity = {"pictures": args.pictures, "states": wanted}
         folder = work / "calibrate"
         calibrate(shop.teacher, states, shop.conditioning, args.output, folder, settings, identity, args.force, show)
         quality = shop.quality(args.output)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from . import workshop
-from .numbers import natural, positive, share
+from .numbers import natural, positive
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--growth",
-        type=share,
+        type=positive,
         default=0.0,
         help="part by which the file may grow for the most sensitive Linears in two planes or 8 bits (default: none)",
     )

@@ -45,16 +45,11 @@ def run(args: argparse.Namespace) -> None:
             "worse; give the file of `round`, then calibrate --like the result"
         )
     with Bars() as bars:
-        shop = workshop.open_workshop(args, args.teacher, workshop.work_folder(args), held_out=args.pictures)
+        work = workshop.work_folder(args)
+        shop = workshop.open_workshop(args, args.teacher, work, held_out=args.pictures, on_progress=bars.show)
         shop.check(args.output, args.force, args.start)
-        done = 0
-
-        def count(layers: int) -> None:
-            nonlocal done
-            done += layers
-            bars.show("measured layers", done, len(file.layers))
-
-        measured = sensitivities(file, shop.teacher, shop.holdout, args.kinds, count)
+        show = shop.counter("measured layers", len(file.layers))
+        measured = sensitivities(file, shop.teacher, shop.holdout, args.kinds, show)
     chosen = choose(measured, int(args.growth * args.start.stat().st_size))
     kinds = {name: result.kind for name, result in chosen.items()}
     write_mixed(args.output, file, shop.teacher.checkpoint, kinds, args.force)

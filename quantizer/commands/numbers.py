@@ -19,11 +19,6 @@ def positive(text: str) -> float:
     return _number(text, float, math.ulp(0.0), "a number above 0")
 
 
-def share(text: str) -> float:
-    """A number from 0."""
-    return _number(text, float, 0, "a number from 0")
-
-
 def _number(text: str, kind: type, least: float, wanted: str):
     try:
         value = kind(text)

@@ -102,7 +102,7 @@ def test_no_command_replaces_what_it_reads(source, tmp_path, monkeypatch, capsys
         ("--sampler-steps", "0", "a whole number from 1"),
         ("--budget", "0", "a number above 0"),
         ("--budget", "nan", "a number above 0"),
-        ("--growth", "-0.1", "a number from 0"),
+        ("--growth", "-0.1", "a number above 0"),
     ],
 )
 def test_numbers_out_of_bounds(capsys, option, value, wanted):

@@ -1,6 +1,7 @@
 """The whole conversion of a tiny FLUX through the command line: stages, resuming, plans for the device's memory."""
 
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -62,6 +63,8 @@ def test_a_distilled_file_and_the_stages_before_it(converted):
     file = open_ternary(converted / "out.safetensors")
     assert file.architecture == ARCH
     assert json.loads(file.metadata["ternary.settings"])["distill"]["codes"]
+    digest = hashlib.sha256((converted / "tiny.safetensors").read_bytes()).hexdigest()
+    assert file.metadata["ternary.source_sha256"] == digest
     assert {"rounded.safetensors", "calibrated.safetensors", "choices.json"} <= {path.name for path in work.iterdir()}
 
 
