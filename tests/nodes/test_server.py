@@ -151,7 +151,7 @@ WORKFLOWS = sorted((host.ROOT / "workflows").glob("*.json"))
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_example_workflows_fit_this_comfyui(server, path):
     """Every node, input and link of an example exists here, and the template browser serves it with its picture."""
-    graph, known = json.loads(path.read_text()), server.get_json("/object_info")
+    graph, known = json.loads(path.read_text(encoding="utf-8")), server.get_json("/object_info")
     nodes = {node["id"]: node for node in graph["nodes"] if node["type"] != "MarkdownNote"}
     assert NODE in {node["type"] for node in nodes.values()}
     for node in nodes.values():

@@ -25,7 +25,7 @@ def entry(dtype="F32", shape=(2,), start=0, stop=8):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
     dtypes=st.lists(st.sampled_from(sorted(DTYPES)), min_size=6, max_size=6),

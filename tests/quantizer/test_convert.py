@@ -15,7 +15,7 @@ from ternary_flux.quantizer.convert import amounts
 from ternary_flux.quantizer.flux import Flux
 from ternary_flux.quantizer.format import open_ternary
 from ternary_flux.quantizer.mixed import kinds_of
-from ternary_flux.quantizer.pipeline import plan
+from ternary_flux.quantizer.pipeline import Workshop, plan
 from ternary_flux.quantizer.states import fewer
 from ternary_flux.quantizer.velocity import Batch
 
@@ -37,6 +37,14 @@ def source(tmp_path_factory):
     context, pooled = torch.randn(20, 5, 32, generator=generator), torch.randn(20, 24, generator=generator)
     conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(20)], context, pooled)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steady_clock():
+    """The amounts that a budget pays for must not depend on what else the machine does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workshop, "time_state", lambda shop: 1e-3)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def write(path, weight, packing="planes32", **options):
     return path
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 40),
     k=st.integers(1, 300),

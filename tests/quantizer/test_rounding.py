@@ -15,7 +15,7 @@ def padded(values) -> np.ndarray:
     return group
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(arrays(np.float32, st.integers(1, 6), elements=st.floats(-8, 8, width=16)))
 def test_no_codes_and_scale_are_better_than_the_best_scale(values):
     def error(scale):
@@ -36,7 +36,7 @@ def test_largest_sums_count_from_the_largest():
     assert sums[0, :4].tolist() == [3, 5, 6, 6]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(n=st.integers(1, 70), k=st.integers(1, 300), method=st.sampled_from(METHODS), seed=st.integers(0, 99))
 def test_any_shape(n, k, method, seed):
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
