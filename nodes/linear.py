@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from ..ops import Choice, TernaryWeight, ternary_linear
-from ..quantizer.format import LayerPlan, planes32
+from ..quantizer.files.layer import LayerPlan, planes32
 from . import layout
 from .compat import core
 from .lora import Branch

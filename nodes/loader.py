@@ -8,9 +8,9 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..quantizer.checkpoint import kind_of
-from ..quantizer.container import FormatError, Header, read_header
-from ..quantizer.format import TernaryFile, open_ternary
+from ..quantizer.files.checkpoint import kind_of
+from ..quantizer.files.container import FormatError, Header, read_header
+from ..quantizer.files.ternary import TernaryFile, open_ternary
 from . import layout
 from .compat import accepted, core
 from .linear import operations

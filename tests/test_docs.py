@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 from ternary_flux.ops import TernaryWeight
-from ternary_flux.quantizer.format import LayerPlan, create_ternary
+from ternary_flux.quantizer.files.layer import LayerPlan
+from ternary_flux.quantizer.files.ternary import create_ternary
 
 import _pack
 

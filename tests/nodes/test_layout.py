@@ -147,9 +147,7 @@ def test_dynamic_vram_keeps_loras_whole(comfy, dynamic_layer, kind):
     dense = layer.weight.dequantize()
     if patches:
         dense = comfy.lora.comfy.calculate_weight(patches, dense, "key")
-    weight, bias = ops.resolve_cast_module_with_vbar(
-        layer, torch.float32, tiny.CPU, torch.float32, torch.float32, True
-    )
+    weight, bias = ops.resolve_cast_module_with_vbar(layer, torch.float32, tiny.CPU, torch.float32, torch.float32, True)
     x = torch.randn(3, 256)
     y = layer._multiply(x, weight, bias)
     if layer.branch is not None:
