@@ -36,13 +36,13 @@ class TernaryLayout(comfy.QuantizedLayout):
 
     @classmethod
     def quantize(
-        cls, tensor: Tensor, scale=None, stochastic_rounding=0, inplace_ops=False, activations="auto", planes=1, **_
+        cls, tensor: Tensor, scale=None, stochastic_rounding=0, inplace_ops=False, activations="auto", terms=1, **_
     ):
-        """Least-squares ternary of a dense weight [N, K], in one or two trit planes; `scale` is always recomputed."""
-        from ..quantizer.rounding.one_plane import ternarize
-        from ..quantizer.rounding.two_planes import two_planes
+        """Least-squares ternary of a dense weight [N, K], in one or two ternary terms; `scale` is always recomputed."""
+        from ..quantizer.rounding.one_term import ternarize
+        from ..quantizer.rounding.two_terms import two_terms
 
-        weight, _ = ternarize(tensor) if planes == 1 else two_planes(tensor)
+        weight, _ = ternarize(tensor) if terms == 1 else two_terms(tensor)
         weight = weight.to(tensor.device)
         return weight.trits, cls.params(weight, tensor.dtype, activations)
 
@@ -61,8 +61,8 @@ class TernaryLayout(comfy.QuantizedLayout):
 
     @classmethod
     def requantize_kwargs(cls, qtensor) -> dict:
-        planes = ternary_weight(qtensor._qdata, qtensor._params).planes
-        return {"activations": qtensor._params.activations, "planes": planes}
+        terms = ternary_weight(qtensor._qdata, qtensor._params).terms
+        return {"activations": qtensor._params.activations, "terms": terms}
 
     @classmethod
     def params(cls, weight: TernaryWeight, dtype: torch.dtype, activations: str) -> "TernaryLayout.Params":
@@ -93,7 +93,7 @@ def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight
 
 
 @lru_cache(maxsize=64)
-def choose(device: torch.device, activations: str, integer_scales: bool = True) -> Choice:
+def choice_for(device: torch.device, activations: str, integer_scales: bool = True) -> Choice:
     """`ops.resolve`, remembered. int8 needs row x integer scales; weights without them use full precision."""
     return resolve(device, activations if integer_scales else "full")
 
@@ -101,7 +101,7 @@ def choose(device: torch.device, activations: str, integer_scales: bool = True) 
 def multiply(x: Tensor, tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times a ternary QuantizedTensor [N, K] transposed."""
     params = tensor._params
-    choice = choose(x.device, params.activations, params.scale.ndim == 1)
+    choice = choice_for(x.device, params.activations, params.scale.ndim == 1)
     weight = ternary_weight(tensor._qdata, params)
     return ternary_linear(x, weight, bias, activations=choice.activations, backend=choice.backend.NAME)
 

@@ -63,7 +63,7 @@ class _TernaryLinear:
         weight = take_weight(state_dict, prefix, configuration)
         if weight.shape != self._orig_shape:
             raise ValueError(f"{prefix}weight is {list(weight.shape)}; this model needs {list(self._orig_shape)}")
-        if weight.scale.ndim == 2 and layout.choose(self._load_device, self._activations).activations != "full":
+        if weight.scale.ndim == 2 and layout.choice_for(self._load_device, self._activations).activations != "full":
             weight, _ = weight.with_integer_groups()
         self._choose(self._load_device, weight.scale)
         device = self.factory_kwargs["device"] or weight.device
@@ -107,7 +107,7 @@ class _TernaryLinear:
         return ternary_linear(x, ternary, bias, self._choice.activations, self._choice.backend.NAME)
 
     def _choose(self, device: torch.device, scale: Tensor) -> None:
-        self._choice = layout.choose(device, self._activations, scale.ndim == 1)
+        self._choice = layout.choice_for(device, self._activations, scale.ndim == 1)
         self._choice_device = device
 
     def state_dict(self, *args, destination=None, prefix="", **kwargs):
@@ -131,8 +131,8 @@ def take_weight(state_dict: dict, prefix: str, configuration: dict) -> TernaryWe
     state_dict.pop(f"{prefix}comfy_quant")
     suffixes = ("", "_scale", "_group", "_down", "_up")
     packed, scale, *rest = (state_dict.pop(f"{prefix}weight{suffix}", None) for suffix in suffixes)
-    planes = configuration.get("planes", 1)
-    plan = LayerPlan(tuple(configuration["shape"]), configuration["packing"], planes=planes)
+    terms = configuration.get("terms", 1)
+    plan = LayerPlan(tuple(configuration["shape"]), configuration["packing"], terms=terms)
     return TernaryWeight(planes32(packed, plan), scale, plan.shape, *rest)
 
 

@@ -8,7 +8,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..quantizer.files.checkpoint import kind_of
+from ..quantizer.files.checkpoint import file_kind
 from ..quantizer.files.container import FormatError, Header, read_header
 from ..quantizer.files.ternary import TernaryFile, open_ternary
 from . import layout
@@ -74,15 +74,15 @@ class LoadTernaryFlux(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str, activations: str) -> str:
         """A file that was converted again is loaded again."""
-        status = os.stat(find(file))
-        return f"{file} {status.st_size} {status.st_mtime_ns} {activations}"
+        file_status = os.stat(find(file))
+        return f"{file} {file_status.st_size} {file_status.st_mtime_ns} {activations}"
 
     @classmethod
     def execute(cls, file: str, activations: str) -> io.NodeOutput:
         path = find(file)
         model = load(path, activations)
-        status = describe(check(path), model.load_device, activations)
-        return io.NodeOutput(model, ui=ui.PreviewText(status))
+        text = status(check(path), model.load_device, activations)
+        return io.NodeOutput(model, ui=ui.PreviewText(text))
 
 
 def files() -> list[str]:
@@ -108,7 +108,7 @@ def check(path: str, check_codes: bool = False) -> TernaryFile:
 def _not_ternary(header: Header) -> str | None:
     name = header.path.name
     keys = header.entries
-    match kind_of(header):
+    match file_kind(header):
         case "ternary":
             return None
         case "flux":
@@ -157,21 +157,21 @@ def load(path: str, activations: str = "auto", disable_dynamic: bool = False):
     return model
 
 
-def describe(file: TernaryFile, device: torch.device, activations: str) -> str:
+def status(file: TernaryFile, device: torch.device, activations: str) -> str:
     """What was loaded and how it will run, for people."""
     layers = file.layers.values()
     weights = sum(n * k for n, k in (layer.shape for layer in layers))
     bits = 8 * sum(layer.nbytes for layer in layers) / weights
     size = file.path.stat().st_size
     dense = sum(math.prod(shape) for shape in file.architecture.shapes.values()) * torch.bfloat16.itemsize
-    double = sum(layer.planes == 2 for layer in layers)
-    planes = f" ({double} of two trit planes)" if double else ""
+    double = sum(layer.terms == 2 for layer in layers)
+    terms = f" ({double} of two ternary terms)" if double else ""
     others = f" and {len(file.int8)} int8 layers" if file.int8 else ""
-    choice = layout.choose(device, activations)
+    choice = layout.choice_for(device, activations)
     return "\n".join(
         [
             Path(file.path).name,
-            f"{file.architecture.name}, {len(layers)} ternary layers{planes}{others}, {bits:.2f} bits per weight",
+            f"{file.architecture.name}, {len(layers)} ternary layers{terms}{others}, {bits:.2f} bits per weight",
             f"{_bytes(size)}, {dense / size:.1f}x smaller than bf16",
             f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         ]
