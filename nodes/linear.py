@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from ..ops import Choice, TernaryWeight, ternary_linear
-from ..quantizer.files.layer import LayerPlan, planes32
+from ..quantizer.files.layer import PARTS, LayerPlan, read_plan, read_weight
 from . import layout
 from .compat import core
 from .lora import Branch
@@ -60,7 +60,7 @@ class _TernaryLinear:
         arguments = local_metadata, strict, missing, unexpected, errors
         if configuration.get("format") != layout.FORMAT:
             return super()._load_from_state_dict(state_dict, prefix, *arguments)
-        weight = take_weight(state_dict, prefix, configuration)
+        weight = take_weight(state_dict, prefix)
         if weight.shape != self._orig_shape:
             raise ValueError(f"{prefix}weight is {list(weight.shape)}; this model needs {list(self._orig_shape)}")
         if weight.scale.ndim == 2 and layout.choice_for(self._load_device, self._activations).activations != "full":
@@ -126,14 +126,13 @@ def read_configuration(state_dict: dict, prefix: str) -> dict:
     return {} if entry is None else json.loads(bytes(entry.tolist()))
 
 
-def take_weight(state_dict: dict, prefix: str, configuration: dict) -> TernaryWeight:
-    """Remove a ternary layer's entries from a state dict and return its weight, unpacked to planes32 if need be."""
-    state_dict.pop(f"{prefix}comfy_quant")
-    suffixes = ("", "_scale", "_group", "_down", "_up")
-    packed, scale, *rest = (state_dict.pop(f"{prefix}weight{suffix}", None) for suffix in suffixes)
-    terms = configuration.get("terms", 1)
-    plan = LayerPlan(tuple(configuration["shape"]), configuration["packing"], terms=terms)
-    return TernaryWeight(planes32(packed, plan), scale, plan.shape, *rest)
+def take_weight(state_dict: dict, prefix: str) -> TernaryWeight:
+    """Remove a ternary layer's entries from a state dict and return its weight, unpacked to planes32 if need be.
+
+    Raises FormatError where they do not fit each other.
+    """
+    parts = {suffix: state_dict.pop(f"{prefix}{suffix}", None) for suffix in PARTS}
+    return read_weight(parts.get, read_plan(parts.get, "the model's weights", prefix.removesuffix(".")))
 
 
 def entries(tensor, prefix: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..quantizer.files.checkpoint import file_kind
-from ..quantizer.files.container import FormatError, Header, read_header
+from ..quantizer.files.container import FormatError, TensorFile
 from ..quantizer.files.ternary import TernaryFile, open_ternary
 from . import layout
 from .compat import accepted, core
@@ -98,23 +98,23 @@ def find(file: str) -> str:
 
 def check(path: str, check_codes: bool = False) -> TernaryFile:
     """Open a ternary FLUX file. Anything else raises FormatError saying what the file is and what to do with it."""
-    if problem := _not_ternary(read_header(path)):
+    opened = TensorFile(path)
+    if problem := _not_ternary(opened):
         raise FormatError(path, problem)
-    file = open_ternary(path, check_codes=check_codes)
+    file = open_ternary(opened, check_codes=check_codes)
     file.architecture  # noqa: B018 - raises where the file is not a whole FLUX transformer
     return file
 
 
-def _not_ternary(header: Header) -> str | None:
-    name = header.path.name
-    keys = header.entries
-    match file_kind(header):
+def _not_ternary(file: TensorFile) -> str | None:
+    name, keys = file.path.name, file.entries
+    match file_kind(file):
         case "ternary":
             return None
         case "flux":
             return (
                 "this FLUX model is not ternary. Load it with the node Load Diffusion Model, or convert it: "
-                f"python -m quantizer round {name} -o {header.path.stem}-ternary.safetensors"
+                f"python -m quantizer round {name} -o {file.path.stem}-ternary.safetensors"
             )
         case "quantized":
             return "this FLUX model is quantized in another format. Load it with the node Load Diffusion Model"
