@@ -82,8 +82,23 @@ def wrap(weight: TernaryWeight, dtype: torch.dtype, activations: str = "auto"):
     return QuantizedTensor(weight.trits, LAYOUT, TernaryLayout.params(weight, dtype, activations))
 
 
+def is_quantized(tensor) -> bool:
+    """Ternary, or fp8 or int8 in a file of mixed formats."""
+    return isinstance(tensor, QuantizedTensor)
+
+
 def is_ternary(tensor) -> bool:
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT
+
+
+def rewrap(tensor):
+    """The same quantized tensor, sharing its memory, as a tensor of the current inference mode."""
+    return QuantizedTensor(tensor._qdata, tensor._layout_cls, tensor._params)
+
+
+def parameter(tensor) -> torch.nn.Parameter:
+    """A quantized tensor as a Parameter, in inference mode or not, whichever it was made in."""
+    return torch.nn.Parameter(rewrap(tensor), requires_grad=False)
 
 
 def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight:

@@ -69,10 +69,16 @@ class _TernaryLinear:
         device = self.factory_kwargs["device"] or weight.device
         self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
         quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations)
-        self.weight = torch.nn.Parameter(quantized, requires_grad=False)
+        self.weight = layout.parameter(quantized)
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments)
         missing[:] = [key for key in missing if key != f"{prefix}weight"]
         self._after_load()
+
+    def _apply(self, fn, recurse=True):
+        """As in core, in inference mode or not: a wrapper of one mode cannot become a Parameter in the other."""
+        if layout.is_quantized(getattr(self, "weight", None)):
+            self.weight = layout.parameter(self.weight)
+        return super()._apply(fn, recurse)
 
     def forward(self, input, *args, **kwargs):
         if layout.is_ternary(self.weight):

@@ -7,7 +7,6 @@ what a patch list does to one Linear: a `lora.Branch`, `lora.DensePatches`, or N
 
 import contextlib
 import dataclasses
-from types import SimpleNamespace
 
 import torch
 
@@ -57,9 +56,7 @@ class _KeepsWeights:
             _apply(module, effects[key])
         self.model.model_loaded_weight_memory += branches
 
-    def patch_weight_to_device(
-        self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False
-    ):
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
         module = self.quantized_linear(key)
         if module is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
@@ -68,8 +65,8 @@ class _KeepsWeights:
         if return_weight:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
         if force_cast:  # dynamic VRAM makes small layers resident and restores them from the backup
-            self.backup.setdefault(key, SimpleNamespace(weight=module.weight, inplace_update=False))
-            module.weight = torch.nn.Parameter(module.weight.to(device=device_to), requires_grad=False)
+            self.backup.setdefault(key, _Original(module.weight))
+            module.weight = layout.parameter(module.weight.to(device=device_to))
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
@@ -172,8 +169,21 @@ class TernaryPatcherDynamic(_KeepsWeights, comfy.ModelPatcherDynamic):
         return clone
 
 
+class _Original:
+    """A quantized weight in core's backup, which core makes a Parameter of again, in inference mode or not."""
+
+    inplace_update = False
+
+    def __init__(self, weight):
+        self._weight = weight
+
+    @property
+    def weight(self):
+        return layout.rewrap(self._weight)
+
+
 def _is_quantized(module) -> bool:
-    return hasattr(module, "attached") and isinstance(module.weight, layout.QuantizedTensor)
+    return hasattr(module, "attached") and layout.is_quantized(module.weight)
 
 
 def _apply(module, effect) -> None:

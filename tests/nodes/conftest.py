@@ -1,11 +1,13 @@
 """Fixtures on the real ComfyUI, in process on the CPU."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from ternary_flux.tests import host
-from ternary_flux.tests.nodes import tiny
+from ternary_flux.tests.nodes import adapters, tiny
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +59,19 @@ def twin(comfy, path):
 def reference(twin):
     """The dense twin's velocity."""
     return tiny.run(twin())
+
+
+@pytest.fixture(scope="session")
+def mixed(path, tmp_path_factory):
+    """The tiny file with one Linear in ComfyUI's int8 format, as the quantizer's mixed profile writes it."""
+    state = dict(load_file(path))
+    weight = tiny.dense_twin(path)[f"{adapters.QKV}.weight"]
+    del state[f"{adapters.QKV}.weight_group"]
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    state[f"{adapters.QKV}.weight"] = (weight / scale).round().to(torch.int8)
+    state[f"{adapters.QKV}.weight_scale"] = scale
+    configuration = json.dumps({"format": "int8_tensorwise"}).encode()
+    state[f"{adapters.QKV}.comfy_quant"] = torch.tensor(list(configuration), dtype=torch.uint8)
+    file = tmp_path_factory.mktemp("mixed") / "mixed.safetensors"
+    save_file(state, file)
+    return file
