@@ -11,7 +11,7 @@ from ..ops import Choice, TernaryWeight, ternary_linear
 from ..quantizer.format import LayerPlan, planes32
 from . import layout
 from .compat import core
-from .lora import Branch
+from .lora import Branch, DensePatches, Effect
 
 comfy = core()
 
@@ -46,7 +46,7 @@ class _TernaryLinear:
     """Mixin before core's mixed-precision Linear."""
 
     branch: Branch | None = None  # LoRAs computed beside the quantized product
-    attached: tuple = (None, None)  # the patcher's: what identifies the loaded patches, and their effect
+    attached: tuple = (None, Effect())  # the patcher's: what identifies the loaded patches, and their effect
     hooked = False  # the patcher's: whether a hook's effect stands in for the attached one
 
     _choice: Choice | None = None
@@ -91,9 +91,10 @@ class _TernaryLinear:
 
     def _ternary_forward(self, input: Tensor) -> Tensor:
         comfy.run_every_op()
+        patched = any(isinstance(function, DensePatches) for function in self.weight_function)
         weight, bias, offloaded = comfy.cast_bias_weight(
             self,
-            dtype=self.weight.dtype,
+            dtype=torch.float32 if patched else self.weight.dtype,
             device=input.device,
             bias_dtype=input.dtype,
             offloadable=True,

@@ -34,10 +34,10 @@ def diffusers_lora(seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def bfl_lora(seed: int, rank: int = 8, alpha: float = 4.0, **extra) -> dict[str, torch.Tensor]:
+def bfl_lora(seed: int, rank: int = 8, alpha: float = 4.0, shapes=BFL, **extra) -> dict[str, torch.Tensor]:
     g = tiny.generator(seed)
     tensors = {}
-    for name, (n, k) in BFL.items():
+    for name, (n, k) in shapes.items():
         name = f"lora_unet_{name.replace('.', '_')}"
         tensors[f"{name}.lora_down.weight"] = torch.randn(rank, k, generator=g) * 0.05
         tensors[f"{name}.lora_up.weight"] = torch.randn(n, rank, generator=g) * 0.05
@@ -46,23 +46,60 @@ def bfl_lora(seed: int, rank: int = 8, alpha: float = 4.0, **extra) -> dict[str,
     return tensors
 
 
-def dora(seed: int) -> dict[str, torch.Tensor]:
-    return bfl_lora(seed, dora_scale=lambda n, k, g: torch.rand(n, 1, generator=g) + 0.5)
+def dora(seed: int, shapes=BFL) -> dict[str, torch.Tensor]:
+    return bfl_lora(seed, shapes=shapes, dora_scale=lambda n, k, g: torch.rand(n, 1, generator=g) + 0.5)
 
 
-def lokr(seed: int) -> dict[str, torch.Tensor]:
+def _each(seed: int, shapes, make) -> dict[str, torch.Tensor]:
+    """make(n, k, g) -> the tensors of one layer by the end of their names."""
     g = tiny.generator(seed)
     tensors = {}
-    for name, (n, k) in BFL.items():
-        name = f"lora_unet_{name.replace('.', '_')}"
-        tensors[f"{name}.lokr_w1"] = torch.randn(4, 4, generator=g) * 0.05
-        tensors[f"{name}.lokr_w2"] = torch.randn(n // 4, k // 4, generator=g) * 0.05
+    for name, (n, k) in shapes.items():
+        tensors |= {f"lora_unet_{name.replace('.', '_')}.{end}": tensor for end, tensor in make(n, k, g).items()}
     return tensors
 
 
-def difference(seed: int) -> dict[str, torch.Tensor]:
+def lokr(seed: int, shapes=BFL) -> dict[str, torch.Tensor]:
+    def make(n, k, g):
+        w1, w2 = torch.randn(4, 4, generator=g), torch.randn(n // 4, k // 4, generator=g)
+        return {"lokr_w1": w1 * 0.05, "lokr_w2": w2 * 0.05}
+
+    return _each(seed, shapes, make)
+
+
+def loha(seed: int, shapes=BFL) -> dict[str, torch.Tensor]:
+    def make(n, k, g):
+        sizes = {"w1_a": (n, 4), "w1_b": (4, k), "w2_a": (n, 4), "w2_b": (4, k)}
+        return {f"hada_{part}": torch.randn(size, generator=g) * 0.1 for part, size in sizes.items()}
+
+    return _each(seed, shapes, make)
+
+
+def glora(seed: int, shapes=BFL) -> dict[str, torch.Tensor]:
+    def make(n, k, g):
+        sizes = {"a1": (k, 4), "a2": (4, k), "b1": (n, 4), "b2": (4, k)}
+        return {f"{part}.weight": torch.randn(size, generator=g) * 0.05 for part, size in sizes.items()}
+
+    return _each(seed, shapes, make)
+
+
+def oft(seed: int, shapes=BFL) -> dict[str, torch.Tensor]:
+    def make(n, k, g):
+        return {"oft_blocks": torch.randn(n // 8, 8, 8, generator=g) * 0.05, "alpha": torch.tensor(0.0)}
+
+    return _each(seed, shapes, make)
+
+
+def boft(seed: int, shapes=BFL) -> dict[str, torch.Tensor]:
+    def make(n, k, g):
+        return {"oft_blocks": torch.randn(2, n // 8, 8, 8, generator=g) * 0.05, "alpha": torch.tensor(0.0)}
+
+    return _each(seed, shapes, make)
+
+
+def difference(seed: int, shapes=BFL) -> dict[str, torch.Tensor]:
     g = tiny.generator(seed)
-    return {f"diffusion_model.{name}.diff": torch.randn(shape, generator=g) * 0.01 for name, shape in BFL.items()}
+    return {f"diffusion_model.{name}.diff": torch.randn(shape, generator=g) * 0.01 for name, shape in shapes.items()}
 
 
 def bias_difference(seed: int) -> dict[str, torch.Tensor]:
@@ -82,6 +119,26 @@ def merged(comfy, twin, loras) -> torch.Tensor:
     comfy.model_management.load_models_gpu([model])
     return tiny.run(model)
 
+
+def hooked(comfy, model, lora, strength=1.0):
+    """Register a LoRA as a hook the way the node Create Hook LoRA does; returns the model and its hook group."""
+    group = comfy.hooks.create_hook_lora(dict(lora), strength, 0.0)
+    model = model.clone()
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    model.register_all_hook_patches(group, target)
+    return model, group
+
+
+KINDS = {
+    "lora": bfl_lora,
+    "dora": dora,
+    "lokr": lokr,
+    "loha": loha,
+    "glora": glora,
+    "oft": oft,
+    "boft": boft,
+    "difference": difference,
+}
 
 COMBINATIONS = {
     "diffusers keys": [(diffusers_lora(1), 1.0)],

@@ -142,7 +142,7 @@ def test_dynamic_vram_keeps_loras_whole(comfy, dynamic_layer, kind):
     adapter = comfy.lora.comfy.LoRAAdapter(set(), (up, down, None, None, scale, None))
     patches = [] if kind == "none" else [(1.0, adapter, 1.0, None, None)]
     layer.weight_lowvram_function = comfy.model_patcher.LowVramPatch("key", {"key": patches})
-    comfy.patcher._apply(layer, comfy.lora.build("key", patches, tiny.CPU, torch.float32))
+    comfy.lora.build("key", patches, tiny.CPU, torch.float32).attach(layer)
     dense = layer.weight.dequantize()
     if patches:
         dense = comfy.lora.comfy.calculate_weight(patches, dense, "key")

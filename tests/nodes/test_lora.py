@@ -97,22 +97,13 @@ def test_weight_wrappers_of_other_extensions_see_the_patched_dense_weight(comfy,
     assert tiny.distance(results[1], results[0]) < 1e-5
 
 
-def hooked(comfy, model, lora, strength=1.0):
-    """Register a LoRA as a hook the way the node Create Hook LoRA does; returns the model and its hook group."""
-    group = comfy.hooks.create_hook_lora(dict(lora), strength, 0.0)
-    model = model.clone()
-    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
-    model.register_all_hook_patches(group, target)
-    return model, group
-
-
 @pytest.mark.parametrize("mode", ["MinVram", "MaxSpeed"])
 @pytest.mark.parametrize("lora", [adapters.diffusers_lora(1), adapters.dora(4)], ids=["lora", "dora"])
 def test_hook_loras_come_and_go(comfy, path, twin, reference, mode, lora):
     base_loras = adapters.COMBINATIONS["bfl keys, alpha"]
     plain, both = adapters.merged(comfy, twin, base_loras), adapters.merged(comfy, twin, [*base_loras, (lora, 1.0)])
     model = adapters.apply(comfy, comfy.loader.load(str(path), "full"), base_loras)
-    model, group = hooked(comfy, model, lora)
+    model, group = adapters.hooked(comfy, model, lora)
     model.hook_mode = comfy.hooks.EnumHookMode[mode]
     comfy.model_management.load_models_gpu([model])
     for _ in range(2):

@@ -73,13 +73,14 @@ def dense_twin(path: Path) -> dict[str, torch.Tensor]:
     return state | {f"{name}.weight": file.weight(name).dequantize() for name in file.layers}
 
 
-def run(patcher, mode=torch.inference_mode) -> torch.Tensor:
-    """The velocity for fixed random inputs."""
+def run(patcher, mode=torch.inference_mode, dtype=torch.float32) -> torch.Tensor:
+    """The velocity for fixed random inputs, computed in `dtype`."""
     latent = torch.randn(1, 16, 16, 16, generator=generator(1))
     context = torch.randn(1, 8, 128, generator=generator(2))
     pooled = torch.randn(1, 64, generator=generator(3))
+    inputs = [tensor.to(dtype) for tensor in (latent, torch.tensor([0.5]), context, pooled, torch.tensor([3.5]))]
     with mode():
-        return patcher.model.diffusion_model(latent, torch.tensor([0.5]), context, pooled, torch.tensor([3.5])).clone()
+        return patcher.model.diffusion_model(*inputs).float().clone()
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
