@@ -26,6 +26,7 @@ _NAMES = {
     "comfy.lora": ("calculate_shape", "calculate_weight"),
     "comfy.weight_adapter": ("LoRAAdapter", "WeightAdapterBase"),
     "comfy.hooks": ("EnumHookMode",),
+    "comfy.float": ("stochastic_rounding",),
 }
 _ARGUMENTS = {
     "comfy.ops.cast_bias_weight": ("offloadable", "compute_dtype", "want_requant"),

@@ -156,22 +156,21 @@ def _dense(*tensors):
     return [tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor for tensor in tensors]
 
 
+class _OwnLoader(dict):
+    """A format as core's loaders look it up: they have no way to read it."""
+
+    def __missing__(self, key):
+        raise ValueError(f"this FLUX model is ternary ({FORMAT}): load it with the node Load Ternary FLUX")
+
+
 def register() -> None:
-    """Make the layout known. Core's own loader refuses our files with `Unsupported quantization format: ternary_v1`."""
+    """Make the layout known, and have core's own loaders refuse our files with the name of the node that loads them."""
     comfy.register_layout_class(LAYOUT, TernaryLayout)
     aten = torch.ops.aten
     handlers = {aten.linear.default: _linear, aten.t.default: _t, aten.mm.default: _mm, aten.addmm.default: _addmm}
     for operator, handler in handlers.items():
         comfy.register_layout_op(operator, TernaryLayout)(handler)
-    comfy.QUANT_ALGOS.setdefault(
-        FORMAT,
-        {
-            "storage_t": torch.uint8,
-            "parameters": {"weight_scale"},
-            "comfy_tensor_layout": LAYOUT,
-            "quantize_input": False,
-        },
-    )
+    comfy.QUANT_ALGOS.setdefault(FORMAT, _OwnLoader(quantize_input=False))
 
 
 register()

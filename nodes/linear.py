@@ -1,5 +1,6 @@
 """ComfyUI's Linear for mixed-precision checkpoints, taught the ternary format."""
 
+import copy
 import json
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from ..ops import Choice, TernaryWeight, ternary_linear
+from ..ops.packing import pack_base3
 from ..quantizer.format import LayerPlan, planes32
 from . import layout
 from .compat import core
@@ -49,6 +51,7 @@ class _TernaryLinear:
     attached: tuple = (None, Effect())  # the patcher's: what identifies the loaded patches, and their effect
     hooked = False  # the patcher's: whether a hook's effect stands in for the attached one
 
+    packing = "planes32"  # in the file
     _choice: Choice | None = None
     _choice_device: torch.device | None = None
 
@@ -58,6 +61,9 @@ class _TernaryLinear:
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         configuration = read_configuration(state_dict, prefix)
         arguments = local_metadata, strict, missing, unexpected, errors
+        if not local_metadata.get("assign_to_params_buffers"):  # only dynamic VRAM reads the file later
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                state_dict[key] = state_dict[key].clone()
         if configuration.get("format") != layout.FORMAT:
             return super()._load_from_state_dict(state_dict, prefix, *arguments)
         weight = take_weight(state_dict, prefix, configuration)
@@ -68,6 +74,7 @@ class _TernaryLinear:
         self._choose(self._load_device, weight.scale)
         device = self.factory_kwargs["device"] or weight.device
         self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
+        self.packing = configuration["packing"]
         quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations)
         self.weight = layout.parameter(quantized)
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments)
@@ -79,6 +86,15 @@ class _TernaryLinear:
         if layout.is_quantized(getattr(self, "weight", None)):
             self.weight = layout.parameter(self.weight)
         return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo):
+        """As for any module; torch itself cannot copy a quantized weight."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        if layout.is_quantized(weight := self._parameters.get("weight")):
+            memo[id(weight)] = layout.parameter(weight.clone())
+        memo[id(self._choice)] = self._choice  # holds a module
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(self, input, *args, **kwargs):
         if layout.is_ternary(self.weight):
@@ -104,6 +120,12 @@ class _TernaryLinear:
         y = self._multiply(input, weight, bias)
         comfy.uncast_bias_weight(self, weight, bias, offloaded)
         return y
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """As in core, which cannot update a dense weight in place, as hooks do."""
+        if not inplace_update or return_weight:
+            return super().set_weight(weight, seed=seed, return_weight=return_weight, **kwargs)
+        self.weight.data.copy_(comfy.stochastic_rounding(weight, self.weight.dtype, seed=seed))
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not layout.is_ternary(weight):  # a function in weight_function made it dense
@@ -143,7 +165,10 @@ def take_weight(state_dict: dict, prefix: str, configuration: dict) -> TernaryWe
     return TernaryWeight(planes32(packed, plan), scale, plan.shape, *rest)
 
 
-def entries(tensor, prefix: str) -> dict[str, Tensor]:
+def entries(tensor, prefix: str, packing: str = "planes32") -> dict[str, Tensor]:
     """The state-dict entries of a ternary QuantizedTensor: the inverse of `take_weight`."""
-    plan = LayerPlan.of(layout.ternary_weight(tensor._qdata, tensor._params))
-    return tensor.state_dict(f"{prefix}weight") | {f"{prefix}comfy_quant": plan.comfy_quant}
+    weight = layout.ternary_weight(tensor._qdata, tensor._params)
+    values = tensor.state_dict(f"{prefix}weight")
+    if packing == "base3":
+        values[f"{prefix}weight"] = pack_base3(weight.codes(), weight.planes)
+    return values | {f"{prefix}comfy_quant": LayerPlan.of(weight, packing).comfy_quant}

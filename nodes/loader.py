@@ -1,25 +1,21 @@
 """The node "Load Ternary FLUX", and the loading behind it."""
 
 import math
-import os
 from pathlib import Path
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
 from ..quantizer.checkpoint import kind_of
 from ..quantizer.container import FormatError, Header, read_header
 from ..quantizer.format import TernaryFile, open_ternary
-from . import layout
+from . import files, layout, origin
 from .compat import accepted, core
 from .linear import operations
 from .patcher import TernaryPatcher, TernaryPatcherDynamic
 
 comfy = core()
 
-FOLDER = "diffusion_models"
-EXTENSIONS = (".safetensors", ".sft")
 ACTIVATIONS = {
     "auto": "int8 where a kernel makes it fast, full precision elsewhere.",
     "int8": "8-bit activations (W1.58A8): fastest on NVIDIA GPUs.",
@@ -42,7 +38,7 @@ class LoadTernaryFlux(io.ComfyNode):
             "inputs": [
                 io.Combo.Input(
                     "file",
-                    options=files(),
+                    options=files.names(),
                     tooltip="A ternary FLUX file in models/diffusion_models, made with this pack's quantizer.",
                 ),
                 io.Combo.Input(
@@ -63,37 +59,43 @@ class LoadTernaryFlux(io.ComfyNode):
         return io.Schema(**schema, **newer)
 
     @classmethod
-    def validate_inputs(cls, file: str):
-        """Refuse a wrong file when the workflow is queued, before anything else runs."""
+    def validate_inputs(cls, file: str | None = None, input_types: dict | None = None):
+        """Refuse a wrong file when the workflow is queued, before anything else runs.
+
+        A name that comes from another node, of any type, is not known yet (None) and is checked when the node runs.
+        """
+        if file is None:
+            return True
         try:
-            check(find(file))
+            check(files.find(file))
         except (OSError, ValueError) as error:
-            return str(error)
+            return explain(error, file)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, activations: str) -> str:
+    def fingerprint_inputs(cls, file: str | None = None, **settings) -> str:
         """A file that was converted again is loaded again."""
-        status = os.stat(find(file))
-        return f"{file} {status.st_size} {status.st_mtime_ns} {activations}"
+        try:
+            state = origin.changes() if file is None else files.stamp(files.find(file))
+        except OSError:
+            state = "missing"
+        return f"{file} {state} {settings}"
 
     @classmethod
     def execute(cls, file: str, activations: str) -> io.NodeOutput:
-        path = find(file)
-        model = load(path, activations)
+        try:
+            path = files.find(str(file))
+            model = load(path, activations)
+        except FormatError as error:
+            raise ValueError(explain(error, file)) from None
         status = describe(check(path), model.load_device, activations)
         return io.NodeOutput(model, ui=ui.PreviewText(status))
 
 
-def files() -> list[str]:
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(EXTENSIONS)]
-
-
-def find(file: str) -> str:
-    path = folder_paths.get_full_path(FOLDER, file)
-    if path is None:
-        raise FileNotFoundError(f"{file} is not in models/{FOLDER}; put it there and press R to refresh the node")
-    return path
+def explain(error: Exception, name: str) -> str:
+    """An error for people: the file by the name that they know, not by the server's path."""
+    path = getattr(error, "path", None)
+    return str(error) if path is None else str(error).replace(str(path), name)
 
 
 def check(path: str, check_codes: bool = False) -> TernaryFile:
@@ -147,12 +149,14 @@ def load(path: str, activations: str = "auto", disable_dynamic: bool = False):
     dtype = comfy.unet_manual_cast(None, device, config.supported_inference_dtypes)
     model = comfy.load_diffusion_model_state_dict(
         state_dict,
-        model_options={"custom_operations": operations(dtype, device, activations, after_load)},
+        # ComfyUI's options for dense weights, such as --fp8_e4m3fn-unet, would round the little that is dense here.
+        model_options={"custom_operations": operations(dtype, device, activations, after_load), "dtype": dtype},
         metadata=metadata,
         disable_dynamic=disable_dynamic,
     )
     patcher = TernaryPatcherDynamic if model.is_dynamic() else TernaryPatcher
     model = patcher(model.model, model.load_device, model.offload_device)
+    model.model.ternary_origin = origin.Origin.of(file, mapped=model.is_dynamic())
     model.cached_patcher_init = load, (path, activations)
     return model
 

@@ -32,6 +32,10 @@ class Effect:
         module.weight_lowvram_function = None
         module.branch = None
 
+    def __deepcopy__(self, memo):
+        """Effects never change, so copies of a model share them."""
+        return self
+
 
 def _functions_of_others(module) -> list:
     """The functions of a Linear's weight that are neither ours nor core's way of patching an offloaded weight."""
@@ -205,6 +209,18 @@ def warn_misfits(model, patches: Mapping, dropped: Set) -> None:
         len(dropped),
         len(patches),
         first,
+    )
+
+
+def warn_dense(dense: int, ternary: int) -> None:
+    """Say in one line that a saved model has dense weights where this one has trits, and what loads it."""
+    node = "Load Diffusion Model" if dense == ternary else "Load Ternary FLUX"
+    logging.warning(
+        "Ternary FLUX: %d of %d ternary layers are saved with dense weights, since their patches cannot be kept beside "
+        "trits. Load the file with the node %s.",
+        dense,
+        ternary,
+        node,
     )
 
 

@@ -6,6 +6,7 @@ torch.compile). Both leave scheduling, offloading and whatever is not a quantize
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -75,6 +76,8 @@ class _KeepsWeights:
     # Loading and unloading
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **kwargs):
+        if origin := self._origin():
+            origin.check()
         linears = self.quantized_linears()
         device = device_to or self.load_device
         effects = self._effects(linears, device, lowvram_model_memory / 2 if lowvram_model_memory else None)
@@ -196,24 +199,59 @@ class _KeepsWeights:
         params = dataclasses.replace(params, down=down, up=up)
         return layout.QuantizedTensor(module.weight._qdata, layout.LAYOUT, params)
 
+    def state_dict_for_saving(self, *args, **kwargs):
+        """As in core; the file's metadata goes into the header of the new file too."""
+        state_dict = super().state_dict_for_saving(*args, **kwargs)
+        # Core's functions that save have the header's metadata in a variable beside the state dict, and no hook for it.
+        metadata = sys._getframe(1).f_locals.get("metadata")
+        if isinstance(metadata, dict) and (origin := self._origin()):
+            ternary = any(key.endswith(".comfy_quant") for key in state_dict)
+            for key, value in origin.metadata.items():
+                if ternary or not key.startswith("ternary."):
+                    metadata.setdefault(key, value)
+        return state_dict
+
     def model_state_dict_for_saving(self, model=None, prefix=""):
-        """As in core, which cannot save integer tensors that are not loaded; those are written here."""
+        """As in core, which cannot save integer tensors that are not loaded; those are written here.
+
+        Dense parameters get the dtype that they have in the file which the model came from.
+        """
         modules = (self.model if model is None else model).named_modules()
         quantized = {name: module for name, module in modules if _is_quantized(module)}
         with _as_patched(quantized.values()) as patched:
             state_dict = super().model_state_dict_for_saving(model, prefix)
+        dense = []
         for name, module in quantized.items():
             weight = self._merged(f"{prefix}{name}.weight", module)
             if layout.is_ternary(module.weight):
                 for key in entries(module.weight, f"{name}."):
                     state_dict.pop(key)
-                state_dict |= entries(weight, f"{name}.") if layout.is_ternary(weight) else {f"{name}.weight": weight}
+                if layout.is_ternary(weight):
+                    state_dict |= entries(weight, f"{name}.", module.packing)
+                else:
+                    state_dict[f"{name}.weight"] = weight
+                    dense.append(name)
             else:
                 state_dict |= weight.state_dict(f"{name}.weight")
             if module not in patched and f"{prefix}{name}.bias" in self.patches:
                 bias = self.patch_weight_to_device(f"{prefix}{name}.bias", self.load_device, return_weight=True)
                 state_dict[f"{name}.bias"] = bias
+        self._restore_dtypes(state_dict, prefix)
+        if dense:
+            lora.warn_dense(len(dense), sum(layout.is_ternary(module.weight) for module in quantized.values()))
         return state_dict
+
+    def _restore_dtypes(self, state_dict: dict, prefix: str) -> None:
+        origin = self._origin()
+        for name, tensor in state_dict.items() if origin else ():
+            dtype = origin.dtype(name)
+            if dtype not in (None, tensor.dtype) and tensor.is_floating_point():
+                if f"{prefix}{name}" in self.patches and not isinstance(tensor.device, torch.device):  # core's promise
+                    tensor = self.patch_weight_to_device(f"{prefix}{name}", self.load_device, return_weight=True)
+                state_dict[name] = tensor.data.to(dtype)
+
+    def _origin(self):
+        return getattr(self.model, "ternary_origin", None)
 
 
 class _StateDict(dict):

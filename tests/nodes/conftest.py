@@ -20,7 +20,7 @@ def comfy() -> SimpleNamespace:
     import comfy.sd
     import comfy.utils
     import folder_paths
-    from ternary_flux.nodes import compat, layout, linear, loader, lora, patcher
+    from ternary_flux.nodes import compat, files, layout, linear, loader, lora, patcher
 
     return SimpleNamespace(
         hooks=comfy.hooks,
@@ -30,6 +30,7 @@ def comfy() -> SimpleNamespace:
         utils=comfy.utils,
         folder_paths=folder_paths,
         compat=compat,
+        files=files,
         layout=layout,
         linear=linear,
         loader=loader,

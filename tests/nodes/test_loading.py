@@ -1,5 +1,8 @@
 """Loading, moving, cloning, compiling and saving a ternary model in the real ComfyUI."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -109,6 +112,20 @@ def test_clones_stay_ternary_without_dynamic_vram(comfy, path):
     assert type(make(*arguments, disable_dynamic=True)) is comfy.patcher.TernaryPatcher
 
 
+@pytest.mark.parametrize("kind", [None, "lora", "dora"])
+def test_a_copy_of_a_model_is_a_model(comfy, path, kind):
+    loras = [(adapters.KINDS[kind](1), 1.0)] if kind else []
+    model = adapters.apply(comfy, comfy.loader.load(str(path), "full"), loras)
+    comfy.model_management.load_models_gpu([model])
+    before = tiny.run(model)
+    with torch.inference_mode():
+        copied = copy.deepcopy(model.model.diffusion_model)  # core's configuration around it cannot be copied
+    model.unpatch_model(tiny.CPU)
+    layer, original = (m.double_blocks[0].img_attn.qkv for m in (copied, model.model.diffusion_model))
+    assert layer.weight._qdata.data_ptr() != original.weight._qdata.data_ptr()
+    assert tiny.distance(tiny.run(SimpleNamespace(model=SimpleNamespace(diffusion_model=copied))), before) < 1e-5
+
+
 @pytest.mark.parametrize("activations", ["full", "int8"])
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_torch_compile_sees_one_graph(comfy, path, activations, mode):
@@ -161,9 +178,12 @@ def test_loras_run_beside_int8_layers_too(comfy, mixed):
     assert torch.equal(layer(x), before)
 
 
-def test_the_stock_loader_names_the_format(comfy, path):
-    with pytest.raises(ValueError, match="Unsupported quantization format: ternary_v1"):
+def test_the_stock_loaders_name_the_node(comfy, path, tmp_path):
+    with pytest.raises(ValueError, match="load it with the node Load Ternary FLUX"):
         comfy.sd.load_diffusion_model(str(path))
+    checkpoint = tiny.write(tmp_path / "checkpoint.safetensors", prefix="model.diffusion_model.")
+    with pytest.raises(ValueError, match="load it with the node Load Ternary FLUX"):
+        comfy.sd.load_checkpoint_guess_config(str(checkpoint))
 
 
 def test_interrupting_stops_the_load(comfy, path):

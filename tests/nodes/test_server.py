@@ -133,10 +133,11 @@ def test_bad_files_are_refused_when_queued(server, file, message):
     assert error["extra_info"]["input_name"] == "file"
 
 
-def test_the_stock_loader_names_the_format(server):
+def test_the_stock_loader_names_the_node(server):
     with pytest.raises(host.WorkflowError) as failed:
         server.execute(workflow(loader="UNETLoader"))
-    assert failed.value.details["exception_message"].strip() == "Unsupported quantization format: ternary_v1"
+    message = failed.value.details["exception_message"]
+    assert "this FLUX model is ternary (ternary_v1): load it with the node Load Ternary FLUX" in message
 
 
 def test_the_log_has_no_complaints_about_the_pack(server):
