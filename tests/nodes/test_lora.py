@@ -116,6 +116,42 @@ def test_hook_loras_come_and_go(comfy, path, twin, reference, mode, lora):
     assert tiny.distance(tiny.run(model), reference) < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["MinVram", "MaxSpeed"])
+def test_hook_loras_on_linears_that_are_not_quantized(comfy, path, twin, reference, mode):
+    g, h = tiny.generator(0), tiny.HIDDEN
+    shapes = {"img_in": (h, 64), "txt_in": (h, 128), "final_layer.linear": (64, h), "vector_in.in_layer": (h, 64)}
+    lora = adapters.bfl_lora(2)
+    for name, (n, k) in shapes.items():
+        lora[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(4, k, generator=g) * 0.1
+        lora[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(n, 4, generator=g) * 0.1
+    expected = adapters.merged(comfy, twin, [(lora, 1.0)])
+    model, group = adapters.hooked(comfy, comfy.loader.load(str(path), "full"), lora)
+    model.hook_mode = comfy.hooks.EnumHookMode[mode]
+    comfy.model_management.load_models_gpu([model])
+    for _ in range(2):
+        model.apply_hooks(group)
+        assert tiny.distance(tiny.run(model), expected) < 1e-5
+        model.apply_hooks(None)
+        assert tiny.distance(tiny.run(model), reference) < 1e-5
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_another_model_as_a_hook(comfy, path, tmp_path, twin, reference, strength):
+    """The node Create Hook Model as LoRA: the difference to a whole dense checkpoint."""
+    other = tiny.write(tmp_path / "other.safetensors", seed=9)
+    weights = comfy.hooks.get_patch_weights_from_model(dense(comfy, other))
+    results = []
+    for model in (twin(), comfy.loader.load(str(path), "full")):
+        group = comfy.hooks.create_hook_model_as_lora(weights, None, strength, 0.0)
+        model.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+        comfy.model_management.load_models_gpu([model])
+        model.apply_hooks(group)
+        results.append(tiny.run(model))
+        model.apply_hooks(None)
+    assert tiny.distance(tiny.run(model), reference) < 1e-5
+    assert tiny.distance(results[1], results[0]) < 1e-5
+
+
 def test_merging_two_models(comfy, path, tmp_path, twin):
     other = tiny.write(tmp_path / "other.safetensors", seed=9)
     results = []
