@@ -89,6 +89,34 @@ class _KeepsWeights:
         for key, module in linears.items():
             effects[key].attach(module)
         self.model.model_loaded_weight_memory += branches
+        self.model.ternary_baked = self._baked()
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        """As in core, which unloads all weights where any patch changed; effects are exchanged without that."""
+        loaded = self.model.current_weight_patches_uuid
+        if loaded not in (None, self.patches_uuid) and not force_patch_weights and self._only_effects_differ():
+            self._exchange_effects(device_to)
+        return super().partially_load(device_to, extra_memory, force_patch_weights)
+
+    def _baked(self) -> list[tuple]:
+        """What core does to weights when it loads them: patches of dense parameters, and other extensions' functions."""
+        linears = self.quantized_linears()
+        patches = [(key, *patch) for key in sorted(self.patches.keys() - linears.keys()) for patch in self.patches[key]]
+        return patches + [(key, f) for key, functions in self.weight_wrapper_patches.items() for f in functions]
+
+    def _only_effects_differ(self) -> bool:
+        before, now = self.model.ternary_baked, self._baked()
+        return len(before) == len(now) and all(map(_same, before, now))
+
+    def _exchange_effects(self, device) -> None:
+        self.unpatch_hooks()
+        linears = self.quantized_linears()
+        before = sum(module.attached[1].nbytes for module in linears.values())
+        effects = self._effects(linears, device, 0 if self.model.model_lowvram else None)
+        for key, module in linears.items():
+            effects[key].attach(module)
+        self.model.model_loaded_weight_memory += sum(effect.nbytes for effect in effects.values()) - before
+        self.model.current_weight_patches_uuid = self.patches_uuid
 
     def _effects(self, linears: dict, device, budget: float | None) -> dict[str, lora.Effect]:
         """The effect of every quantized Linear; what dense patches need lies on `device` within `budget` bytes."""
@@ -310,6 +338,18 @@ class _Original:
     @property
     def weight(self):
         return layout.rewrap(self._weight)
+
+
+def _same(a: tuple, b: tuple) -> bool:
+    """Whether two patches are the same: numbers and names by value, tensors and functions by identity."""
+    return len(a) == len(b) and all(
+        x is y or (isinstance(x, int | float | str | tuple) and type(x) is type(y) and _equal(x, y))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _equal(x, y) -> bool:
+    return _same(x, y) if isinstance(x, tuple) else x == y
 
 
 def _is_quantized(module) -> bool:

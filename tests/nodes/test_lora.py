@@ -69,6 +69,64 @@ def test_models_with_different_loras_share_one_set_of_weights(comfy, path, twin,
         assert tiny.distance(tiny.run(model), expected) < 1e-5
 
 
+@pytest.mark.parametrize("budget", [None, 600_000])
+def test_another_strength_moves_no_weight(comfy, path, twin, tmp_path, budget, monkeypatch):
+    base = comfy.loader.load(str(path), "full")
+    loras, other = adapters.bfl_lora(2), comfy.loader.load(str(tiny.write(tmp_path / "other.safetensors", seed=9)))
+    dense_other = dense(comfy, tmp_path / "other.safetensors")
+
+    def variants(base, other):
+        yield adapters.apply(comfy, base, [(loras, 1.0)])
+        yield adapters.apply(comfy, base, [(loras, 0.3), (adapters.dora(4), 1.0)])
+        for ratio in (0.5, 0.9):
+            merged = base.clone()
+            for key, patch in other.get_key_patches("diffusion_model.double_blocks.0.img_attn.qkv.w").items():
+                merged.add_patches({key: patch}, 1 - ratio, ratio)
+            yield merged
+        yield base
+
+    layer = base.model.diffusion_model.double_blocks[0].img_attn.qkv
+    moves = []
+    base.partially_load(tiny.CPU, budget or 1e9)
+    monkeypatch.setattr(type(layer), "_apply", lambda module, *_: moves.append(module))
+    for model, expected in zip(variants(base, other), variants(twin(), dense_other), strict=True):
+        model.partially_load(tiny.CPU, budget or 1e9)
+        assert budget or not moves
+        comfy.model_management.load_models_gpu([expected])
+        assert tiny.distance(tiny.run(model), tiny.run(expected)) < 1e-5
+        assert model.model.current_weight_patches_uuid == model.patches_uuid
+
+
+def test_a_patched_dense_parameter_is_loaded_anew(comfy, path, twin):
+    g = tiny.generator(0)
+    base = comfy.loader.load(str(path), "full")
+    for strength in (1.0, 0.5):
+        loras = [({"diffusion_model.img_in.diff": torch.randn(tiny.HIDDEN, 64, generator=g)}, strength)]
+        model = adapters.apply(comfy, base, loras)
+        comfy.model_management.load_models_gpu([model])
+        assert tiny.distance(tiny.run(model), adapters.merged(comfy, twin, loras)) < 1e-5
+
+
+def test_dense_patches_keep_their_tensors_on_the_device(comfy, path):
+    other = comfy.loader.load(str(path), "full").get_key_patches("diffusion_model.double_blocks.0.img_attn.qkv.weight")
+    model = comfy.loader.load(str(path), "full").clone()
+    for key, patch in other.items():
+        model.add_patches({key: patch}, 0.5, 0.5)
+    model = adapters.apply(comfy, model, [(adapters.dora(4), 1.0)])
+    key = f"diffusion_model.{adapters.QKV}.weight"
+    first, second = (comfy.lora.DensePatches(key, model.patches[key]) for _ in range(2))
+    meta = torch.device("meta")
+    first.to(meta)
+    lora = next(patch[1] for patch in first.patches if hasattr(patch[1], "weights"))
+    assert all(tensor.device == meta for tensor in lora.weights if isinstance(tensor, torch.Tensor))
+    weight = next(patch[1][0][0] for patch in first.patches if isinstance(patch[1], list))
+    assert weight.device == meta
+    packed = sum(tensor.nbytes for tensor in other[key][0][0].state_dict().values())
+    assert first.nbytes > packed  # counted in what is loaded
+    second.to(meta, before=first)
+    assert next(patch[1][0][0] for patch in second.patches if isinstance(patch[1], list)) is weight
+
+
 def test_dense_patches_are_reported_once_a_model(comfy, path, caplog):
     caplog.set_level(logging.WARNING)
     base = comfy.loader.load(str(path), "full")

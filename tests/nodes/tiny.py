@@ -27,12 +27,12 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def dense_tensors(arch: Architecture, g: torch.Generator) -> dict[str, torch.Tensor]:
+def dense_tensors(arch: Architecture, g: torch.Generator, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """Random parameters under BFL names, scaled so that activations keep their size."""
     tensors = {}
     for name, shape in arch.shapes.items():
         spread = shape[1] ** -0.5 if len(shape) == 2 else 0.1
-        tensors[name] = torch.randn(shape, generator=g) * spread + float(name.endswith("norm.scale"))
+        tensors[name] = (torch.randn(shape, generator=g) * spread + float(name.endswith("norm.scale"))).to(dtype)
     return tensors
 
 
@@ -49,16 +49,25 @@ def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, planes
     return TernaryWeight.from_codes(codes, *scales, down, up, planes)
 
 
-def write(path: Path, arch: Architecture = FLUX1, packing="planes32", seed=0, prefix="", **weights) -> Path:
-    """Write a random ternary FLUX."""
+def write(
+    path: Path,
+    arch: Architecture = FLUX1,
+    packing="planes32",
+    seed=0,
+    prefix="",
+    dtype=torch.float32,
+    metadata=None,
+    **weights,
+) -> Path:
+    """Write a random ternary FLUX; `dtype` of what is dense."""
     g = generator(seed)
-    dense = dense_tensors(arch, g)
+    dense = dense_tensors(arch, g, dtype)
     for name in arch.linears:
         del dense[f"{name}.weight"]
     layers = {f"{prefix}{name}": ternary_weight(shape, g, **weights) for name, shape in arch.linear_shapes.items()}
     plans = {name: LayerPlan.of(weight, packing) for name, weight in layers.items()}
     specs = {f"{prefix}{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
-    with create_ternary(path, plans, specs, {"modelspec.title": "tiny"}, overwrite=True) as writer:
+    with create_ternary(path, plans, specs, metadata or {"modelspec.title": "tiny"}, overwrite=True) as writer:
         for name, tensor in dense.items():
             writer.dense(f"{prefix}{name}", tensor)
         for name, weight in layers.items():
