@@ -25,7 +25,9 @@ def fits(value, offset, shape: tuple[int, ...]) -> bool:
         return _adapter_fits(value, shape)
     if isinstance(value, list):  # another model's weight, with that model's own patches
         return tuple(value[0][0].shape) == shape
-    kind, tensors = ("diff", value) if len(value) == 1 else value
+    kind, tensors = value if len(value) == 2 else ("diff", value)
+    if tensors[0] is None:  # a factor for the model's own weight
+        return True
     given = tuple(tensors[0].shape)
     if kind == "diff" and len(tensors) > 1 and tensors[1].get("pad_weight"):
         return len(given) == len(shape) and all(a >= b for a, b in zip(given, shape, strict=True))

@@ -99,7 +99,7 @@ class _KeepsWeights:
         return super().partially_load(device_to, extra_memory, force_patch_weights)
 
     def _baked(self) -> list[tuple]:
-        """What core does to weights when it loads them: patches of dense parameters, and other extensions' functions."""
+        """What core does to weights as it loads them: patches of dense parameters, other extensions' functions."""
         linears = self.quantized_linears()
         patches = [(key, *patch) for key in sorted(self.patches.keys() - linears.keys()) for patch in self.patches[key]]
         return patches + [(key, f) for key, functions in self.weight_wrapper_patches.items() for f in functions]
