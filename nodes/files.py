@@ -5,8 +5,8 @@ import os
 
 import folder_paths
 
-from ..quantizer.checkpoint import kind_of
-from ..quantizer.container import read_header
+from ..quantizer.files.checkpoint import kind_of
+from ..quantizer.files.container import read_header
 
 FOLDERS = ("diffusion_models", "checkpoints")  # Save Checkpoint writes into the second
 EXTENSIONS = (".safetensors", ".sft")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Choice, TernaryWeight, resolve, ternary_linear
-from ..quantizer.format import FORMAT
+from ..quantizer.files.layer import FORMAT
 from .compat import core
 
 comfy = core()
@@ -39,8 +39,8 @@ class TernaryLayout(comfy.QuantizedLayout):
         cls, tensor: Tensor, scale=None, stochastic_rounding=0, inplace_ops=False, activations="auto", planes=1, **_
     ):
         """Least-squares ternary of a dense weight [N, K], in one or two trit planes; `scale` is always recomputed."""
-        from ..quantizer.planes import two_planes  # numpy-heavy, and only merges of whole models come here
-        from ..quantizer.rounding import ternarize
+        from ..quantizer.rounding.one_plane import ternarize
+        from ..quantizer.rounding.two_planes import two_planes
 
         weight, _ = ternarize(tensor) if planes == 1 else two_planes(tensor)
         weight = weight.to(tensor.device)

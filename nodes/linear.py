@@ -10,7 +10,7 @@ from torch.nn.functional import linear as dense_linear
 
 from ..ops import Choice, TernaryWeight, ternary_linear
 from ..ops.packing import pack_base3
-from ..quantizer.format import LayerPlan, planes32
+from ..quantizer.files.layer import LayerPlan, planes32
 from . import layout
 from .compat import core
 from .lora import Branch, DensePatches, Effect

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
-from ..quantizer.checkpoint import kind_of
-from ..quantizer.container import FormatError, Header, read_header
-from ..quantizer.format import TernaryFile, open_ternary
+from ..quantizer.files.checkpoint import kind_of
+from ..quantizer.files.container import FormatError, Header, read_header
+from ..quantizer.files.ternary import TernaryFile, open_ternary
 from . import files, layout, origin
 from .compat import accepted, core
 from .linear import operations

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from ..quantizer.architecture import canonical
-from ..quantizer.container import DTYPES
-from ..quantizer.format import TernaryFile
+from ..quantizer.files.architecture import canonical
+from ..quantizer.files.container import DTYPES
+from ..quantizer.files.ternary import TernaryFile
 from .files import stamp
 
 _changed: set[tuple] = set()

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 from ternary_flux.ops import TernaryWeight
-from ternary_flux.quantizer.format import LayerPlan, create_ternary
+from ternary_flux.quantizer.files.layer import LayerPlan
+from ternary_flux.quantizer.files.ternary import create_ternary
 
 import _pack
 
@@ -15,7 +16,9 @@ import _pack
 @pytest.mark.parametrize("k", [100, 300])
 @pytest.mark.parametrize("planes", [1, 2])
 def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k, planes):
-    (source,) = re.findall(r"```python\n(.*?)```", (_pack.ROOT / "docs" / "format.md").read_text(), re.DOTALL)
+    (source,) = re.findall(
+        r"```python\n(.*?)```", (_pack.ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     namespace = {}
     exec(source, namespace)
     codes = torch.randint(-1, 2, (6, planes * k), dtype=torch.int8)

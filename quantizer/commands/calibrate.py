@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from . import workshop
-from .numbers import count, natural, positive
+from . import options
+from .options import count, natural, positive
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("source", type=Path, metavar="IN", help="dense FLUX.1 or FLUX.2 checkpoint, .safetensors")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the .safetensors to write")
-    workshop.add_arguments(parser)
+    options.add_arguments(parser)
     parser.add_argument("--pictures", type=count, default=128, help="that the original paints (default: %(default)s)")
     parser.add_argument("--states", type=count, help="noisy states of them (default: what the largest Linear needs)")
     parser.add_argument("--rank", type=natural, default=0, help="add low-rank factors to every Linear (default: none)")
@@ -26,22 +26,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--sweeps", type=natural, help="of descent over codes and scales (default: 3)")
     parser.add_argument("--batch", type=count, help="states at a time (default: by their number of tokens)")
     parser.add_argument("--packing", choices=("planes32", "base3"), default="planes32", help="(default: %(default)s)")
-    workshop.add_file_arguments(parser)
+    options.add_file_arguments(parser)
     parser.set_defaults(interrupted="give the same command again to go on")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..bars import Bars
-    from ..calibrate import Settings, calibrate, enough_states
-    from ..format import open_ternary
-    from ..mixed import kinds_of
+    from ..calibration.calibrate import Settings, calibrate, enough_states
+    from ..console import Bars
+    from ..files.kinds import kinds_of
+    from ..files.ternary import open_ternary
 
     kinds = kinds_of(open_ternary(args.like)) if args.like else {}
     if args.like and not kinds:
         raise ValueError(f"{args.like}: all of its Linears are alike; give a file of `mixed`")
-    work = workshop.work_folder(args)
+    work = options.work_folder(args)
     with Bars() as bars:
-        shop = workshop.open_workshop(args, args.source, work, pictures=args.pictures, on_progress=bars.show)
+        shop = options.open_workshop(args, args.source, work, pictures=args.pictures, on_progress=bars.show)
         shop.check(args.output, args.force, *filter(None, [args.like]))
         if kinds.keys() - set(shop.arch.linears):
             raise ValueError(f"{args.like} was made from another model than {args.source}")

@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import workshop
-from .numbers import count, natural, positive
+from . import options
+from .options import count, natural, positive
 
 if TYPE_CHECKING:
-    from ..pipeline import Plan, Workshop
+    from ..pipeline.budget import Plan
+    from ..pipeline.workspace import Workshop
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round` or `calibrate`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
-    workshop.add_arguments(parser)
+    options.add_arguments(parser)
     parser.add_argument(
         "--rank",
         type=natural,
@@ -44,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--evaluate-every", type=count, default=100, help="steps (default: %(default)s)")
     parser.add_argument("--checkpoint-minutes", type=positive, default=5.0, help="(default: %(default)s)")
     parser.add_argument("--packing", choices=("planes32", "base3"), help="(default: as START)")
-    workshop.add_file_arguments(parser)
+    options.add_file_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the work folder")
     parser.set_defaults(interrupted="give the same command with --resume to go on")
 
@@ -54,8 +55,8 @@ def _choose(args: argparse.Namespace, shop: "Workshop", plan: "Plan", path: Path
 
     They are kept in `path`, so that a run that resumes has the same ones.
     """
-    from ..atomic import write_json
-    from ..pipeline import STATES_EACH
+    from ..files.atomic import write_json
+    from ..pipeline.budget import STATES_EACH
 
     kept = json.loads(path.read_text(encoding="utf-8")) if args.resume and path.exists() else {}
     batch = args.batch or kept.get("batch") or plan.batch
@@ -71,17 +72,18 @@ def _choose(args: argparse.Namespace, shop: "Workshop", plan: "Plan", path: Path
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..bars import Bars
-    from ..blockwise import BlockSettings
-    from ..distill import RATES
-    from ..pipeline import distill_file, plan_for, settings_for
+    from ..console import Bars
+    from ..distillation.blockwise import BlockSettings
+    from ..distillation.schedule import RATES
+    from ..pipeline.budget import plan_for, settings_for
+    from ..pipeline.stages import distill_file
 
-    work = workshop.work_folder(args)
+    work = options.work_folder(args)
     checkpoint = work / "distill.safetensors"
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} belongs to an unfinished run: give --resume to continue it, or delete it")
     with Bars() as bars:
-        shop = workshop.open_workshop(args, args.teacher, work, held_out=args.held_out, on_progress=bars.show)
+        shop = options.open_workshop(args, args.teacher, work, held_out=args.held_out, on_progress=bars.show)
         shop.check(args.output, args.force, args.start)
         plan = plan_for(shop)
         batch = _choose(args, shop, plan, work / "distill.json")

@@ -4,8 +4,8 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from . import workshop
-from .numbers import count, positive
+from . import options
+from .options import count, positive
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -19,8 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the file to write")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
-    workshop.add_arguments(parser)
-    workshop.add_file_arguments(parser)
+    options.add_arguments(parser)
+    options.add_file_arguments(parser)
     parser.add_argument("--growth", type=positive, default=0.25, help="of the file (default: %(default)s: a quarter)")
     parser.add_argument(
         "--kinds",
@@ -33,10 +33,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..bars import Bars
-    from ..format import open_ternary
-    from ..mixed import choose, sensitivities, write_mixed
-    from ..rounding import METHODS
+    from ..calibration.sensitivity import choose, sensitivities, write_mixed
+    from ..console import Bars
+    from ..files.ternary import open_ternary
+    from ..rounding.one_plane import METHODS
 
     file = open_ternary(args.start)
     if (method := file.metadata.get("ternary.method")) not in (None, *METHODS):
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
             "worse; give the file of `round`, then calibrate --like the result"
         )
     with Bars() as bars:
-        work = workshop.work_folder(args)
-        shop = workshop.open_workshop(args, args.teacher, work, held_out=args.pictures, on_progress=bars.show)
+        work = options.work_folder(args)
+        shop = options.open_workshop(args, args.teacher, work, held_out=args.pictures, on_progress=bars.show)
         shop.check(args.output, args.force, args.start)
         show = shop.counter("measured layers", len(file.layers))
         measured = sensitivities(file, shop.teacher, shop.holdout, args.kinds, show)

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from ternary_flux.tests import host
+from ternary_flux.benchmarks import comfyui
 from ternary_flux.tests.nodes import adapters, tiny
 
 
 @pytest.fixture(scope="session")
 def comfy() -> SimpleNamespace:
     """ComfyUI's modules and this pack's node modules."""
-    host.comfyui()
+    comfyui.make_importable()
     import comfy.hooks
     import comfy.model_management
     import comfy.model_patcher

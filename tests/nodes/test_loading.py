@@ -155,13 +155,21 @@ def test_saving_and_loading_gives_the_same_file_contents(comfy, path, tmp_path, 
         assert tiny.distance(tiny.run(comfy.loader.load(str(saved), "full")), reference) < 1e-5
 
 
+def int8_parts(path):
+    return {part: load_file(path)[f"{QKV}.{part}"] for part in ("weight", "weight_scale")}
+
+
 def test_files_with_int8_layers_load_and_save(comfy, mixed, reference, tmp_path):
     model = comfy.loader.load(str(mixed), "full")
     assert 1e-5 < tiny.distance(tiny.run(model), reference) < 0.05
     assert "12 ternary layers and 1 int8 layers" in comfy.loader.describe(comfy.loader.check(mixed), tiny.CPU, "auto")
     comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model)
+    saved = load_file(tmp_path / "saved.safetensors")
+    stored = {f"model.diffusion_model.{QKV}.{part}": tensor for part, tensor in int8_parts(mixed).items()}
+    assert all(torch.equal(saved[key], tensor) for key, tensor in stored.items())
     again = comfy.loader.load(str(tmp_path / "saved.safetensors"), "full")
-    assert tiny.distance(tiny.run(again), tiny.run(model)) < 1e-3  # rounding of int8 activations
+    # Sums over other buffers may round otherwise, and such a rounding may move an activation to the next int8.
+    assert tiny.distance(tiny.run(again), tiny.run(model)) < 1e-3
 
 
 def test_loras_run_beside_int8_layers_too(comfy, mixed):
@@ -175,7 +183,7 @@ def test_loras_run_beside_int8_layers_too(comfy, mixed):
     comfy.model_management.load_models_gpu([model])
     torch.testing.assert_close(layer(x) - before, x @ (up @ down).t() * 0.001, rtol=1e-3, atol=1e-5)
     model.unpatch_model(tiny.CPU)
-    assert torch.equal(layer(x), before)
+    torch.testing.assert_close(layer(x), before)
 
 
 def test_the_stock_loaders_name_the_node(comfy, path, tmp_path):

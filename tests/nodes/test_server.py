@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from ternary_flux.tests import host
+from ternary_flux.benchmarks import comfyui
 from ternary_flux.tests.nodes import tiny
 
 PACK = "comfyui-ternary-flux"
@@ -25,12 +25,12 @@ def server(tmp_path_factory):
     (folder / "truncated.safetensors").write_bytes(path.read_bytes()[:-1000])
     save_file({"lora_unet_single_blocks_0_linear1.lora_up.weight": torch.zeros(2)}, folder / "style.safetensors")
     (folder / "notes.txt").write_text("not a model")
-    host.comfyui()
+    comfyui.make_importable()
     from comfy.taesd.taesd import TAESD
 
     save_file(TAESD(latent_channels=16).state_dict(), models / "vae" / "tiny-vae.safetensors")
     helpers = Path(__file__).with_name("conditioning_pack.py")
-    with host.Server(base, {PACK: host.ROOT, helpers.name: helpers}) as running:
+    with comfyui.Server(base, {PACK: comfyui.ROOT, helpers.name: helpers}) as running:
         yield running
 
 
@@ -112,7 +112,7 @@ def test_a_converted_again_file_is_loaded_again(server):
     assert "model" not in cached_nodes(server.execute(workflow()))
 
 
-def cached_nodes(execution: host.Execution) -> set[str]:
+def cached_nodes(execution: comfyui.Execution) -> set[str]:
     return {node for kind, data in execution.events if kind == "execution_cached" for node in data["nodes"]}
 
 
@@ -126,7 +126,7 @@ def cached_nodes(execution: host.Execution) -> set[str]:
     ],
 )
 def test_bad_files_are_refused_when_queued(server, file, message):
-    with pytest.raises(host.WorkflowError, match=message) as refused:
+    with pytest.raises(comfyui.WorkflowError, match=message) as refused:
         server.execute(workflow(file))
     (error,) = refused.value.details["node_errors"]["model"]["errors"]
     assert error["type"] == "custom_validation_failed"
@@ -134,7 +134,7 @@ def test_bad_files_are_refused_when_queued(server, file, message):
 
 
 def test_the_stock_loader_names_the_node(server):
-    with pytest.raises(host.WorkflowError) as failed:
+    with pytest.raises(comfyui.WorkflowError) as failed:
         server.execute(workflow(loader="UNETLoader"))
     message = failed.value.details["exception_message"]
     assert "this FLUX model is ternary (ternary_v1): load it with the node Load Ternary FLUX" in message
@@ -146,13 +146,13 @@ def test_the_log_has_no_complaints_about_the_pack(server):
     assert not [line for line in log.splitlines() if PACK in line and ("rror" in line or "arning" in line)]
 
 
-WORKFLOWS = sorted((host.ROOT / "workflows").glob("*.json"))
+WORKFLOWS = sorted((comfyui.ROOT / "workflows").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_example_workflows_fit_this_comfyui(server, path):
     """Every node, input and link of an example exists here, and the template browser serves it with its picture."""
-    graph, known = json.loads(path.read_text()), server.get_json("/object_info")
+    graph, known = json.loads(path.read_text(encoding="utf-8")), server.get_json("/object_info")
     nodes = {node["id"]: node for node in graph["nodes"] if node["type"] != "MarkdownNote"}
     assert NODE in {node["type"] for node in nodes.values()}
     for node in nodes.values():

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from ternary_flux.ops import TernaryWeight
 from ternary_flux.ops.packing import blocks
-from ternary_flux.quantizer.architecture import Architecture
-from ternary_flux.quantizer.format import LayerPlan, create_ternary, open_ternary
+from ternary_flux.quantizer.files.architecture import Architecture
+from ternary_flux.quantizer.files.layer import LayerPlan
+from ternary_flux.quantizer.files.ternary import create_ternary, open_ternary
 
 HIDDEN = 256
 FLUX1 = Architecture(

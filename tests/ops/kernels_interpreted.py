@@ -9,9 +9,10 @@ import math
 import pytest
 import torch
 from ternary_flux.ops import TernaryWeight, ternary_linear
-from ternary_flux.ops.backends import eager, triton
-from ternary_flux.ops.kernels import configs, dispatch
-from ternary_flux.ops.kernels.quantize_rows import quantize_rows
+from ternary_flux.ops.backends import eager
+from ternary_flux.ops.backends.triton import backend as triton
+from ternary_flux.ops.backends.triton import configs, dispatch
+from ternary_flux.ops.backends.triton.quantize_rows import quantize_rows
 
 SCALES = ("row", "integer", "float")
 

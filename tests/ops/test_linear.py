@@ -53,7 +53,7 @@ def relative_error(y, expected):
 @pytest.mark.parametrize("scales", ["row", "integer", "float"])
 @pytest.mark.parametrize("rank", [0, 3])
 @given(dims=DIMENSIONS, seed=st.integers(0, 1000), with_bias=st.booleans(), planes=st.integers(1, 2))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_full(scales, rank, dims, seed, with_bias, planes):
     m, n, k = dims
     weight = random_weight(n, k, scales, rank, seed, planes)
@@ -67,7 +67,7 @@ def test_full(scales, rank, dims, seed, with_bias, planes):
 
 @pytest.mark.parametrize("scales", ["row", "integer"])
 @given(dims=DIMENSIONS, seed=st.integers(0, 1000), planes=st.integers(1, 2))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_int8_is_exact_integer_arithmetic(scales, dims, seed, planes):
     """int8 equals the float64 product of the quantized tokens: the only error is the epilogue's fp32 rounding."""
     m, n, k = dims
@@ -205,7 +205,7 @@ def test_integer_groups_from_float_scales(planes):
 
 
 @given(n=st.integers(1, 20), groups=st.integers(1, 9), seed=st.integers(0, 10_000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_fit_integer_groups(n, groups, seed):
     scales = torch.rand(groups, n, generator=torch.Generator().manual_seed(seed)) ** 3
     scales[:, 0] = 0

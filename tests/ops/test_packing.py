@@ -20,7 +20,7 @@ def random_codes(shape, seed=0):
 
 @pytest.mark.parametrize("name", packing.PACKINGS)
 @given(shape=SHAPES, seed=st.integers(0, 2**31), planes=st.integers(1, 2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_round_trip(name, shape, seed, planes):
     pack, unpack = PACKERS[name]
     codes = random_codes((shape[0], planes * shape[1]), seed)
