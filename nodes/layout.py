@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Choice, TernaryWeight, resolve, ternary_linear
+from ..ops.registry import BACKENDS
 from ..quantizer.files.layer import FORMAT
 from .compat import core
 
@@ -23,12 +24,13 @@ class TernaryLayout(comfy.QuantizedLayout):
 
     @dataclass(frozen=True)
     class Params(comfy.BaseLayoutParams):
-        """`scale`, `group`, `down`, `up` as in `ops.TernaryWeight`; `activations` is the user's setting."""
+        """The tensors as in `ops.TernaryWeight`; `activations` and `backend` are the user's settings."""
 
         group: Tensor | None = None
         down: Tensor | None = None
         up: Tensor | None = None
         activations: str = "auto"
+        backend: str = "auto"
         transposed: bool = False
 
         def _tensor_fields(self) -> list[str]:
@@ -36,7 +38,15 @@ class TernaryLayout(comfy.QuantizedLayout):
 
     @classmethod
     def quantize(
-        cls, tensor: Tensor, scale=None, stochastic_rounding=0, inplace_ops=False, activations="auto", planes=1, **_
+        cls,
+        tensor: Tensor,
+        scale=None,
+        stochastic_rounding=0,
+        inplace_ops=False,
+        activations="auto",
+        backend="auto",
+        planes=1,
+        **_,
     ):
         """Least-squares ternary of a dense weight [N, K], in one or two trit planes; `scale` is always recomputed."""
         from ..quantizer.rounding.one_plane import ternarize
@@ -44,7 +54,7 @@ class TernaryLayout(comfy.QuantizedLayout):
 
         weight, _ = ternarize(tensor) if planes == 1 else two_planes(tensor)
         weight = weight.to(tensor.device)
-        return weight.trits, cls.params(weight, tensor.dtype, activations)
+        return weight.trits, cls.params(weight, tensor.dtype, activations, backend)
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: "TernaryLayout.Params") -> Tensor:
@@ -62,10 +72,13 @@ class TernaryLayout(comfy.QuantizedLayout):
     @classmethod
     def requantize_kwargs(cls, qtensor) -> dict:
         planes = ternary_weight(qtensor._qdata, qtensor._params).planes
-        return {"activations": qtensor._params.activations, "planes": planes}
+        params = qtensor._params
+        return {"activations": params.activations, "backend": params.backend, "planes": planes}
 
     @classmethod
-    def params(cls, weight: TernaryWeight, dtype: torch.dtype, activations: str) -> "TernaryLayout.Params":
+    def params(
+        cls, weight: TernaryWeight, dtype: torch.dtype, activations: str, backend: str
+    ) -> "TernaryLayout.Params":
         return cls.Params(
             scale=weight.scale,
             orig_dtype=dtype,
@@ -74,12 +87,13 @@ class TernaryLayout(comfy.QuantizedLayout):
             down=weight.down,
             up=weight.up,
             activations=activations,
+            backend=backend,
         )
 
 
-def wrap(weight: TernaryWeight, dtype: torch.dtype, activations: str = "auto"):
+def wrap(weight: TernaryWeight, dtype: torch.dtype, activations: str = "auto", backend: str = "auto"):
     """A QuantizedTensor of logical shape [N, K] and logical dtype `dtype`, sharing the weight's memory."""
-    return QuantizedTensor(weight.trits, LAYOUT, TernaryLayout.params(weight, dtype, activations))
+    return QuantizedTensor(weight.trits, LAYOUT, TernaryLayout.params(weight, dtype, activations, backend))
 
 
 def is_quantized(tensor) -> bool:
@@ -108,15 +122,26 @@ def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight
 
 
 @lru_cache(maxsize=64)
-def choose(device: torch.device, activations: str, integer_scales: bool = True) -> Choice:
-    """`ops.resolve`, remembered. int8 needs row x integer scales; weights without them use full precision."""
-    return resolve(device, activations if integer_scales else "full")
+def choose(device: torch.device, activations: str, backend: str = "auto", integer_scales: bool = True) -> Choice:
+    """`ops.resolve`, remembered, or the backend that the user chose. Raises ValueError where that one cannot run.
+
+    int8 needs row x integer scales; weights without them use full precision.
+    """
+    activations = activations if integer_scales else "full"
+    if backend == "auto":
+        return resolve(device, activations)
+    module = BACKENDS[backend]
+    if refusal := module.unavailable(device):
+        raise ValueError(f"the backend {backend} cannot run here: {refusal}. Choose auto")
+    formats = module.formats(device)
+    activations = formats[0] if activations == "auto" or activations not in formats else activations
+    return Choice(module, activations, "chosen in the node")
 
 
 def multiply(x: Tensor, tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times a ternary QuantizedTensor [N, K] transposed."""
     params = tensor._params
-    choice = choose(x.device, params.activations, params.scale.ndim == 1)
+    choice = choose(x.device, params.activations, params.backend, params.scale.ndim == 1)
     weight = ternary_weight(tensor._qdata, params)
     return ternary_linear(x, weight, bias, activations=choice.activations, backend=choice.backend.NAME)
 

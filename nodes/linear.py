@@ -23,6 +23,7 @@ def operations(
     device: torch.device,
     activations: str = "auto",
     after_load: Callable[[], None] = lambda: None,
+    backend: str = "auto",
 ):
     """The operations class for `model_options["custom_operations"]`.
 
@@ -30,6 +31,7 @@ def operations(
     device         where it computes
     activations    "auto", "int8" or "full"; see `ops.ternary_linear`
     after_load     called after each loaded ternary layer, for progress and cancellation
+    backend        "auto" or a name of `ops.registry.BACKENDS`
 
     Layers without a ternary `comfy_quant` entry load as core loads them: dense, fp8, int8.
     """
@@ -38,6 +40,7 @@ def operations(
     class TernaryOps(base):
         class Linear(_TernaryLinear, base.Linear):
             _activations = activations
+            _backend = backend
             _load_device = device
             _after_load = staticmethod(after_load)
 
@@ -69,13 +72,16 @@ class _TernaryLinear:
         weight = take_weight(state_dict, prefix, configuration)
         if weight.shape != self._orig_shape:
             raise ValueError(f"{prefix}weight is {list(weight.shape)}; this model needs {list(self._orig_shape)}")
-        if weight.scale.ndim == 2 and layout.choose(self._load_device, self._activations).activations != "full":
+        if (
+            weight.scale.ndim == 2
+            and layout.choose(self._load_device, self._activations, self._backend).activations != "full"
+        ):
             weight, _ = weight.with_integer_groups()
         self._choose(self._load_device, weight.scale)
         device = self.factory_kwargs["device"] or weight.device
         self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
         self.packing = configuration["packing"]
-        quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations)
+        quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations, self._backend)
         self.weight = layout.parameter(quantized)
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments)
         missing[:] = [key for key in missing if key != f"{prefix}weight"]
@@ -136,7 +142,7 @@ class _TernaryLinear:
         return ternary_linear(x, ternary, bias, self._choice.activations, self._choice.backend.NAME)
 
     def _choose(self, device: torch.device, scale: Tensor) -> None:
-        self._choice = layout.choose(device, self._activations, scale.ndim == 1)
+        self._choice = layout.choose(device, self._activations, self._backend, scale.ndim == 1)
         self._choice_device = device
 
     def state_dict(self, *args, destination=None, prefix="", **kwargs):

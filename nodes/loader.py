@@ -1,5 +1,6 @@
 """The node "Load Ternary FLUX", and the loading behind it."""
 
+import json
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..quantizer.files.checkpoint import kind_of
 from ..quantizer.files.container import FormatError, Header, read_header
+from ..quantizer.files.summary import stated_errors
 from ..quantizer.files.ternary import TernaryFile, open_ternary
 from . import files, layout, origin
 from .compat import accepted, core
@@ -23,12 +25,24 @@ ACTIVATIONS = {
 }
 
 
+BACKENDS = {
+    "auto": "the fastest that this machine can run.",
+    "triton": "the GPU kernels; refused, with the reason, where they cannot run.",
+    "eager": "plain PyTorch, slower: to compare, or where a kernel misbehaves.",
+}
+STAGES = {
+    "least-squares": "rounded only: expect noise",
+    "absmean": "rounded only: expect noise",
+    "calibrate": "calibrated",
+    "distill": "distilled",
+}
+
+
 class LoadTernaryFlux(io.ComfyNode):
     """Loads a FLUX model whose weights are ternary."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        choices = "\n".join(f"{name}: {meaning}" for name, meaning in ACTIVATIONS.items())
         schema = {
             "node_id": "TernaryFluxLoader",
             "display_name": "Load Ternary FLUX",
@@ -45,7 +59,15 @@ class LoadTernaryFlux(io.ComfyNode):
                     "activations",
                     options=list(ACTIVATIONS),
                     default="auto",
-                    tooltip=f"How activations meet the ternary weights.\n{choices}",
+                    tooltip=f"How activations meet the ternary weights.\n{_listed(ACTIVATIONS)}",
+                    **accepted(io.Combo.Input, advanced=True),
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=list(BACKENDS),
+                    default="auto",
+                    optional=True,  # workflows saved before it was there do not name it
+                    tooltip=f"What multiplies by the ternary weights.\n{_listed(BACKENDS)}",
                     **accepted(io.Combo.Input, advanced=True),
                 ),
             ],
@@ -53,16 +75,24 @@ class LoadTernaryFlux(io.ComfyNode):
         }
         newer = accepted(
             io.Schema,
-            search_aliases=["1.58-bit", "ternary", "bitnet", "quantized flux", "unet loader"],
+            search_aliases=[
+                "load diffusion model",
+                "unet loader",
+                "1.58-bit",
+                "ternary",
+                "bitnet",
+                "quantized flux",
+                "low vram",
+            ],
             has_intermediate_output=True,  # the status text is shown again when the model comes from the cache
         )
         return io.Schema(**schema, **newer)
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, input_types: dict | None = None):
+    def validate_inputs(cls, file: str | None = None):
         """Refuse a wrong file when the workflow is queued, before anything else runs.
 
-        A name that comes from another node, of any type, is not known yet (None) and is checked when the node runs.
+        A name that comes from another node is not known yet (None) and is checked when the node runs.
         """
         if file is None:
             return True
@@ -82,14 +112,17 @@ class LoadTernaryFlux(io.ComfyNode):
         return f"{file} {state} {settings}"
 
     @classmethod
-    def execute(cls, file: str, activations: str) -> io.NodeOutput:
+    def execute(cls, file: str, activations: str, backend: str = "auto") -> io.NodeOutput:
         try:
-            path = files.find(str(file))
-            model = load(path, activations)
+            opened = check(files.find(str(file)), check_codes=True)
         except FormatError as error:
             raise ValueError(explain(error, file)) from None
-        status = describe(check(path), model.load_device, activations)
-        return io.NodeOutput(model, ui=ui.PreviewText(status))
+        model = load_file(opened, activations, backend)
+        return io.NodeOutput(model, ui=ui.PreviewText(describe(opened, model.load_device, activations, backend)))
+
+
+def _listed(choices: dict[str, str]) -> str:
+    return "\n".join(f"{name}: {meaning}" for name, meaning in choices.items())
 
 
 def explain(error: Exception, name: str) -> str:
@@ -108,15 +141,14 @@ def check(path: str, check_codes: bool = False) -> TernaryFile:
 
 
 def _not_ternary(header: Header) -> str | None:
-    name = header.path.name
     keys = header.entries
     match kind_of(header):
         case "ternary":
             return None
         case "flux":
             return (
-                "this FLUX model is not ternary. Load it with the node Load Diffusion Model, or convert it: "
-                f"python -m quantizer round {name} -o {header.path.stem}-ternary.safetensors"
+                "this FLUX model is not ternary. Load it with the node Load Diffusion Model, or make a ternary one "
+                "of it with `python -m quantizer convert` (hours on a GPU; see the README)"
             )
         case "quantized":
             return "this FLUX model is quantized in another format. Load it with the node Load Diffusion Model"
@@ -129,12 +161,17 @@ def _not_ternary(header: Header) -> str | None:
     return "this is not a ternary FLUX model. Choose a file made with this pack's quantizer"
 
 
-def load(path: str, activations: str = "auto", disable_dynamic: bool = False):
+def load(path: str, activations: str = "auto", backend: str = "auto", disable_dynamic: bool = False):
     """Load a ternary file as a ComfyUI model (a ModelPatcher). Raises FormatError, OSError.
 
     disable_dynamic  leaves out dynamic VRAM; ComfyUI asks for it where hooks or torch.compile need whole models.
     """
-    file = check(path, check_codes=True)
+    return load_file(check(path, check_codes=True), activations, backend, disable_dynamic)
+
+
+def load_file(file: TernaryFile, activations: str = "auto", backend: str = "auto", disable_dynamic: bool = False):
+    """`load` for a file that is open and checked. Raises ValueError where the backend cannot run."""
+    path = str(file.path)
     bar = comfy.ProgressBar(len(file.layers))
 
     def after_load():
@@ -150,19 +187,22 @@ def load(path: str, activations: str = "auto", disable_dynamic: bool = False):
     model = comfy.load_diffusion_model_state_dict(
         state_dict,
         # ComfyUI's options for dense weights, such as --fp8_e4m3fn-unet, would round the little that is dense here.
-        model_options={"custom_operations": operations(dtype, device, activations, after_load), "dtype": dtype},
+        model_options={
+            "custom_operations": operations(dtype, device, activations, after_load, backend),
+            "dtype": dtype,
+        },
         metadata=metadata,
         disable_dynamic=disable_dynamic,
     )
     patcher = TernaryPatcherDynamic if model.is_dynamic() else TernaryPatcher
     model = patcher(model.model, model.load_device, model.offload_device)
     model.model.ternary_origin = origin.Origin.of(file, mapped=model.is_dynamic())
-    model.cached_patcher_init = load, (path, activations)
+    model.cached_patcher_init = load, (path, activations, backend)
     return model
 
 
-def describe(file: TernaryFile, device: torch.device, activations: str) -> str:
-    """What was loaded and how it will run, for people."""
+def describe(file: TernaryFile, device: torch.device, activations: str, backend: str = "auto") -> str:
+    """What was loaded and how it will run, for people: short lines that fit into the node."""
     layers = file.layers.values()
     weights = sum(n * k for n, k in (layer.shape for layer in layers))
     bits = 8 * sum(layer.nbytes for layer in layers) / weights
@@ -171,15 +211,31 @@ def describe(file: TernaryFile, device: torch.device, activations: str) -> str:
     double = sum(layer.planes == 2 for layer in layers)
     planes = f" ({double} of two trit planes)" if double else ""
     others = f" and {len(file.int8)} int8 layers" if file.int8 else ""
-    choice = layout.choose(device, activations)
+    choice = layout.choose(device, activations, backend)
     return "\n".join(
         [
             Path(file.path).name,
-            f"{file.architecture.name}, {len(layers)} ternary layers{planes}{others}, {bits:.2f} bits per weight",
-            f"{_bytes(size)}, {dense / size:.1f}x smaller than bf16",
+            f"{file.architecture.name}, {len(layers)} ternary layers{planes}{others}",
+            f"{_bytes(size)}, {bits:.2f} bits per weight, {dense / size:.1f}x smaller than bf16",
+            stage(file),
             f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         ]
     )
+
+
+def stage(file: TernaryFile) -> str:
+    """How far the conversion of a file went, and the error that it states."""
+    method = file.metadata.get("ternary.method")
+    name = STAGES.get(method, "the file does not say how it was made" if method is None else method)
+    try:
+        settings = json.loads(file.metadata.get("ternary.settings", "{}"))
+        velocity = settings.get("distill", {}).get("velocity_error")
+    except (ValueError, AttributeError):
+        velocity = None
+    if velocity is not None:
+        return f"{name}, velocity error {velocity:.3g}"
+    errors = stated_errors(file)
+    return f"{name}, weight error {sum(errors.values()) / len(errors):.2f}" if errors else name
 
 
 def _bytes(count: int) -> str:

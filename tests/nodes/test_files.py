@@ -50,7 +50,7 @@ def test_other_files_are_not_found(comfy, models, name):
 
 def test_a_name_from_another_node_is_checked_when_it_runs(comfy, models):
     node = comfy.loader.LoadTernaryFlux
-    assert node.validate_inputs(file=None, input_types={"file": "STRING"}) is True
+    assert node.validate_inputs(file=None) is True
     assert node.fingerprint_inputs(file=None, activations="auto") == node.fingerprint_inputs(None, activations="auto")
     with pytest.raises(ValueError, match="^a-broken.safetensors: ") as refused:
         node.execute(file="a-broken.safetensors", activations="auto")

@@ -29,6 +29,44 @@ def test_int8_activations_are_close(comfy, path, reference):
     assert 1e-4 < error < 0.05
 
 
+@pytest.mark.parametrize("activations", ["auto", "int8", "full"])
+def test_the_backend_can_be_chosen(comfy, path, reference, activations):
+    model = comfy.loader.load(str(path), activations, "eager")
+    layer = model.quantized_linear(f"diffusion_model.{QKV}.weight")
+    assert layer._choice.backend.NAME == "eager" and layer.weight._params.backend == "eager"
+    assert tiny.distance(tiny.run(model), reference) < 0.05
+    make, arguments = model.cached_patcher_init
+    assert make(*arguments).quantized_linear(f"diffusion_model.{QKV}.weight").weight._params.backend == "eager"
+
+
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(comfy, path):
+    with pytest.raises(ValueError, match="the backend triton cannot run here: .*not on cpu. Choose auto"):
+        comfy.loader.load(str(path), "auto", "triton")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "line"),
+    [
+        (
+            {"ternary.method": "least-squares", "ternary.weight_errors": '{"a": 0.3, "b": 0.5}'},
+            "rounded only: expect noise, weight error 0.40",
+        ),
+        ({"ternary.method": "calibrate"}, "calibrated"),
+        (
+            {"ternary.method": "distill", "ternary.settings": '{"distill": {"velocity_error": 0.0345}}'},
+            "distilled, velocity error 0.0345",
+        ),
+        ({"ternary.method": "distill", "ternary.settings": "[broken"}, "distilled"),
+        ({"modelspec.title": "x"}, "the file does not say how it was made"),
+    ],
+)
+def test_the_status_says_how_far_the_conversion_went(comfy, tmp_path, metadata, line):
+    file = comfy.loader.check(tiny.write(tmp_path / "file.safetensors", metadata=metadata))
+    lines = comfy.loader.describe(file, tiny.CPU, "auto").splitlines()
+    assert lines[0] == "file.safetensors" and lines[3] == line
+    assert len(lines) == 5
+
+
 FORMS = [{"rank": 8}, {"float_groups": True}, {"packing": "base3"}, {"planes": 2}, {"planes": 2, "packing": "base3"}]
 
 
@@ -46,7 +84,7 @@ def test_a_file_of_two_planes_takes_loras_and_is_saved_as_it_was(comfy, tmp_path
     model = comfy.loader.load(str(path), "full")
     assert model.model_size() < 1.05 * path.stat().st_size
     status = comfy.loader.describe(comfy.loader.check(path), tiny.CPU, "auto")
-    assert "13 ternary layers (13 of two trit planes), 4." in status
+    assert "13 ternary layers (13 of two trit planes)" in status and ", 4." in status
     comfy.sd.save_checkpoint(str(saved), model)
     before, after = load_file(path), load_file(saved)
     for part in ("weight", "weight_scale", "weight_group", "comfy_quant"):
@@ -237,7 +275,7 @@ def test_other_models_are_refused_with_a_remedy(comfy, tmp_path, make, message):
 def test_a_dense_flux_is_refused_with_a_remedy(comfy, path, tmp_path):
     dense = tmp_path / "dense.safetensors"
     save_file(tiny.dense_twin(path), dense)
-    with pytest.raises(ValueError, match="not ternary.*Load Diffusion Model.*quantizer round dense.safetensors"):
+    with pytest.raises(ValueError, match="not ternary.*Load Diffusion Model.*quantizer convert"):
         comfy.loader.load(str(dense))
 
 
