@@ -1,6 +1,6 @@
 """Writes the pack's own calibration prompts, the same every time: `python -m benchmarks.make_prompts`.
 
-Prompts are composed from word lists, in the kinds of task on which quantised models fail first: counts, colours bound
+Prompts are composed from word lists, in the kinds of task on which quantized models fail first: counts, colours bound
 to objects, positions, lettering, people, styles. Kinds alternate, so any prefix of the file is as varied as the whole.
 """
 

@@ -5,7 +5,7 @@ import os
 
 import folder_paths
 
-from ..quantizer.files.checkpoint import kind_of
+from ..quantizer.files.checkpoint import file_kind
 from ..quantizer.files.container import read_header
 
 FOLDERS = ("diffusion_models", "checkpoints")  # Save Checkpoint writes into the second
@@ -50,4 +50,4 @@ def _is_ternary(folder: str, name: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _header_is_ternary(path: str, stamp: tuple) -> bool:
-    return kind_of(read_header(path)) == "ternary"
+    return file_kind(read_header(path)) == "ternary"

@@ -45,14 +45,14 @@ class TernaryLayout(comfy.QuantizedLayout):
         inplace_ops=False,
         activations="auto",
         backend="auto",
-        planes=1,
+        terms=1,
         **_,
     ):
-        """Least-squares ternary of a dense weight [N, K], in one or two trit planes; `scale` is always recomputed."""
-        from ..quantizer.rounding.one_plane import ternarize
-        from ..quantizer.rounding.two_planes import two_planes
+        """Least-squares ternary of a dense weight [N, K], in one or two ternary terms; `scale` is always recomputed."""
+        from ..quantizer.rounding.one_term import ternarize
+        from ..quantizer.rounding.two_terms import two_terms
 
-        weight, _ = ternarize(tensor) if planes == 1 else two_planes(tensor)
+        weight, _ = ternarize(tensor) if terms == 1 else two_terms(tensor)
         weight = weight.to(tensor.device)
         return weight.trits, cls.params(weight, tensor.dtype, activations, backend)
 
@@ -71,9 +71,9 @@ class TernaryLayout(comfy.QuantizedLayout):
 
     @classmethod
     def requantize_kwargs(cls, qtensor) -> dict:
-        planes = ternary_weight(qtensor._qdata, qtensor._params).planes
+        terms = ternary_weight(qtensor._qdata, qtensor._params).terms
         params = qtensor._params
-        return {"activations": params.activations, "backend": params.backend, "planes": planes}
+        return {"activations": params.activations, "backend": params.backend, "terms": terms}
 
     @classmethod
     def params(
@@ -122,7 +122,7 @@ def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight
 
 
 @lru_cache(maxsize=64)
-def choose(device: torch.device, activations: str, backend: str = "auto", integer_scales: bool = True) -> Choice:
+def choice_for(device: torch.device, activations: str, backend: str = "auto", integer_scales: bool = True) -> Choice:
     """`ops.resolve`, remembered, or the backend that the user chose. Raises ValueError where that one cannot run.
 
     int8 needs row x integer scales; weights without them use full precision.
@@ -141,7 +141,7 @@ def choose(device: torch.device, activations: str, backend: str = "auto", intege
 def multiply(x: Tensor, tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times a ternary QuantizedTensor [N, K] transposed."""
     params = tensor._params
-    choice = choose(x.device, params.activations, params.backend, params.scale.ndim == 1)
+    choice = choice_for(x.device, params.activations, params.backend, params.scale.ndim == 1)
     weight = ternary_weight(tensor._qdata, params)
     return ternary_linear(x, weight, bias, activations=choice.activations, backend=choice.backend.NAME)
 

@@ -74,7 +74,7 @@ class _TernaryLinear:
             raise ValueError(f"{prefix}weight is {list(weight.shape)}; this model needs {list(self._orig_shape)}")
         if (
             weight.scale.ndim == 2
-            and layout.choose(self._load_device, self._activations, self._backend).activations != "full"
+            and layout.choice_for(self._load_device, self._activations, self._backend).activations != "full"
         ):
             weight, _ = weight.with_integer_groups()
         self._choose(self._load_device, weight.scale)
@@ -142,7 +142,7 @@ class _TernaryLinear:
         return ternary_linear(x, ternary, bias, self._choice.activations, self._choice.backend.NAME)
 
     def _choose(self, device: torch.device, scale: Tensor) -> None:
-        self._choice = layout.choose(device, self._activations, self._backend, scale.ndim == 1)
+        self._choice = layout.choice_for(device, self._activations, self._backend, scale.ndim == 1)
         self._choice_device = device
 
     def state_dict(self, *args, destination=None, prefix="", **kwargs):
@@ -166,8 +166,8 @@ def take_weight(state_dict: dict, prefix: str, configuration: dict) -> TernaryWe
     state_dict.pop(f"{prefix}comfy_quant")
     suffixes = ("", "_scale", "_group", "_down", "_up")
     packed, scale, *rest = (state_dict.pop(f"{prefix}weight{suffix}", None) for suffix in suffixes)
-    planes = configuration.get("planes", 1)
-    plan = LayerPlan(tuple(configuration["shape"]), configuration["packing"], planes=planes)
+    terms = configuration.get("terms", 1)
+    plan = LayerPlan(tuple(configuration["shape"]), configuration["packing"], terms=terms)
     return TernaryWeight(planes32(packed, plan), scale, plan.shape, *rest)
 
 
@@ -176,5 +176,5 @@ def entries(tensor, prefix: str, packing: str = "planes32") -> dict[str, Tensor]
     weight = layout.ternary_weight(tensor._qdata, tensor._params)
     values = tensor.state_dict(f"{prefix}weight")
     if packing == "base3":
-        values[f"{prefix}weight"] = pack_base3(weight.codes(), weight.planes)
+        values[f"{prefix}weight"] = pack_base3(weight.codes(), weight.terms)
     return values | {f"{prefix}comfy_quant": LayerPlan.of(weight, packing).comfy_quant}

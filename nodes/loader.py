@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
-from ..quantizer.files.checkpoint import kind_of
+from ..quantizer.files.checkpoint import file_kind
 from ..quantizer.files.container import FormatError, Header, read_header
 from ..quantizer.files.summary import stated_errors
 from ..quantizer.files.ternary import TernaryFile, open_ternary
@@ -118,7 +118,7 @@ class LoadTernaryFlux(io.ComfyNode):
         except FormatError as error:
             raise ValueError(explain(error, file)) from None
         model = load_file(opened, activations, backend)
-        return io.NodeOutput(model, ui=ui.PreviewText(describe(opened, model.load_device, activations, backend)))
+        return io.NodeOutput(model, ui=ui.PreviewText(status(opened, model.load_device, activations, backend)))
 
 
 def _listed(choices: dict[str, str]) -> str:
@@ -142,7 +142,7 @@ def check(path: str, check_codes: bool = False) -> TernaryFile:
 
 def _not_ternary(header: Header) -> str | None:
     keys = header.entries
-    match kind_of(header):
+    match file_kind(header):
         case "ternary":
             return None
         case "flux":
@@ -201,21 +201,21 @@ def load_file(file: TernaryFile, activations: str = "auto", backend: str = "auto
     return model
 
 
-def describe(file: TernaryFile, device: torch.device, activations: str, backend: str = "auto") -> str:
+def status(file: TernaryFile, device: torch.device, activations: str, backend: str = "auto") -> str:
     """What was loaded and how it will run, for people: short lines that fit into the node."""
     layers = file.layers.values()
     weights = sum(n * k for n, k in (layer.shape for layer in layers))
     bits = 8 * sum(layer.nbytes for layer in layers) / weights
     size = file.path.stat().st_size
     dense = sum(math.prod(shape) for shape in file.architecture.shapes.values()) * torch.bfloat16.itemsize
-    double = sum(layer.planes == 2 for layer in layers)
-    planes = f" ({double} of two trit planes)" if double else ""
+    double = sum(layer.terms == 2 for layer in layers)
+    terms = f" ({double} of two ternary terms)" if double else ""
     others = f" and {len(file.int8)} int8 layers" if file.int8 else ""
-    choice = layout.choose(device, activations, backend)
+    choice = layout.choice_for(device, activations, backend)
     return "\n".join(
         [
             Path(file.path).name,
-            f"{file.architecture.name}, {len(layers)} ternary layers{planes}{others}",
+            f"{file.architecture.name}, {len(layers)} ternary layers{terms}{others}",
             f"{_bytes(size)}, {bits:.2f} bits per weight, {dense / size:.1f}x smaller than bf16",
             stage(file),
             f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",

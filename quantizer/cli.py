@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": (".commands.calibrate", "convert a FLUX checkpoint with its own activations (the second stage)"),
     "distill": (".commands.distill", "train a ternary file to give the original's velocities (the third stage)"),
     "convert": (".commands.convert", "round, calibrate and distill in one go"),
-    "mixed": (".commands.mixed", "give the most sensitive Linears of a ternary file two trit planes or 8 bits"),
+    "mixed": (".commands.mixed", "give the most sensitive Linears of a ternary file two ternary terms or 8 bits"),
     "report": (".commands.report", "write a page that compares ternary files with the original"),
     "inspect": (".commands.inspect", "say what a file is: layers, bits per weight, sizes"),
     "export": (".commands.export", "write a ternary file back as a dense checkpoint"),

@@ -66,7 +66,7 @@ def main() -> None:
     ]
     with server(args.output / "comfyui", rows) as host:
         print(f"4/4  painting {len(prompts) * BATCH} pictures with each model")
-        pictures = [[paint(host, row, prompt, seed) for seed, prompt in enumerate(prompts, SEED)] for row in rows]
+        pictures = [[sample(host, row, prompt, seed) for seed, prompt in enumerate(prompts, SEED)] for row in rows]
 
     for row_, column in zip(rows, pictures, strict=True):
         judged = [(picture, prompt) for prompt, batch in zip(prompts, column, strict=True) for picture in batch]
@@ -128,7 +128,7 @@ def server(base: Path, rows: list[Row]) -> comfyui.Server:
     return comfyui.Server(base, {"comfyui-ternary-flux": PACK, "miniature-text-encoder": miniature.NODE_PACK})
 
 
-def paint(host: comfyui.Server, row: Row, prompt: str, seed: int) -> list[np.ndarray]:
+def sample(host: comfyui.Server, row: Row, prompt: str, seed: int) -> list[np.ndarray]:
     """One run of the workflow: BATCH pictures, float [H, W, 3] in 0..1."""
     workflow = copy.deepcopy(json.loads((HERE / "workflow.json").read_text()))
     workflow["prompt"]["inputs"]["prompt"] = prompt

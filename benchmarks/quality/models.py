@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...quantizer.files.checkpoint import kind_of, open_checkpoint
+from ...quantizer.files.checkpoint import file_kind, open_checkpoint
 from ...quantizer.files.container import read_header
 from ...quantizer.files.summary import bits
 from ...quantizer.files.ternary import open_ternary
@@ -19,7 +19,7 @@ _CLIPS = torch.linspace(0.5, 1.0, 26)
 def dense_of(path: Path, device: torch.device) -> tuple[Flux, int, float]:
     """The model of a dense or ternary file in fp32, the bytes it takes, and bits per weight of its block Linears."""
     header = read_header(path)
-    if kind_of(header) == "ternary":
+    if file_kind(header) == "ternary":
         file = open_ternary(path)
         extra = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
         state = {name: file.parameter(name).float() for name in file.dense.keys() - extra}

@@ -19,13 +19,13 @@ from ternary_flux.benchmarks.quality import chart
 from ternary_flux.benchmarks.quality.models import dense_of, round_to_bits
 from ternary_flux.benchmarks.quality.scores import Scores, Stage, evaluate
 from ternary_flux.quantizer.calibration import calibrate
-from ternary_flux.quantizer.calibration.sensitivity import choose, sensitivities
-from ternary_flux.quantizer.distillation.distill import Settings
+from ternary_flux.quantizer.calibration.sensitivity import best_upgrades, sensitivities
+from ternary_flux.quantizer.distillation.distill import DistillSettings
 from ternary_flux.quantizer.files.atomic import write_json
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pipeline.stages import distill_file
-from ternary_flux.quantizer.pipeline.workspace import Workshop
+from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,21 +67,23 @@ def main() -> None:
     run(scale, work, args.results / name, picture, torch.device(args.device))
 
 
-def run(scale: Scale, work: Path, results: Path, picture: Path, device: torch.device, weights: Path = WEIGHTS) -> dict:
+def run(
+    scale: Scale, folder: Path, results: Path, picture: Path, device: torch.device, weights: Path = WEIGHTS
+) -> dict:
     """Make every model that is missing in `work`, score all, write the JSON and the picture."""
     started = time.perf_counter()
-    work.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     stage = Stage.load(weights, scale.prompts, scale.seeds, device)
-    shop = workshop(scale, work, stage, device, weights)
+    work = workspace(scale, folder, stage, device, weights)
     say(f"teacher's {scale.pictures} pictures and {scale.states} states")
-    shop.pool, shop.swapped  # noqa: B018  made before anything is timed
+    work.pool, work.swapped  # noqa: B018  made before anything is timed
     rows: list[dict] = []
     pictures: dict[str, np.ndarray] = {}
     reference: Scores | None = None
-    for label, make in recipes(scale, shop).items():
-        path, seconds = timed(work / "models", label, make)
+    for label, make in recipes(scale, work).items():
+        path, seconds = timed(folder / "models", label, make)
         model, size, bits = dense_of(path, device)
-        scores = evaluate(model, stage, shop.teacher, reference)
+        scores = evaluate(model, stage, work.teacher, reference)
         reference = reference or scores
         pictures[label] = scores.examples
         rows.append({"name": label, "megabytes": size / 1e6, "bits": bits, "cpu_seconds": seconds, **scores.summary})
@@ -102,16 +104,16 @@ def run(scale: Scale, work: Path, results: Path, picture: Path, device: torch.de
     return result
 
 
-def workshop(scale: Scale, work: Path, stage: Stage, device: torch.device, weights: Path) -> Workshop:
+def workspace(scale: Scale, folder: Path, stage: Stage, device: torch.device, weights: Path) -> Workspace:
     """Training on seen compositions only; what is held out there is for the choice of the best step."""
-    path = work / "training-prompts.safetensors"
+    path = folder / "training-prompts.safetensors"
     if not path.exists():
         prompts = stage.training_prompts()
         conditioning.write(path, prompts, *stage.encode(prompts))
-    return Workshop(
+    return Workspace(
         weights / "flux-miniature.safetensors",
         path,
-        work / "shop",
+        folder / "work",
         (stage.size,),
         scale.pictures,
         scale.states,
@@ -121,48 +123,50 @@ def workshop(scale: Scale, work: Path, stage: Stage, device: torch.device, weigh
     )
 
 
-def recipes(scale: Scale, shop: Workshop) -> dict[str, Callable[[Path], object]]:
+def recipes(scale: Scale, work: Workspace) -> dict[str, Callable[[Path], object]]:
     """Name -> what makes the file, in the order of the table; the original comes first."""
 
     def distilled(start: str, rank: int = 0, codes: bool = False) -> Callable[[Path], object]:
         def make(path: Path) -> None:
-            settings = Settings(steps=scale.steps, batch=32, evaluate_every=max(1, scale.steps // 8))
+            settings = DistillSettings(steps=scale.steps, batch=32, evaluate_every=max(1, scale.steps // 8))
             state = path.with_suffix(".state")
-            distill_file(shop, path.with_name(f"{start}.safetensors"), path, settings, rank, codes, checkpoint=state)
+            distill_file(work, path.with_name(f"{start}.safetensors"), path, settings, rank, codes, snapshot=state)
             state.unlink(missing_ok=True)
 
         return make
 
     return {
-        "original, bf16": lambda path: link(shop.dense, path),
-        "4-bit rounding": lambda path: round_to_bits(shop.dense, path, 4),
-        "3-bit rounding": lambda path: round_to_bits(shop.dense, path, 3),
-        "ternary, absmean": lambda path: round_checkpoint(shop.dense, path, method="absmean"),
-        "ternary, least squares": lambda path: round_checkpoint(shop.dense, path),
-        "calibrated": lambda path: calibrated(scale, shop, path),
-        "calibrated, rank 16": lambda path: calibrated(scale, shop, path, 16),
+        "original, bf16": lambda path: link(work.dense, path),
+        "4-bit rounding": lambda path: round_to_bits(work.dense, path, 4),
+        "3-bit rounding": lambda path: round_to_bits(work.dense, path, 3),
+        "ternary, absmean": lambda path: round_checkpoint(work.dense, path, method="absmean"),
+        "ternary, least squares": lambda path: round_checkpoint(work.dense, path),
+        "calibrated": lambda path: calibrated(scale, work, path),
+        "calibrated, rank 16": lambda path: calibrated(scale, work, path, 16),
         "distilled: scales": distilled("calibrated"),
         "distilled: scales, rank 16": distilled("calibrated-rank-16", 16),
         "distilled: codes": distilled("calibrated", codes=True),
         "distilled: codes, rank 16": distilled("calibrated-rank-16", 16, codes=True),
-        "mixed, calibrated": lambda path: mixed(scale, shop, path),
+        "mixed, calibrated": lambda path: mixed(scale, work, path),
         "mixed, distilled: codes": distilled("mixed-calibrated", codes=True),
     }
 
 
-def calibrated(scale: Scale, shop: Workshop, path: Path, rank: int = 0, kinds: Mapping[str, str] | None = None) -> None:
-    states = shop.trajectories.states(shop.training_pictures, scale.calibration_states, 1)
+def calibrated(
+    scale: Scale, work: Workspace, path: Path, rank: int = 0, precisions: Mapping[str, str] | None = None
+) -> None:
+    states = work.trajectories.states(work.training_pictures, scale.calibration_states, 1)
     folder = path.with_suffix(".work")
-    settings = calibrate.Settings(rank=rank, batch=64, kinds=kinds or {})
-    calibrate.calibrate(shop.teacher, states, shop.conditioning, path, folder, settings)
+    settings = calibrate.CalibrationSettings(rank=rank, batch=64, precisions=precisions or {})
+    calibrate.calibrate(work.teacher, states, work.conditioning, path, folder, settings)
 
 
-def mixed(scale: Scale, shop: Workshop, path: Path) -> None:
-    """Calibrated with the most sensitive Linears in two planes or 8 bits, in a file that is a quarter larger."""
+def mixed(scale: Scale, work: Workspace, path: Path) -> None:
+    """Calibrated with the most sensitive Linears in two terms or 8 bits, in a file that is a quarter larger."""
     start = path.with_name("ternary-least-squares.safetensors")
-    ranking = sensitivities(open_ternary(start), shop.teacher, shop.holdout[::4])
-    chosen = choose(ranking, start.stat().st_size // 4)
-    calibrated(scale, shop, path, kinds={name: option.kind for name, option in chosen.items()})
+    ranking = sensitivities(open_ternary(start), work.teacher, work.holdout[::4])
+    chosen = best_upgrades(ranking, start.stat().st_size // 4)
+    calibrated(scale, work, path, precisions={name: option.precision for name, option in chosen.items()})
 
 
 def link(source: Path, path: Path) -> None:

@@ -71,14 +71,14 @@ def main() -> None:
         teacher = Teacher(open_checkpoint(folder / "dense.safetensors"), args.device, resident=False)
         started = time.perf_counter()
 
-        def show(name: str, report: calibrate.BlockReport) -> None:
+        def show(name: str, fit: calibrate.BlockFit) -> None:
             nonlocal started
             now = time.perf_counter()
-            worst = max(layer.output_error for layer in report.layers.values())
+            worst = max(layer.output_error for layer in fit.layers.values())
             print(f"{name}: {now - started:.1f} s, largest output error {worst:.3f}, peak {peak():.2f} GiB", flush=True)
             started = now
 
-        settings = calibrate.Settings(batch=1, sweeps=args.sweeps)
+        settings = calibrate.CalibrationSettings(batch=1, sweeps=args.sweeps)
         output = folder / "ternary.safetensors"
         calibrate.calibrate(teacher, states, conditioning, output, folder / "work", settings, on_block=show)
         sizes = output.stat().st_size / 1e6, teacher.checkpoint.file.header.size / 1e6

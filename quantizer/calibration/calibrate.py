@@ -1,7 +1,7 @@
 """Calibration: ternary codes and scales that do well on the model's own activations, block after block.
 
 Two streams of the same states run through the model: one through the teacher's blocks, one through the blocks that are
-ternary already. Each Linear is quantised on the inputs it really gets in the second stream, towards its outputs in the
+ternary already. Each Linear is quantized on the inputs it really gets in the second stream, towards its outputs in the
 first. Only one block, its two copies and one pair of second moments are in memory; activations lie in mapped files.
 """
 
@@ -17,30 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import TernaryWeight
+from ..files import metadata, precision
 from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
 from ..files.checkpoint import Checkpoint
 from ..files.container import TensorFile, create
-from ..files.kinds import int8_tensors
-from ..files.kinds import metadata as kinds_metadata
 from ..files.layer import LayerPlan
-from ..files.metadata import describe, room
+from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary
 from ..files.work_folder import keep_settings
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
 from . import gptq
-from .gptq import LayerReport
+from .gptq import LayerFit
 from .sensitivity import rounded
 from .streams import Streams
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to quantise. `batch` states run at a time; `rank` > 0 adds low-rank factors to every ternary Linear.
+class CalibrationSettings:
+    """How to quantize. `batch` states run at a time; `rank` > 0 adds low-rank factors to every ternary Linear.
 
-    `kinds`: name -> "planes" or "int8" of Linears that are not to be ternary (see `mixed`).
+    `precisions`: name -> "two-terms" or "int8" of Linears that are not to be ternary (see `mixed`).
     """
 
     rank: int = 0
@@ -49,19 +48,16 @@ class Settings:
     batch: int = 8
     packing: str = "planes32"
     seed: int = 0
-    kinds: Mapping[str, str] = field(default_factory=dict)
+    precisions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class BlockReport:
+class BlockFit:
     """One block. `drift`: relative difference (not squared) of image and text tokens to the teacher's after it."""
 
-    layers: dict[str, LayerReport]
+    layers: dict[str, LayerFit]
     img_drift: float
     txt_drift: float
-
-
-Report = dict[str, BlockReport]  # by block name
 
 
 def calibrate(
@@ -70,34 +66,34 @@ def calibrate(
     conditioning: Conditioning,
     target: str | os.PathLike,
     work: str | os.PathLike,
-    settings: Settings | None = None,
+    settings: CalibrationSettings | None = None,
     identity: Mapping[str, object] | None = None,
     overwrite: bool = False,
-    on_block: Callable[[str, BlockReport], object] = lambda name, report: None,
+    on_block: Callable[[str, BlockFit], object] = lambda name, fit: None,
     sha256: str | None = None,
-) -> Report:
-    """Quantise all block Linears of the teacher and write a ternary file.
+) -> dict[str, BlockFit]:
+    """Quantize all block Linears of the teacher and write a ternary file.
 
     `states` are noisy states of the teacher's pictures (`Trajectories.states`). Finished blocks are kept in the folder
     `work`, and a run that was interrupted continues with the next one and writes the same file; `identity` tells runs
-    apart (ValueError where the folder belongs to another). `on_block` is called after every block. The report is also
-    written to `report.json` there. `sha256` of the teacher's file saves reading it once more.
+    apart (ValueError where the folder belongs to another). `on_block` is called after every block. The fits, by block,
+    are also written to `fits.json` there. `sha256` of the teacher's file saves reading it once more.
     """
-    settings = settings or Settings()
+    settings = settings or CalibrationSettings()
     check_target(target, 0, overwrite, [teacher.checkpoint.path])
     work = Path(work)
     keep_settings(work, asdict(settings) | dict(identity or {}))
-    report: Report = {}
+    fits: dict[str, BlockFit] = {}
     with torch.inference_mode():
         streams = Streams(teacher, states, conditioning, work / "activations", settings.batch)
         for name in teacher.arch.block_names:
-            report[name] = _calibrate_block(name, teacher, streams, work / f"{name}.safetensors", settings)
-            on_block(name, report[name])
-    blocks = {name: asdict(block) for name, block in report.items()}
-    write_json(work / "report.json", blocks)
-    write(teacher.checkpoint, work, target, settings, report, overwrite, sha256)
+            fits[name] = _calibrate_block(name, teacher, streams, work / f"{name}.safetensors", settings)
+            on_block(name, fits[name])
+    blocks = {name: asdict(block) for name, block in fits.items()}
+    write_json(work / "fits.json", blocks)
+    write(teacher.checkpoint, work, target, settings, fits, overwrite, sha256)
     streams.remove()
-    return report
+    return fits
 
 
 def enough_states(arch: Architecture, tokens: int) -> int:
@@ -107,7 +103,7 @@ def enough_states(arch: Architecture, tokens: int) -> int:
 
 
 def stages(arch: Architecture, block: str) -> list[list[str]]:
-    """The Linears of a block in the order of quantisation; those of a stage do not depend on each other."""
+    """The Linears of a block in the order of quantization; those of a stage do not depend on each other."""
     if block.startswith("single_blocks."):
         return [[name] for name in arch.block_linears(block)]
     parts = ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
@@ -115,35 +111,39 @@ def stages(arch: Architecture, block: str) -> list[list[str]]:
     return [pair for part in parts if (pair := [f"{s}_{part}" for s in ("img", "txt") if f"{s}_{part}" in present])]
 
 
-def _calibrate_block(name: str, teacher: Teacher, streams: Streams, path: Path, settings: Settings) -> BlockReport:
+def _calibrate_block(
+    name: str, teacher: Teacher, streams: Streams, path: Path, settings: CalibrationSettings
+) -> BlockFit:
     dense = teacher.block(name)
     student = deepcopy(dense)
-    kinds = {linear: settings.kinds.get(f"{name}.{linear}", "ternary") for linear in teacher.arch.block_linears(name)}
-    for linear, kind in kinds.items():
-        if kind == "int8":
+    precisions = {
+        linear: settings.precisions.get(f"{name}.{linear}", "ternary") for linear in teacher.arch.block_linears(name)
+    }
+    for linear, chosen in precisions.items():
+        if chosen == "int8":
             weight = student.get_submodule(linear).weight
-            weight.copy_(rounded(weight, kind))
+            weight.copy_(rounded(weight, chosen))
     if path.exists():
         layers = _load_block(path, student)
     else:
         results = {}
         for stage in stages(teacher.arch, name):
-            stage = [linear for linear in stage if kinds[linear] != "int8"]
+            stage = [linear for linear in stage if precisions[linear] != "int8"]
             if not stage:
                 continue
             collected = streams.moments(dense, student, stage)
             for linear in stage:
                 module = student.get_submodule(linear)
-                rank, planes = (0, 2) if kinds[linear] == "planes" else (settings.rank, 1)
+                rank, terms = (0, 2) if precisions[linear] == "two-terms" else (settings.rank, 1)
                 solution = gptq.solve(
-                    module.weight, module.bias, collected.pop(linear), rank, settings.damping, settings.sweeps, planes
+                    module.weight, module.bias, collected.pop(linear), rank, settings.damping, settings.sweeps, terms
                 )
                 results[linear] = solution
                 _apply(module, solution.weight, solution.bias)
-        layers = {linear: solution.report for linear, solution in results.items()}
+        layers = {linear: solution.fit for linear, solution in results.items()}
         _save_block(path, results)
     img_drift, txt_drift = streams.advance(dense, student)
-    return BlockReport(layers, img_drift, txt_drift)
+    return BlockFit(layers, img_drift, txt_drift)
 
 
 def _apply(linear: nn.Module, weight: TernaryWeight, bias: Tensor | None) -> None:
@@ -160,20 +160,20 @@ def _save_block(path: Path, results: Mapping[str, gptq.Solution]) -> None:
         if solution.bias is not None:
             tensors[f"{linear}.bias"] = solution.bias.bfloat16()
     plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    reports = json.dumps({linear: asdict(solution.report) for linear, solution in results.items()})
-    with create(path, plan, {"reports": reports}, overwrite=True) as file:
+    fits = json.dumps({linear: asdict(solution.fit) for linear, solution in results.items()})
+    with create(path, plan, {"fits": fits}, overwrite=True) as file:
         for name, tensor in tensors.items():
             file.write(name, tensor)
 
 
-def _load_block(path: Path, student: nn.Module) -> dict[str, LayerReport]:
+def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
     file = TensorFile(path)
-    reports = {linear: LayerReport(**report) for linear, report in json.loads(file.header.metadata["reports"]).items()}
-    for linear in reports:
+    fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
+    for linear in fits:
         module = student.get_submodule(linear)
         weight, bias = _read_layer(file, linear, tuple(module.weight.shape))
         _apply(module, weight.to(module.weight.device), bias)
-    return reports
+    return fits
 
 
 def _read_layer(file: TensorFile, linear: str, shape: tuple[int, int]) -> tuple[TernaryWeight, Tensor | None]:
@@ -187,31 +187,31 @@ def write(
     checkpoint: Checkpoint,
     work: Path,
     target: str | os.PathLike,
-    settings: Settings,
-    report: Report,
+    settings: CalibrationSettings,
+    fits: dict[str, BlockFit],
     overwrite: bool = False,
     sha256: str | None = None,
 ) -> None:
     """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
     arch = checkpoint.architecture
-    int8 = int8_tensors(checkpoint, settings.kinds)
+    int8 = int8_tensors(checkpoint, settings.precisions)
     plan = {}
     for name, shape in arch.linear_shapes.items():
-        if settings.kinds.get(name) == "planes":
-            plan[name] = LayerPlan(shape, settings.packing, planes=2)
-        elif name not in settings.kinds:
+        if settings.precisions.get(name) == "two-terms":
+            plan[name] = LayerPlan(shape, settings.packing, terms=2)
+        elif name not in settings.precisions:
             plan[name] = LayerPlan(shape, settings.packing, rank=min(settings.rank, *shape))
     weights = {f"{name}.weight" for name in arch.linears}
     dense = {name: (torch.bfloat16, checkpoint.entry(name).shape) for name in checkpoint.names if name not in weights}
     dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
-    errors = {f"{block}.{name}": r.weight_error for block, b in report.items() for name, r in b.layers.items()}
+    errors = {f"{block}.{name}": r.weight_error for block, b in fits.items() for name, r in b.layers.items()}
     shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
     sha256 = sha256 or checkpoint.sha256()
-    metadata = describe(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, sha256)
-    metadata |= kinds_metadata(settings.kinds)
+    header = metadata.build(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, sha256)
+    header |= precision.metadata(settings.precisions)
     started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, timezone.utc)
-    metadata["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
-    with create_ternary(target, plan, dense, metadata, room(arch), overwrite) as writer:
+    header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
+    with create_ternary(target, plan, dense, header, metadata.header_room(arch), overwrite) as writer:
         for block in arch.block_names:
             file = TensorFile(work / f"{block}.safetensors")
             for linear, shape in arch.block_linears(block).items():

@@ -30,8 +30,8 @@ _ROUNDING = 1e-6  # added to a damped H against rounding errors
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """How one Linear was quantised; errors are relative and not squared."""
+class LayerFit:
+    """How one Linear was quantized; errors are relative and not squared."""
 
     weight_error: float  # of the weights
     output_error: float  # of the outputs on the calibration states, against the best that a dense Linear could give
@@ -45,7 +45,7 @@ class LayerReport:
 class Solution:
     weight: TernaryWeight
     bias: Tensor | None  # fp32 [N]
-    report: LayerReport
+    fit: LayerFit
 
 
 def solve(
@@ -55,32 +55,32 @@ def solve(
     rank: int = 0,
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
-    planes: int = 1,
+    terms: int = 1,
 ) -> Solution:
-    """Quantise `weight` [N, K] (K a multiple of 128). Everything is computed in fp32 on the device of the moments,
+    """Quantize `weight` [N, K] (K a multiple of 128). Everything is computed in fp32 on the device of the moments,
     which are used up.
 
     A bias [N] also absorbs the difference of means. `damping` is relative to the mean of H's diagonal, and is raised
     tenfold until H can be factored. `rank` adds low-rank factors fitted to what codes and scales leave. Without them
-    there can be two trit `planes`.
+    there can be two `terms`.
     """
     w = weight.to(moments.second.device, torch.float32)
     if w.shape[1] % GROUP_SIZE:
         raise ValueError(f"a Linear with {w.shape[1]} inputs; multiples of {GROUP_SIZE} are supported")
     problem = _Problem.of(w, moments, centred=bias is not None, damping=damping)
-    if planes == 2:
-        codes, row, group, factors = *_solve_two_planes(problem, sweeps), {}
+    if terms == 2:
+        codes, row, group, factors = *_solve_two_terms(problem, sweeps), {}
     else:
-        codes, row, group, factors = _solve_one_plane(problem, rank, sweeps)
+        codes, row, group, factors = _solve_one_term(problem, rank, sweeps)
     group = group.t().to(torch.uint8).contiguous()
-    result = TernaryWeight.from_codes(codes.to(torch.int8), row, group, planes=planes, **factors)
+    result = TernaryWeight.from_codes(codes.to(torch.int8), row, group, terms=terms, **factors)
     approximation = result.dequantize(torch.float32)
     if bias is not None:
         bias = bias.to(w) + problem.wanted + (w - approximation) @ problem.mean
-    return Solution(result, bias, problem.report(w, approximation))
+    return Solution(result, bias, problem.fit(w, approximation))
 
 
-def _solve_one_plane(problem: "_Problem", rank: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+def _solve_one_term(problem: "_Problem", rank: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Codes [N, K], row scales [N], group multipliers [N, K/128] and low-rank factors, if any."""
     hessian = problem.hessian
     codes, scales = error_feedback(problem.target, hessian)
@@ -89,7 +89,7 @@ def _solve_one_plane(problem: "_Problem", rank: int, sweeps: int) -> tuple[Tenso
         codes, scales = fit_scales(codes, projected, hessian)
         codes = descend(codes, scales, projected, hessian)
         if rank:
-            factors = low_rank_factors(problem.target - dense(codes, scales), problem.factor, rank)
+            factors = weighted_low_rank(problem.target - dense(codes, scales), problem.factor, rank)
             up, down = (factor.bfloat16().float() for factor in factors)  # codes and scales make up for the rounding
             projected = (problem.target - up @ down) @ hessian
     codes, scales = fit_scales(codes, projected, hessian)
@@ -99,25 +99,25 @@ def _solve_one_plane(problem: "_Problem", rank: int, sweeps: int) -> tuple[Tenso
     return codes, row, group, {} if up is None else {"up": up.bfloat16(), "down": down.bfloat16()}
 
 
-def _solve_two_planes(problem: "_Problem", sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_solve_one_plane` with codes [N, 2K] and multipliers [N, 2K/128]: two ternary weights that are added.
+def _solve_two_terms(problem: "_Problem", sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_solve_one_term` with codes [N, 2K] and multipliers [N, 2K/128]: two ternary weights that are added.
 
     The second one starts as the answer to what the first leaves; then each in turn is fitted to what the other leaves.
     """
-    hessian, planes, left = problem.hessian, [], problem.target
+    hessian, terms, left = problem.hessian, [], problem.target
     for _ in range(2):
         codes, scales = error_feedback(left, hessian)
-        planes.append((codes, scales))
+        terms.append((codes, scales))
         left = left - dense(codes, scales)
     for _ in range(sweeps):
         for this in range(2):
-            projected = (problem.target - dense(*planes[1 - this])) @ hessian
-            codes, scales = fit_scales(planes[this][0], projected, hessian)
-            planes[this] = descend(codes, scales, projected, hessian), scales
-    # Two planes are one ternary weight whose inputs come twice, and share their row scales as such.
+            projected = (problem.target - dense(*terms[1 - this])) @ hessian
+            codes, scales = fit_scales(terms[this][0], projected, hessian)
+            terms[this] = descend(codes, scales, projected, hessian), scales
+    # Two terms are one ternary weight whose inputs come twice, and share their row scales as such.
     twice, projected = hessian.repeat(2, 2), (problem.target @ hessian).repeat(1, 2)
-    codes = torch.cat([codes for codes, _ in planes], 1)
-    row, group = fit_integer_scales(codes, torch.cat([scales for _, scales in planes], 1), projected, twice)
+    codes = torch.cat([codes for codes, _ in terms], 1)
+    row, group = fit_integer_scales(codes, torch.cat([scales for _, scales in terms], 1), projected, twice)
     return codes, row, group
 
 
@@ -156,9 +156,9 @@ class _Problem:
         target = weight + torch.cholesky_solve(cross.t(), factor).t()
         return cls(target, hessian, factor, mean, wanted, damping, effective_rank, moments.tokens)
 
-    def report(self, weight: Tensor, approximation: Tensor) -> LayerReport:
+    def fit(self, weight: Tensor, approximation: Tensor) -> LayerFit:
         error = weight - approximation
-        return LayerReport(
+        return LayerFit(
             weight_error=(error.norm() / weight.norm().clamp_min(1e-30)).item(),
             output_error=self._size(self.target - approximation) / max(self._size(self.target), 1e-30),
             effective_rank=self.effective_rank,
@@ -319,7 +319,7 @@ def dense(codes: Tensor, scales: Tensor) -> Tensor:
     return (codes.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
 
 
-def low_rank_factors(residual: Tensor, factor: Tensor, rank: int, passes: int = 4) -> tuple[Tensor, Tensor]:
+def weighted_low_rank(residual: Tensor, factor: Tensor, rank: int, passes: int = 4) -> tuple[Tensor, Tensor]:
     """Up [N, r] and down [r, K] that minimise |(residual - up down) factor|, by subspace iteration."""
     weighted = residual @ factor
     generator = torch.Generator(weighted.device).manual_seed(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..model.flux import Flux, State
+from ..model.flux import Flux, Tokens
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
@@ -20,7 +20,7 @@ _VECTORS = 8192  # inputs of modulation Linears cost no forward: they depend on 
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
+class _TokenFile:
     """States of one size. Image and text tokens of both models lie in files that are mapped into memory."""
 
     img: Tensor  # [2, S, I, hidden]: teacher, student
@@ -29,26 +29,26 @@ class _Group:
     grid: tuple[int, int]
 
     @classmethod
-    def allocate(cls, path: Path, count: int, state: State) -> "_Group":
+    def allocate(cls, path: Path, count: int, tokens: Tokens) -> "_TokenFile":
         def mapped(suffix: str, like: Tensor) -> Tensor:
             shape = (2, count, *like.shape[1:])
             size = torch.Size(shape).numel()
             return torch.from_file(f"{path}-{suffix}", shared=True, size=size, dtype=like.dtype).view(shape)
 
-        vec = torch.empty(count, state.vec.shape[1], dtype=state.vec.dtype, device=state.vec.device)
-        return cls(mapped("img", state.img), mapped("txt", state.txt), vec, state.grid)
+        vec = torch.empty(count, tokens.vec.shape[1], dtype=tokens.vec.dtype, device=tokens.vec.device)
+        return cls(mapped("img", tokens.img), mapped("txt", tokens.txt), vec, tokens.grid)
 
     def rows(self, batch: int) -> Iterator[slice]:
         return slices(len(self.vec), batch)
 
-    def state(self, stem: Flux, rows: slice, model: int) -> State:
+    def tokens(self, stem: Flux, rows: slice, model: int) -> Tokens:
         vec = self.vec[rows]
-        img, txt = (tokens[model, rows].to(vec.device) for tokens in (self.img, self.txt))
-        return stem.state(img, txt, vec, self.grid)
+        img, txt = (part[model, rows].to(vec.device) for part in (self.img, self.txt))
+        return stem.tokens(img, txt, vec, self.grid)
 
-    def put(self, rows: slice, model: int, state: State) -> None:
-        self.img[model, rows] = state.img.cpu()
-        self.txt[model, rows] = state.txt.cpu()
+    def put(self, rows: slice, model: int, tokens: Tokens) -> None:
+        self.img[model, rows] = tokens.img.cpu()
+        self.txt[model, rows] = tokens.txt.cpu()
 
 
 class Streams:
@@ -81,7 +81,7 @@ class Streams:
             return moments
         for group in self.groups:
             for rows in group.rows(self.batch):
-                theirs, ours = (group.state(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
+                theirs, ours = (group.tokens(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
                 gates = branch_gates(student, ours)
                 weights = {name: gates[name].float().square().mean((1, 2)) for name in linears}
                 if linears[0] in student.gates(ours):
@@ -98,8 +98,8 @@ class Streams:
         moments: Mapping[str, Moments],
         dense: nn.Module,
         student: nn.Module,
-        theirs: State,
-        ours: State,
+        theirs: Tokens,
+        ours: Tokens,
         weights: Mapping[str, Tensor],
     ) -> None:
         """What the student's tokens miss of the teacher's after these Linears, while they are still dense."""
@@ -128,8 +128,8 @@ class Streams:
         difference, power = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         for group in self.groups:
             for rows in group.rows(self.batch):
-                theirs = dense(group.state(self.teacher.stem, rows, TEACHER))
-                ours = student(group.state(self.teacher.stem, rows, STUDENT))
+                theirs = dense(group.tokens(self.teacher.stem, rows, TEACHER))
+                ours = student(group.tokens(self.teacher.stem, rows, STUDENT))
                 for i, (a, b) in enumerate(((theirs.img, ours.img), (theirs.txt, ours.txt))):
                     difference[i] += (a.float() - b.float()).square().sum().cpu()
                     power[i] += a.float().square().sum().cpu()
@@ -143,16 +143,16 @@ class Streams:
         self.groups = []
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _prepare(self, name: str, states: States, conditioning: Conditioning) -> _Group:
+    def _prepare(self, name: str, states: States, conditioning: Conditioning) -> _TokenFile:
         group = None
         for rows in slices(len(states), self.batch):
             latent, t, context, pooled, guidance = self.teacher.cast(*states.inputs(rows, conditioning))
-            state = self.teacher.stem.prepare(latent, t, context, pooled, guidance)
+            tokens = self.teacher.stem.prepare(latent, t, context, pooled, guidance)
             if group is None:
-                group = _Group.allocate(self.folder / name, len(states), state)
-            group.vec[rows] = state.vec
-            group.put(rows, TEACHER, state)
-            group.put(rows, STUDENT, state)
+                group = _TokenFile.allocate(self.folder / name, len(states), tokens)
+            group.vec[rows] = tokens.vec
+            group.put(rows, TEACHER, tokens)
+            group.put(rows, STUDENT, tokens)
         return group
 
 
@@ -181,8 +181,8 @@ class _Captured(Exception):
     """Every wanted input has been seen: the rest of the block need not run."""
 
 
-def inputs_of(block: nn.Module, linears: Sequence[str], state: State) -> dict[str, Tensor]:
-    """The inputs [B, L, K] that some Linears of a block get at a state."""
+def inputs_of(block: nn.Module, linears: Sequence[str], tokens: Tokens) -> dict[str, Tensor]:
+    """The inputs [B, L, K] that some Linears of a block get from these tokens."""
     captured: dict[str, Tensor] = {}
 
     def hook(name: str):
@@ -195,7 +195,7 @@ def inputs_of(block: nn.Module, linears: Sequence[str], state: State) -> dict[st
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in linears]
     try:
-        block(state)
+        block(tokens)
     except _Captured:
         pass
     finally:
@@ -208,9 +208,9 @@ def slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def branch_gates(block: nn.Module, state: State) -> dict[str, Tensor]:
+def branch_gates(block: nn.Module, tokens: Tokens) -> dict[str, Tensor]:
     """For each Linear of a block's branches, the gate [B, 1, hidden] through which its errors reach the tokens."""
-    gates = block.gates(state)
+    gates = block.gates(tokens)
     inner = {"linear1": "linear2"} if "linear2" in gates else {}
     if not inner:
         for stream in ("img", "txt"):

@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--growth",
         type=positive,
         default=0.0,
-        help="part by which the file may grow for the most sensitive Linears in two planes or 8 bits (default: none)",
+        help="part by which the file may grow for the most sensitive Linears in two terms or 8 bits (default: none)",
     )
     parser.add_argument("--packing", choices=("planes32", "base3"), default="planes32", help="(default: %(default)s)")
     options.add_file_arguments(parser)
@@ -41,15 +41,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..console import Bars
-    from ..pipeline.convert import Conversion, expectation
+    from ..pipeline.convert import Run, expectation
 
-    work = options.work_folder(args)
+    folder = options.work_folder(args)
     with Bars() as bars:
-        shop = options.open_workshop(args, args.source, work, on_progress=bars.show)
+        work = options.open_workspace(args, args.source, folder, on_progress=bars.show)
         codes = {"auto": None, "train": True, "freeze": False}[args.codes]
-        conversion = Conversion(
-            shop, args.output, args.budget, args.rank, codes, args.packing, args.growth, args.force, bars.say
-        )
-        stages = conversion.run()
+        whole = Run(work, args.output, args.budget, args.rank, codes, args.packing, args.growth, args.force, bars.say)
+        stages = whole.run()
     print(expectation(stages))
-    print(f"{args.output} written; {work} can be deleted")
+    print(f"{args.output} written; {folder} can be deleted")

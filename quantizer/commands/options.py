@@ -1,4 +1,4 @@
-"""What commands share: numbers within bounds, the arguments of those in which the original paints, and its workshop."""
+"""What commands share: numbers within bounds, and the arguments that describe a workspace."""
 
 import argparse
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..pipeline.workspace import Workshop
+    from ..pipeline.workspace import Workspace
 
 
 def count(text: str) -> int:
@@ -53,19 +53,19 @@ def work_folder(args: argparse.Namespace) -> Path:
     return args.work or args.output.with_name(args.output.name + ".work")
 
 
-def open_workshop(args: argparse.Namespace, dense: Path, work: Path, **amounts) -> "Workshop":
-    """The workshop for these arguments; `amounts` are further fields of it."""
+def open_workspace(args: argparse.Namespace, dense: Path, folder: Path, **fields) -> "Workspace":
+    """The workspace for these arguments; `fields` are further ones of it."""
     from ..pictures.sampler import parse_sizes
-    from ..pipeline.workspace import Workshop, choose_device
+    from ..pipeline.workspace import Workspace, choose_device
 
-    return Workshop(
+    return Workspace(
         dense,
         args.conditioning,
-        work,
+        folder,
         parse_sizes(args.size),
         sampler_steps=args.sampler_steps,
         guidance=None if args.guidance is None else tuple(args.guidance),
         seed=args.seed,
         device=choose_device(args.device),
-        **amounts,
+        **fields,
     )

@@ -40,6 +40,6 @@ def run(args: argparse.Namespace) -> None:
         files[name if separator else Path(text).stem] = Path(path if separator else text)
     if not files:
         raise ValueError("give ternary files as NAME=FILE, or --work with the work folder of a conversion")
-    work = args.work or args.output / "work"
-    shop = options.open_workshop(args, args.teacher, work, held_out=args.held_out)
-    print(report(shop, files, args.output, args.pictures, args.vae and taesd_decoder(args.vae)))
+    folder = args.work or args.output / "work"
+    work = options.open_workspace(args, args.teacher, folder, held_out=args.held_out)
+    print(report(work, files, args.output, args.pictures, args.vae and taesd_decoder(args.vae)))

@@ -1,6 +1,6 @@
 """The block-wise pass: every ternary block learns its teacher's outputs, from inputs that crossed the ternary prefix.
 
-Memory holds one block of the student, one of the teacher, and the states between blocks (in main memory), so that codes
+Memory holds one block of the student, one of the teacher, and the tokens between blocks (in main memory), so that codes
 of a model far larger than the device can be trained. The idea is that of BRECQ (arXiv 2102.05426) and EfficientQAT
 (2407.11062).
 """
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ..files.checkpoint import Checkpoint
 from ..files.layer import LayerPlan
 from ..files.ternary import TernaryFile, create_ternary, open_ternary
-from ..model.flux import Flux, State
+from ..model.flux import Flux, Tokens
 from ..model.student import (
     add_low_rank,
-    input_moments,
+    input_power,
     load_block,
     load_stem,
-    parameter_kinds,
+    rate_groups,
     stored_dense,
     stored_layers,
     ternary_linears,
@@ -45,7 +45,7 @@ class BlockSettings:
     eight_bit: bool = False
     warmup: int = 10
     seed: int = 0
-    stream: torch.dtype = torch.float32  # of the states between blocks
+    stream: torch.dtype = torch.float32  # of the tokens between blocks
     rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
 
 
@@ -66,7 +66,7 @@ def train_blocks(
     work: Path,
     settings: BlockSettings,
     device: torch.device | str = "cpu",
-    report: Callable[[BlockResult], None] = lambda result: None,
+    on_block: Callable[[BlockResult], None] = lambda result: None,
     overwrite: bool = False,
 ) -> None:
     """Train block after block and write a ternary file; finished blocks are kept in `work` and not trained again."""
@@ -80,7 +80,7 @@ def train_blocks(
         if not part.exists():
             block = load_block(start, name, start.architecture, device)
             layers = ternary_linears(block, f"{name}.")
-            report(train_block(name, block, layers, teacher.checkpoint, ours, theirs, targets, settings))
+            on_block(train_block(name, block, layers, teacher.checkpoint, ours, theirs, targets, settings))
             _write_part(part, name, block, layers, start)
             del block, layers
         parts.append(open_ternary(part))
@@ -94,12 +94,12 @@ def train_block(
     block: nn.Module,
     layers: Mapping[str, TernaryLinear],
     teacher: Checkpoint,
-    inputs: Sequence[State],
-    before: Sequence[State],
-    targets: Sequence[State],
+    inputs: Sequence[Tokens],
+    before: Sequence[Tokens],
+    targets: Sequence[Tokens],
     settings: BlockSettings,
 ) -> BlockResult:
-    """Train one student block so that `inputs` give `targets`; `before` are the teacher's states ahead of its block."""
+    """Train one student block so that `inputs` give `targets`; `before` are the teacher's tokens ahead of its block."""
     power = {stream: _power(before, targets, stream) for stream in ("img", "txt")}
 
     def loss(index: int) -> Tensor:
@@ -112,58 +112,58 @@ def train_block(
 
     first = mean_loss()
     if settings.rank:
-        with torch.no_grad(), input_moments(layers) as moments:
+        with torch.no_grad(), input_power(layers) as power_of_inputs:
             block(_onto(block, inputs[0]))
-        add_low_rank(layers, teacher, settings.rank, moments)
+        add_low_rank(layers, teacher, settings.rank, power_of_inputs)
     if settings.codes:
         train_codes(layers, teacher)
     parameters = {name: p for name, p in block.named_parameters() if p.requires_grad}
-    kinds, rates = parameter_kinds(parameters), learning_rates(block, settings.rates)
+    groups, rates = rate_groups(parameters), learning_rates(block, settings.rates)
     optimizer = Adam(parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     for step in range(settings.steps):
         for parameter in parameters.values():
             parameter.grad = None
         loss(int(torch.randint(len(inputs), (), generator=generator))).backward()
-        optimizer.step(schedule(kinds, step, settings.steps, settings.warmup))
+        optimizer.step(schedule(groups, step, settings.steps, settings.warmup))
     for parameter in parameters.values():
         parameter.grad = None
     return BlockResult(name, first, mean_loss())
 
 
 @torch.no_grad()
-def _prepare(stem: Flux, pool: Pool, settings: BlockSettings, device) -> list[State]:
-    """The states before the first block of a model, in main memory."""
-    dtype, states = stem.img_in.weight.dtype, []
+def _prepare(stem: Flux, pool: Pool, settings: BlockSettings, device) -> list[Tokens]:
+    """The tokens before the first block of a model, in main memory."""
+    dtype, batches = stem.img_in.weight.dtype, []
     for index in range(max(1, settings.states // settings.batch)):
         latent, t, context, pooled, guidance = pool.draw(index, settings.batch, settings.seed, device).inputs
         pooled = None if pooled is None else pooled.to(dtype)
-        state = stem.prepare(latent.to(dtype), t, context.to(dtype), pooled, guidance)
-        states.append(_to(state, "cpu", settings.stream))
-    return states
+        tokens = stem.prepare(latent.to(dtype), t, context.to(dtype), pooled, guidance)
+        batches.append(_to(tokens, "cpu", settings.stream))
+    return batches
 
 
 @torch.no_grad()
-def _through(block: nn.Module, states: Sequence[State], dtype: torch.dtype) -> list[State]:
-    return [_to(block(_onto(block, state)), "cpu", dtype) for state in states]
+def _through(block: nn.Module, batches: Sequence[Tokens], dtype: torch.dtype) -> list[Tokens]:
+    return [_to(block(_onto(block, tokens)), "cpu", dtype) for tokens in batches]
 
 
-def _onto(block: nn.Module, state: State) -> State:
-    """A state where a block's parameters are, in their dtype."""
+def _onto(block: nn.Module, tokens: Tokens) -> Tokens:
+    """Tokens where a block's parameters are, in their dtype."""
     parameter = next(block.parameters())
-    return _to(state, parameter.device, parameter.dtype)
+    return _to(tokens, parameter.device, parameter.dtype)
 
 
-def _to(state: State, device, dtype: torch.dtype) -> State:
-    """A state elsewhere and in another dtype; positions stay fp32."""
-    modulation = state.modulation
+def _to(tokens: Tokens, device, dtype: torch.dtype) -> Tokens:
+    """Tokens elsewhere and in another dtype; positions stay fp32."""
+    modulation = tokens.modulation
     if modulation is not None:
         modulation = tuple(tuple(x.to(device, dtype) for x in stream) for stream in modulation)
-    moved = {name: getattr(state, name).to(device, dtype) for name in ("img", "txt", "vec")}
-    return replace(state, **moved, pe=state.pe.to(device), modulation=modulation)
+    moved = {name: getattr(tokens, name).to(device, dtype) for name in ("img", "txt", "vec")}
+    return replace(tokens, **moved, pe=tokens.pe.to(device), modulation=modulation)
 
 
-def _power(before: Sequence[State], after: Sequence[State], stream: str) -> float:
+def _power(before: Sequence[Tokens], after: Sequence[Tokens], stream: str) -> float:
     """Mean square of what the teacher's block adds to a stream."""
     pairs = [(getattr(b, stream).float(), getattr(a, stream).float()) for b, a in zip(before, after, strict=True)]
     return max(float(sum((a - b).square().mean() for b, a in pairs) / len(pairs)), 1e-20)

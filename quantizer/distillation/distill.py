@@ -20,14 +20,14 @@ from ..files.container import TensorFile, create
 from ..files.ternary import TernaryFile
 from ..interrupts import whole_steps
 from ..model.flux import Flux
-from ..model.student import as_stored, parameter_kinds, stored_dtypes
+from ..model.student import as_stored, rate_groups, stored_dtypes
 from ..pictures.pool import Pool
 from ..pictures.quality import Quality, measure
 from ..pictures.states import Batch
 from .optimizer import Adam
 from .schedule import RATES, TIMED_STEPS, learning_rates, schedule
 
-_FREE = ("checkpoint_minutes", "steps", "seconds")  # settings that do not change what a step does
+_FREE = ("snapshot_minutes", "steps", "seconds")  # settings that do not change what a step does
 _COLLAPSED = 0.5  # of the best following seen
 
 
@@ -36,7 +36,7 @@ class Collapse(ValueError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class DistillSettings:
     """How long and how to train; `steps` or `seconds` (with evaluations) ends the run."""
 
     steps: int | None = None
@@ -46,8 +46,8 @@ class Settings:
     warmup: int = 20
     average: float = 0.99  # of the exponential moving average that is evaluated and written
     evaluate_every: int = 100
-    checkpoint_minutes: float = 5.0
-    checkpointing: bool = False  # recompute every block in the backward pass instead of keeping its activations
+    snapshot_minutes: float = 5.0
+    recompute: bool = False  # recompute every block in the backward pass instead of keeping its activations
     eight_bit: bool = False
     autocast: torch.dtype | None = None
     seed: int = 0
@@ -64,12 +64,12 @@ class Distiller:
         pool: Pool,
         holdout: Sequence[Batch],
         swapped: Sequence[Tensor],
-        settings: Settings,
+        settings: DistillSettings,
     ):
         self.model, self.pool, self.holdout, self.swapped, self.settings = model, pool, holdout, swapped, settings
         self.start, self.dtypes = start, stored_dtypes(model, start)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.kinds, rates = parameter_kinds(self.parameters), learning_rates(model, settings.rates)
+        self.rate_groups, rates = rate_groups(self.parameters), learning_rates(model, settings.rates)
         self.optimizer = Adam(self.parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.best = {name: p.clone() for name, p in self.average.items()}
@@ -85,7 +85,7 @@ class Distiller:
         """Squared velocity error relative to the teacher's mean square at that timestep, mean over the batch."""
         device = batch.latent.device
         with torch.autocast(device.type, self.settings.autocast, enabled=self.settings.autocast is not None):
-            velocity = forward(self.model, batch, self.settings.checkpointing)
+            velocity = forward(self.model, batch, self.settings.recompute)
         error = (velocity.float() - batch.velocity.float()).square().mean((1, 2, 3))
         return (error / self.power[self.pool.bin(batch.t)]).mean()
 
@@ -93,7 +93,7 @@ class Distiller:
         """One step; returns its loss."""
         started, total = time.perf_counter(), 0.0
         device = next(iter(self.parameters.values())).device
-        factors = schedule(self.kinds, self.step, self.total, self.settings.warmup)
+        factors = schedule(self.rate_groups, self.step, self.total, self.settings.warmup)
         for name, parameter in self.parameters.items():
             parameter.grad = None
             # Timed steps must cost what later ones do; Adam's moments of the codes settle meanwhile.
@@ -153,7 +153,7 @@ class Distiller:
         tensors = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        tensors |= {f"adam.{name}": value for name, value in self.optimizer.state().items()}
+        tensors |= {f"adam.{name}": value for name, value in self.optimizer.state_dict().items()}
         progress = {"step": self.step, "total": self.total, "used": self.used, "log": self.log}
         plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         metadata = {"progress": json.dumps(progress), "settings": self.fingerprint()}
@@ -162,7 +162,7 @@ class Distiller:
                 file.write(name, tensor)
 
     def resume(self, path: str | os.PathLike) -> bool:
-        """Go on from a checkpoint if there is one that fits. Raises ValueError for one of other settings."""
+        """Go on from a snapshot if there is one that fits. Raises ValueError for one of other settings."""
         if not Path(path).exists():
             return False
         file = TensorFile(path)
@@ -181,11 +181,11 @@ class Distiller:
                 else:
                     target = {"parameter": self.parameters, "average": self.average, "best": self.best}[kind]
                     target[name].copy_(file.tensor(key))
-        self.optimizer.load_state(adam)
+        self.optimizer.load_state_dict(adam)
         return True
 
     def fingerprint(self) -> str:
-        """What must be equal for a checkpoint to be continued."""
+        """What must be equal for a snapshot to be continued."""
         settings = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
         shapes = {name: list(p.shape) for name, p in self.parameters.items()}
         start = {key: value for key, value in self.start.metadata.items() if key != "modelspec.date"}
@@ -194,15 +194,15 @@ class Distiller:
 
 
 def distill(
-    distiller: Distiller, checkpoint: str | os.PathLike | None = None, report: Callable[[dict], None] = lambda row: None
+    distiller: Distiller, snapshot: str | os.PathLike | None = None, on_step: Callable[[dict], None] = lambda row: None
 ) -> None:
-    """Run to the end, from `checkpoint` if it exists, and leave the best student in the model.
+    """Run to the end, from `snapshot` if it exists, and leave the best student in the model.
 
-    `report` gets a dict with step, total, loss, seconds, and after an evaluation the fields of `Quality`.
+    `on_step` gets a dict with step, total, loss, seconds, and after an evaluation the fields of `Quality`.
     """
     settings = distiller.settings
-    if checkpoint is not None:
-        distiller.resume(checkpoint)
+    if snapshot is not None:
+        distiller.resume(snapshot)
     if not distiller.log:  # the start is a candidate too: training never makes a file worse
         distiller.evaluate()
     saved = time.monotonic()
@@ -212,21 +212,21 @@ def distill(
             row = {"step": distiller.step, "total": distiller.total, "loss": loss, "seconds": distiller.used}
             if distiller.step % settings.evaluate_every == 0 or distiller.step == distiller.total:
                 row |= asdict(distiller.evaluate())
-            report(row)
-            due = interrupted() or time.monotonic() - saved > 60 * settings.checkpoint_minutes
-            if due and checkpoint is not None and distiller.total is not None:
-                distiller.save(checkpoint)
+            on_step(row)
+            due = interrupted() or time.monotonic() - saved > 60 * settings.snapshot_minutes
+            if due and snapshot is not None and distiller.total is not None:
+                distiller.save(snapshot)
                 saved = time.monotonic()
             if interrupted():
                 raise KeyboardInterrupt
     distiller.take_best()
 
 
-def forward(model: Flux, batch: Batch, checkpointing: bool) -> Tensor:
+def forward(model: Flux, batch: Batch, recompute: bool) -> Tensor:
     """A FLUX forward, optionally with every block recomputed in the backward pass."""
-    if not checkpointing:
+    if not recompute:
         return model(*batch.inputs)
-    state = model.prepare(*batch.inputs)
+    tokens = model.prepare(*batch.inputs)
     for block in model.blocks:
-        state = torch.utils.checkpoint.checkpoint(block, state, use_reentrant=False)
-    return model.finish(state)
+        tokens = torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
+    return model.finish(tokens)

@@ -92,7 +92,7 @@ class Adam:
         else:
             parameter += update
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Flat name -> tensor, for a checkpoint."""
         tensors = {"count": torch.tensor(self.count)}
         for kind in ("first", "second"):
@@ -101,9 +101,9 @@ class Adam:
                 tensors |= {f"{kind}.{i}.{name}": part for i, part in enumerate(parts)}
         return tensors
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a state written by `state`."""
-        for key, own in self.state().items():
+        for key, own in self.state_dict().items():
             if key == "count":
                 self.count = int(tensors[key])
             else:

@@ -1,4 +1,4 @@
-"""Learning rates: how far each kind of parameter moves, and how that changes in the course of a run."""
+"""Learning rates: how far each group of parameters moves, and how that changes in the course of a run."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..model.student import parameter_kinds
+from ..model.student import rate_groups
 
 # Step sizes at the peak of the schedule. Scales move by this factor, codes by this part of their scale, everything else
 # by this part of its own typical size: the same numbers mean the same in every layer and model.
@@ -20,10 +20,10 @@ _FLOOR = 0.02  # of the peak: where the cosine ends
 TIMED_STEPS = 12  # steps that are timed before a budget in seconds is turned into a number of steps
 
 
-def schedule(kinds: Mapping[str, str], step: int, total: int | None, warmup: int) -> dict[str, float]:
+def schedule(groups: Mapping[str, str], step: int, total: int | None, warmup: int) -> dict[str, float]:
     """Part of the learning rate of every parameter: linear warm-up, then a cosine; that of codes ends early.
 
-    `kinds` comes from `parameter_kinds`. The first steps do not depend on the length of the run, which may not be known
+    `groups` comes from `rate_groups`. The first steps do not depend on the length of the run, which may not be known
     yet (see `TIMED_STEPS`): the codes, whose rate does, rest until then.
     """
     start = min(1.0, (step + 1) / warmup)
@@ -32,10 +32,10 @@ def schedule(kinds: Mapping[str, str], step: int, total: int | None, warmup: int
         of_codes = 0.0
     else:
         part = max(_CODES_PART * total, min(_CODES_LEAST, total))
-        if "rank" in kinds.values():
+        if "rank" in groups.values():
             part = min(part, _CODES_BESIDE_FACTORS)
         of_codes = start * _cosine(step / part) * min(1.0, math.sqrt(_CODES_FULL / part))
-    return {name: of_codes if kind == "code" else factor for name, kind in kinds.items()}
+    return {name: of_codes if group == "code" else factor for name, group in groups.items()}
 
 
 def _cosine(progress: float) -> float:
@@ -44,23 +44,23 @@ def _cosine(progress: float) -> float:
 
 
 def learning_rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
-    """Peak learning rate of every trainable parameter: the rate of its kind times the parameter's own typical size.
+    """Peak learning rate of every trainable parameter: the rate of its group times the parameter's own typical size.
 
     Scales (logarithms) and codes (units of the scale) have size 1 by construction. A bias counts by the size of its
     layer's outputs for inputs of unit variance, since many are zero at the start.
     """
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    kinds = parameter_kinds(parameters)
+    groups = rate_groups(parameters)
     sizes = {}
     for name, parameter in parameters.items():
-        kind = kinds[name]
-        if kind in ("scale", "code"):
+        group = groups[name]
+        if group in ("scale", "code"):
             sizes[name] = 1.0
-        elif kind == "bias":
+        elif group == "bias":
             sizes[name] = _output_size(model.get_submodule(name.rpartition(".")[0]))
         else:
             sizes[name] = float(parameter.float().square().mean().sqrt())
-    return {name: rates[kinds[name]] * max(size, 1e-8) for name, size in sizes.items()}
+    return {name: rates[groups[name]] * max(size, 1e-8) for name, size in sizes.items()}
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def find_prefix(keys: Iterable[str]) -> str:
     return min(prefixes, key=len, default="")
 
 
-def kind_of(header: Header) -> str:
+def file_kind(header: Header) -> str:
     """What a file is: "ternary", "quantized" (in another format), "lora", "flux" (dense, by its keys) or "other"."""
     keys = header.entries
     prefix = find_prefix(keys)
@@ -128,7 +128,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         "quantized": "this checkpoint is quantized already (fp8, int8 or similar); give the original, 16 or 32 bit",
         "lora": "this is a LoRA, not a checkpoint; convert the base model and load the LoRA with ComfyUI's LoRA nodes",
     }
-    if refusal := refusals.get(kind_of(header)):
+    if refusal := refusals.get(file_kind(header)):
         raise FormatError(path, refusal)
     prefix = find_prefix(header.entries)
     names = {canonical(key.removeprefix(prefix)): key for key in header.entries if key.startswith(prefix)}

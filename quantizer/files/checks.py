@@ -5,18 +5,18 @@ import json
 from torch import Tensor
 
 from ...ops import GROUP_SIZE
-from ...ops.packing import PACKINGS, blocks, first_invalid, unpack_base3, unpack_planes32
+from ...ops.packing import PACKINGS, first_invalid, groups_of, unpack_base3, unpack_planes32
 from ...ops.scales import MAX_MULTIPLIER
 from .checkpoint import DENSE_DTYPES
 from .container import DTYPE_NAMES, DTYPES, FormatError, TensorFile
-from .layer import FORMAT, INT8, PARTS, PLANES, SCALES, LayerPlan
+from .layer import FORMAT, INT8, PARTS, SCALES, TERMS, LayerPlan
 
 REDO = "download or convert the file again"
 _CHECKED = 1 << 20  # bytes checked at a time, within the caches
 
 
 def read_layer(file: TensorFile, key: str) -> LayerPlan:
-    packing, shape, planes = _read_json(file, f"{key}.comfy_quant")
+    packing, shape, terms = _read_json(file, f"{key}.comfy_quant")
     entries = file.entries
     for part in ("weight", "weight_scale"):
         if f"{key}.{part}" not in entries:
@@ -30,7 +30,7 @@ def read_layer(file: TensorFile, key: str) -> LayerPlan:
         scales = "integer" if f"{key}.weight_group" in entries else "row"
     down = entries.get(f"{key}.weight_down")
     rank = 0 if down is None or not down.shape else down.shape[0]
-    plan = LayerPlan(shape, packing, scales, rank, planes)
+    plan = LayerPlan(shape, packing, scales, rank, terms)
     for part in PARTS[:-1]:
         entry, expected = entries.get(f"{key}.{part}"), plan.tensors.get(part)
         if entry is None and expected is None:
@@ -46,7 +46,7 @@ def read_layer(file: TensorFile, key: str) -> LayerPlan:
 
 
 def _read_json(file: TensorFile, key: str) -> tuple[str, tuple[int, int], int]:
-    """Packing, logical shape and trit planes."""
+    """Packing, logical shape and terms."""
     if file.entries[key].dtype != "U8":
         raise FormatError(file.path, f"dtype {file.entries[key].dtype} where uint8 JSON is expected; {REDO}", key)
     try:
@@ -66,13 +66,13 @@ def _read_json(file: TensorFile, key: str) -> tuple[str, tuple[int, int], int]:
     if fields.get("group_size") != GROUP_SIZE:
         problem = f"group size {fields.get('group_size')!r}, and this version reads {GROUP_SIZE}; {REDO}"
         raise FormatError(file.path, problem, key)
-    planes = fields.get("planes", 1)
-    if type(planes) is not int or planes not in PLANES:
-        problem = f"{planes!r} trit planes, and this version reads {' and '.join(map(str, PLANES))}; update this pack"
+    terms = fields.get("terms", 1)
+    if type(terms) is not int or terms not in TERMS:
+        problem = f"{terms!r} terms, and this version reads {' and '.join(map(str, TERMS))}; update this pack"
         raise FormatError(file.path, problem, key)
     match fields.get("shape"):
         case [int(n), int(k)] if n > 0 and k > 0:
-            return fields["packing"], (n, k), planes
+            return fields["packing"], (n, k), terms
     raise FormatError(file.path, f"shape {fields.get('shape')!r} is not [outputs, inputs]; {REDO}", key)
 
 
@@ -119,10 +119,10 @@ def check_values(file: TensorFile, key: str, layer: LayerPlan) -> None:
 
 
 def _padding(packed: Tensor, layer: LayerPlan) -> Tensor:
-    """The trits after the last input of each plane, int8 [planes * N, ...]."""
+    """The trits after the last input of each term, int8 [terms * N, ...]."""
     k = layer.shape[1]
     if layer.packing == "planes32":
-        last = unpack_planes32(packed[blocks(k) - 1 :: blocks(k)], GROUP_SIZE)
+        last = unpack_planes32(packed[groups_of(k) - 1 :: groups_of(k)], GROUP_SIZE)
         return last.view(-1, GROUP_SIZE)[:, (k - 1) % GROUP_SIZE + 1 :]
-    last = packed.view(-1, packed.shape[1] // layer.planes)[:, -1:]
+    last = packed.view(-1, packed.shape[1] // layer.terms)[:, -1:]
     return unpack_base3(last.contiguous(), 5)[:, (k - 1) % 5 + 1 :]

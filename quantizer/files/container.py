@@ -230,13 +230,13 @@ def create(
     path: str | os.PathLike,
     plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str],
-    room: int = 0,
+    header_room: int = 0,
     overwrite: bool = False,
 ) -> Iterator[TensorWriter]:
     """Create a safetensors file atomically; the planned tensors must all be written before the block ends.
 
-    Tensors start at multiples of 64 bytes as far as their sizes allow. `room` bytes are kept for metadata that is only
-    known at the end. Raises OSError where there is no space, or where the file exists and `overwrite` is false.
+    Tensors start at multiples of 64 bytes as far as their sizes allow. `header_room` bytes are for metadata that is
+    only known at the end. Raises OSError where there is no space, or where the file exists and `overwrite` is false.
     """
     order = sorted(plan, key=lambda key: -math.gcd(size_of(*plan[key]), _ALIGNMENT))
     offsets, position = {}, 0
@@ -244,7 +244,7 @@ def create(
         dtype, shape = plan[key]
         offsets[key] = Entry(DTYPE_NAMES[dtype], tuple(shape), position, position + size_of(dtype, shape))
         position = offsets[key].stop
-    header = _header_bytes(offsets, metadata, room)
+    header = _header_bytes(offsets, metadata, header_room)
     data_start = len(header)
     entries = {key: Entry(e.dtype, e.shape, e.start + data_start, e.stop + data_start) for key, e in offsets.items()}
     with atomic_file(path, data_start + position, overwrite) as file:
@@ -261,11 +261,11 @@ def create(
         file.write(struct.pack("<Q", data_start - 8) + header[8:].ljust(data_start - 8))
 
 
-def _header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], room: int) -> bytes:
+def _header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], header_room: int) -> bytes:
     tensors = {
         key: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.start, entry.stop)}
         for key, entry in entries.items()
     }
-    text = json.dumps({"__metadata__": dict(metadata), **tensors}, separators=(",", ":")).encode() + b" " * room
+    text = json.dumps({"__metadata__": dict(metadata), **tensors}, separators=(",", ":")).encode() + b" " * header_room
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text

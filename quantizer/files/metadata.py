@@ -23,7 +23,7 @@ def version() -> str:
     return installed.version("comfyui-ternary-flux")
 
 
-def describe(
+def build(
     architecture: Architecture,
     source: Path,
     source_metadata: Mapping[str, str],
@@ -58,6 +58,12 @@ def describe(
     }
 
 
-def room(architecture: Architecture) -> int:
+def header_room(architecture: Architecture) -> int:
     """Bytes to keep in the header for errors that are only known at the end."""
     return 16 * len(architecture.linears)
+
+
+def after_distillation(start: Mapping[str, str], done: Mapping[str, object]) -> dict[str, str]:
+    """The metadata of the file that a distillation started from, with what was `done` added to its settings."""
+    stages = json.loads(start.get("ternary.settings", "{}")) | {"distill": dict(done)}
+    return dict(start) | {"ternary.method": "distill", "ternary.settings": json.dumps(stages)}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .architecture import Architecture
-from .checkpoint import kind_of, open_checkpoint
+from .checkpoint import file_kind, open_checkpoint
 from .container import FormatError, Header, read_header
 from .layer import INT8, LayerPlan
 from .ternary import TernaryFile, open_ternary
@@ -55,10 +55,10 @@ def sizes(file: TernaryFile) -> Sizes:
     )
 
 
-def describe_file(path: str | os.PathLike, layers: bool = False) -> list[str]:
+def summarize(path: str | os.PathLike, layers: bool = False) -> list[str]:
     """Lines that say what a file is; `layers` adds one for every Linear. Raises FormatError for a damaged file."""
     header = read_header(path)
-    kind = kind_of(header)
+    kind = file_kind(header)
     if kind == "ternary":
         return list(_ternary(open_ternary(path), layers))
     if kind == "flux":
@@ -81,9 +81,9 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
     yield _architecture(file.architecture)
     linears = f"{len(file.layers)} Linears, {size.ternary_weights / 1e6:,.1f} M weights"
     yield _row("ternary", f"{linears}, {size.bits_per_weight:.3f} bits per weight ({packings}; scales {scales}{rank})")
-    if double := [plan.shape for plan in plans if plan.planes == 2]:
+    if double := [plan.shape for plan in plans if plan.terms == 2]:
         count = sum(map(math.prod, double)) / 1e6
-        yield _row("two planes", f"{len(double)} of these are Linears of two trit planes, {count:,.1f} M weights")
+        yield _row("two terms", f"{len(double)} of these are Linears of two ternary terms, {count:,.1f} M weights")
     dtypes = _dtypes(file.file.entries[key].dtype for key in file.dense.values())
     yield _row("dense", f"{len(file.dense)} tensors, {size.dense_weights / 1e6:,.1f} M weights ({dtypes})")
     if file.int8:
@@ -108,8 +108,8 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
 def _layer(name: str, plan: LayerPlan, error: float | None) -> str:
     n, k = plan.shape
     shown = "" if error is None else f"  error {error:.4f}"
-    planes = "" if plan.planes == 1 else f" in {plan.planes} planes"
-    return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{planes}{shown}"
+    terms = "" if plan.terms == 1 else f" in {plan.terms} terms"
+    return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{terms}{shown}"
 
 
 def stated_errors(file: TernaryFile) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The file format ternary_v1: FLUX in safetensors, with the block Linears as trits.
 
-A ternary Linear X of logical shape [N, K] with P trit planes, 1 or 2, and G = P * ceil(K/128) groups of inputs:
+A ternary Linear X of logical shape [N, K], the sum of P terms, 1 or 2, with G = P * ceil(K/128) groups of inputs:
 
     X.weight        uint8 [G, N, 32] (packing planes32) or uint8 [N, P * ceil(K/5)] (base3); see ops/packing.py
     X.weight_scale  fp32 [N], or bf16 / fp16 / fp32 [G, N]
@@ -8,7 +8,7 @@ A ternary Linear X of logical shape [N, K] with P trit planes, 1 or 2, and G = P
                     weight_scale[n] * weight_group[j, n]
     X.weight_down   bf16 [r, K], and X.weight_up bf16 [N, r], optional: W = ternary + up @ down
     X.comfy_quant   uint8, JSON: {"format": "ternary_v1", "packing": ..., "group_size": 128, "shape": [N, K]}, and
-                    "planes": 2 where there are two
+                    "terms": 2 where there are two
 
 Everything else is dense (fp32, fp16 or bf16) under its own name. The header's metadata informs people and is not needed
 to decode. Files of the mixed profile have some Linears in ComfyUI's own 8-bit format beside the ternary ones:
@@ -57,9 +57,9 @@ class TernaryWriter:
         if plan.packing == "planes32":
             self.tensors.write(f"{name}.weight", weight.trits)
         else:
-            n, row_bytes = packed_shape(plan.shape, plan.packing, plan.planes)
+            n, row_bytes = packed_shape(plan.shape, plan.packing, plan.terms)
             for start in range(0, n, ROWS):
-                rows = pack_base3(weight.rows(start, start + ROWS).codes(), plan.planes)
+                rows = pack_base3(weight.rows(start, start + ROWS).codes(), plan.terms)
                 self.tensors.write_bytes(f"{name}.weight", rows.cpu().flatten().numpy(), start * row_bytes)
         parts = {"scale": weight.scale, "group": weight.group, "down": weight.down, "up": weight.up}
         for part, tensor in parts.items():
@@ -74,18 +74,18 @@ def create_ternary(
     layers: Mapping[str, LayerPlan],
     dense: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str],
-    room: int = 0,
+    header_room: int = 0,
     overwrite: bool = False,
 ) -> Iterator[TernaryWriter]:
     """Create a ternary file atomically: all `layers` and `dense` tensors must be written before the block ends.
 
-    `room`: bytes kept for metadata that is only known at the end. Raises OSError where the file cannot be written.
+    `header_room`: bytes kept for metadata that is only known at the end. OSError where the file cannot be written.
     """
     plan = dict(dense)
     for name, layer in layers.items():
         plan |= {f"{name}.{part}": spec for part, spec in layer.tensors.items()}
         plan[f"{name}.comfy_quant"] = (torch.uint8, tuple(layer.comfy_quant.shape))
-    with create(path, plan, metadata, room, overwrite) as tensors:
+    with create(path, plan, metadata, header_room, overwrite) as tensors:
         yield TernaryWriter(tensors, layers)
 
 

@@ -2,7 +2,7 @@
 
 The mathematics is that of https://github.com/black-forest-labs/flux and flux2, with ComfyUI's conventions for latents,
 position ids, the order of text and image tokens, and norm epsilons, so that outputs equal ComfyUI's. A forward is
-`prepare`, then every block on a `State`, then `finish`.
+`prepare`, then every block on `Tokens`, then `finish`.
 """
 
 import math
@@ -20,7 +20,7 @@ LinearFactory = Callable[[int, int, bool], nn.Module]
 
 
 @dataclass(frozen=True)
-class State:
+class Tokens:
     """What flows from block to block."""
 
     img: Tensor  # [B, I, hidden] image tokens
@@ -59,19 +59,19 @@ class Flux(nn.Module):
         `context` is [B, T, context_dim], `pooled` [B, vec_dim] (None: zeros, as in ComfyUI), `guidance` [B] (None: no
         guidance embedding). H and W must be multiples of the patch size.
         """
-        state = self.prepare(latent, t, context, pooled, guidance)
+        tokens = self.prepare(latent, t, context, pooled, guidance)
         for block in self.blocks:
-            state = block(state)
-        return self.finish(state)
+            tokens = block(tokens)
+        return self.finish(tokens)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Double then single blocks: each maps a State to a State."""
+        """Double then single blocks: each maps Tokens to Tokens."""
         return [*self.double_blocks, *self.single_blocks]
 
     def prepare(
         self, latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, guidance: Tensor | None = None
-    ) -> State:
+    ) -> Tokens:
         """Everything before the first block; arguments as in `forward`."""
         arch, patch = self.arch, self.arch.patch_size
         b, c, h, w = latent.shape
@@ -80,12 +80,12 @@ class Flux(nn.Module):
                 f"latent has shape {[b, c, h, w]}; "
                 f"{arch.name} takes {arch.in_channels} channels and sides in multiples of {patch}"
             )
-        tokens = latent.reshape(b, c, h // patch, patch, w // patch, patch)
-        tokens = tokens.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
-        img, txt = self.img_in(tokens), self.txt_in(context)
+        patches = latent.reshape(b, c, h // patch, patch, w // patch, patch)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
+        img, txt = self.img_in(patches), self.txt_in(context)
 
         vec = self.vector(t, pooled, guidance, img.dtype)
-        return self.state(img, txt, vec, (h // patch, w // patch))
+        return self.tokens(img, txt, vec, (h // patch, w // patch))
 
     def vector(
         self, t: Tensor, pooled: Tensor | None, guidance: Tensor | None, dtype: torch.dtype = torch.float32
@@ -99,20 +99,20 @@ class Flux(nn.Module):
             vec = vec + self.vector_in(pooled)
         return vec
 
-    def state(self, img: Tensor, txt: Tensor, vec: Tensor, grid: tuple[int, int]) -> State:
-        """The state of these tokens: adds positions, and FLUX.2's modulation."""
+    def tokens(self, img: Tensor, txt: Tensor, vec: Tensor, grid: tuple[int, int]) -> Tokens:
+        """The tokens with what goes with them: positions, and FLUX.2's modulation."""
         arch, modulation = self.arch, None
         if arch.version == 2:
             streams = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
             modulation = tuple(getattr(self, stream)(vec) for stream in streams)
         pe = rope(arch.version, arch.axes_dim, arch.theta, txt.shape[1], grid, img.device)
-        return State(img, txt, vec, pe, modulation, grid)
+        return Tokens(img, txt, vec, pe, modulation, grid)
 
-    def finish(self, state: State) -> Tensor:
-        """Velocity from the state after the last block."""
+    def finish(self, tokens: Tokens) -> Tensor:
+        """Velocity from the tokens after the last block."""
         arch, patch = self.arch, self.arch.patch_size
-        rows, columns = state.grid
-        out = self.final_layer(state.img, state.vec).reshape(-1, rows, columns, arch.out_channels, patch, patch)
+        rows, columns = tokens.grid
+        out = self.final_layer(tokens.img, tokens.vec).reshape(-1, rows, columns, arch.out_channels, patch, patch)
         return out.permute(0, 3, 1, 4, 2, 5).reshape(-1, arch.out_channels, rows * patch, columns * patch)
 
 
@@ -201,18 +201,18 @@ class DoubleBlock(nn.Module):
             second = linear(arch.mlp_hidden, arch.hidden, arch.bias)
             setattr(self, f"{stream}_mlp", nn.Sequential(first, activation(arch.version), second))
 
-    def forward(self, state: State) -> State:
-        return self.feed(self.attend(state))
+    def forward(self, tokens: Tokens) -> Tokens:
+        return self.feed(self.attend(tokens))
 
-    def modulations(self, state: State) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def modulations(self, tokens: Tokens) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Of image and text: shift, scale, gate of the attention, and of the MLP."""
-        if state.modulation is None:
-            return self.img_mod(state.vec), self.txt_mod(state.vec)
-        return state.modulation[:2]
+        if tokens.modulation is None:
+            return self.img_mod(tokens.vec), self.txt_mod(tokens.vec)
+        return tokens.modulation[:2]
 
-    def gates(self, state: State) -> dict[str, Tensor]:
+    def gates(self, tokens: Tokens) -> dict[str, Tensor]:
         """What the outputs of some Linears are multiplied with [B, 1, hidden] before they are added to the tokens."""
-        img_mod, txt_mod = self.modulations(state)
+        img_mod, txt_mod = self.modulations(tokens)
         return {
             "img_attn.proj": img_mod[2],
             "txt_attn.proj": txt_mod[2],
@@ -220,26 +220,26 @@ class DoubleBlock(nn.Module):
             "txt_mlp.2": txt_mod[5],
         }
 
-    def attend(self, state: State) -> State:
+    def attend(self, tokens: Tokens) -> Tokens:
         """The first half: attention over both streams."""
-        img_mod, txt_mod = self.modulations(state)
-        img_qkv = self.img_attn.qkv(modulate(state.img, *img_mod[:2]))
-        txt_qkv = self.txt_attn.qkv(modulate(state.txt, *txt_mod[:2]))
+        img_mod, txt_mod = self.modulations(tokens)
+        img_qkv = self.img_attn.qkv(modulate(tokens.img, *img_mod[:2]))
+        txt_qkv = self.txt_attn.qkv(modulate(tokens.txt, *txt_mod[:2]))
         txt_heads = self.txt_attn.norm.heads(txt_qkv, self.heads)
         img_heads = self.img_attn.norm.heads(img_qkv, self.heads)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads, strict=True))
-        attended = attention(q, k, v, state.pe)
-        txt_attended, img_attended = attended.split((state.txt.shape[1], state.img.shape[1]), dim=1)
-        img = state.img + img_mod[2] * self.img_attn.proj(img_attended)
-        txt = state.txt + txt_mod[2] * self.txt_attn.proj(txt_attended)
-        return replace(state, img=img, txt=txt)
+        attended = attention(q, k, v, tokens.pe)
+        txt_attended, img_attended = attended.split((tokens.txt.shape[1], tokens.img.shape[1]), dim=1)
+        img = tokens.img + img_mod[2] * self.img_attn.proj(img_attended)
+        txt = tokens.txt + txt_mod[2] * self.txt_attn.proj(txt_attended)
+        return replace(tokens, img=img, txt=txt)
 
-    def feed(self, state: State) -> State:
+    def feed(self, tokens: Tokens) -> Tokens:
         """The second half: each stream's MLP."""
-        img_mod, txt_mod = self.modulations(state)
-        img = state.img + img_mod[5] * self.img_mlp(modulate(state.img, *img_mod[3:5]))
-        txt = state.txt + txt_mod[5] * self.txt_mlp(modulate(state.txt, *txt_mod[3:5]))
-        return replace(state, img=img, txt=txt)
+        img_mod, txt_mod = self.modulations(tokens)
+        img = tokens.img + img_mod[5] * self.img_mlp(modulate(tokens.img, *img_mod[3:5]))
+        txt = tokens.txt + txt_mod[5] * self.txt_mlp(modulate(tokens.txt, *txt_mod[3:5]))
+        return replace(tokens, img=img, txt=txt)
 
 
 class SingleBlock(nn.Module):
@@ -255,22 +255,22 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(arch.head_dim)
         self.mlp_act = activation(arch.version)
 
-    def modulations(self, state: State) -> tuple[Tensor, ...]:
+    def modulations(self, tokens: Tokens) -> tuple[Tensor, ...]:
         """Shift, scale and gate."""
-        return self.modulation(state.vec) if state.modulation is None else state.modulation[2]
+        return self.modulation(tokens.vec) if tokens.modulation is None else tokens.modulation[2]
 
-    def gates(self, state: State) -> dict[str, Tensor]:
+    def gates(self, tokens: Tokens) -> dict[str, Tensor]:
         """What the outputs of some Linears are multiplied with [B, 1, hidden] before they are added to the tokens."""
-        return {"linear2": self.modulations(state)[2]}
+        return {"linear2": self.modulations(tokens)[2]}
 
-    def forward(self, state: State) -> State:
-        shift, scale, gate = self.modulations(state)
-        x = torch.cat((state.txt, state.img), dim=1)
+    def forward(self, tokens: Tokens) -> Tokens:
+        shift, scale, gate = self.modulations(tokens)
+        x = torch.cat((tokens.txt, tokens.img), dim=1)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
-        attended = attention(*self.norm.heads(qkv, self.heads), state.pe)
+        attended = attention(*self.norm.heads(qkv, self.heads), tokens.pe)
         x = x + gate * self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
-        txt, img = x.split((state.txt.shape[1], state.img.shape[1]), dim=1)
-        return replace(state, img=img, txt=txt)
+        txt, img = x.split((tokens.txt.shape[1], tokens.img.shape[1]), dim=1)
+        return replace(tokens, img=img, txt=txt)
 
 
 class FinalLayer(nn.Module):

@@ -14,7 +14,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.layer import LayerPlan
 from ..files.ternary import TernaryFile, create_ternary
 from .flux import DoubleBlock, Flux, SingleBlock
-from .ternary_linear import TernaryLinear, low_rank_factors
+from .ternary_linear import TernaryLinear, svd_low_rank
 
 
 def load_student(file: TernaryFile, device: torch.device | str = "cpu", packed: bool = False) -> Flux:
@@ -46,10 +46,10 @@ def _fill(module: nn.Module, file: TernaryFile, prefix: str, packed: bool) -> nn
     for hole in holes:
         name = prefix + hole
         bias = file.tensor(f"{name}.bias").float() if f"{name}.bias" in file.dense else None
-        if name in file.layers and file.layers[name].planes == 1:
+        if name in file.layers and file.layers[name].terms == 1:
             layer = TernaryLinear(file.weight(name), bias, packed)
         else:
-            # Layers of two planes or 8 bits are near the original already: they stay, only their bias is trained.
+            # Layers of two terms or 8 bits are near the original already: they stay, only their bias is trained.
             near = name in file.layers or name in file.int8
             weight = file.parameter(f"{name}.weight").float()
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
@@ -67,18 +67,18 @@ def ternary_linears(module: nn.Module, prefix: str = "") -> dict[str, TernaryLin
 
 @torch.no_grad()
 def add_low_rank(
-    layers: Mapping[str, TernaryLinear], teacher: Checkpoint, rank: int, moments: Mapping[str, Tensor] | None = None
+    layers: Mapping[str, TernaryLinear], teacher: Checkpoint, rank: int, power: Mapping[str, Tensor] | None = None
 ) -> None:
     """Give every layer factors of this rank from the SVD of what its ternary weight misses of the teacher's.
 
-    `moments`: name -> mean square of every input [K], so that inputs count by their size. Layers that have factors keep
+    `power`: name -> mean square of every input [K], so that inputs count by their size. Layers that have factors keep
     them.
     """
     for name, layer in layers.items():
         if layer.up is not None:
             continue
         dense = teacher.tensor(f"{name}.weight").to(layer.log_scale.device, torch.float32)
-        up, down = low_rank_factors(dense - layer.weight(), rank, None if moments is None else moments[name])
+        up, down = svd_low_rank(dense - layer.weight(), rank, None if power is None else power[name])
         layer.up, layer.down = nn.Parameter(up.contiguous()), nn.Parameter(down.contiguous())
 
 
@@ -90,7 +90,7 @@ def train_codes(layers: Mapping[str, TernaryLinear], teacher: Checkpoint, dtype:
 
 
 @contextlib.contextmanager
-def input_moments(layers: Mapping[str, TernaryLinear]) -> Iterator[dict[str, Tensor]]:
+def input_power(layers: Mapping[str, TernaryLinear]) -> Iterator[dict[str, Tensor]]:
     """Collect the mean square of every input [K] of the layers from the forwards within the block."""
     sums = {name: torch.zeros(layer.in_features, device=layer.log_scale.device) for name, layer in layers.items()}
     counts = dict.fromkeys(layers, 0)
@@ -100,14 +100,14 @@ def input_moments(layers: Mapping[str, TernaryLinear]) -> Iterator[dict[str, Ten
             x = inputs[0].detach().flatten(0, -2).float()
             sums[name] += x.square().sum(0)
             counts[name] += len(x)
-            moments[name] = sums[name] / counts[name]
+            power[name] = sums[name] / counts[name]
 
         return hook
 
-    moments: dict[str, Tensor] = {}
+    power: dict[str, Tensor] = {}
     handles = [layer.register_forward_pre_hook(collect(name)) for name, layer in layers.items()]
     try:
-        yield moments
+        yield power
     finally:
         for handle in handles:
             handle.remove()
@@ -171,7 +171,7 @@ def stored_dtypes(model: nn.Module, start: TernaryFile) -> dict[str, torch.dtype
     return dtypes | dict.fromkeys(factors, torch.bfloat16)
 
 
-def parameter_kinds(names: Iterable[str]) -> dict[str, str]:
+def rate_groups(names: Iterable[str]) -> dict[str, str]:
     """Parameter name -> "scale", "code", "rank", "bias", "norm" or "dense": what has a learning rate of its own."""
     leaves = {"log_scale": "scale", "latent": "code", "down": "rank", "up": "rank", "bias": "bias", "scale": "norm"}
     return {name: leaves.get(name.rpartition(".")[2], "dense") for name in names}

@@ -44,10 +44,10 @@ class Teacher:
         self, latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
         """The velocity, fp32; arguments as in `Flux.forward`, on any device."""
-        state = self.stem.prepare(*self.cast(latent, t, context, pooled, guidance))
+        tokens = self.stem.prepare(*self.cast(latent, t, context, pooled, guidance))
         for name in self.arch.block_names:
-            state = self.block(name)(state)
-        return self.stem.finish(state).float()
+            tokens = self.block(name)(tokens)
+        return self.stem.finish(tokens).float()
 
     def cast(self, latent, t, context, pooled, guidance) -> tuple[Tensor | None, ...]:
         """The arguments of a forward on the teacher's device, in its dtype; times and guidance in fp32."""

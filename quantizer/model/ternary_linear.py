@@ -146,7 +146,7 @@ class _Latent(torch.autograd.Function):
         return of_latent, _scale_gradient(gradient, ternary(latent))
 
 
-def low_rank_factors(residual: Tensor, rank: int, second_moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def svd_low_rank(residual: Tensor, rank: int, second_moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The best rank-r approximation up [N, r] @ down [r, K] of a residual [N, K], fp32, balanced between the factors.
 
     "Best" is in the output for inputs with these second moments [K] (per input) if they are given, else in the weights.

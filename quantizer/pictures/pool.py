@@ -13,7 +13,7 @@ from torch import Tensor
 from ..files.container import TensorFile, create
 from .conditioning import Conditioning
 from .quality import BINS, Model
-from .sampler import noise_levels, paint, with_companions
+from .sampler import noise_levels, sample, with_control_channels
 from .states import Batch, States
 from .trajectories import Picture, Trajectories, batches, initial_noise
 
@@ -22,7 +22,7 @@ _HOLDOUT_TIMES = 10  # at most, of one held-out trajectory
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class LabelledStates:
     """States of one size and the teacher's velocities there."""
 
     states: States
@@ -34,7 +34,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    groups: Sequence[Group]
+    groups: Sequence[LabelledStates]
     conditioning: Conditioning
 
     def __len__(self) -> int:
@@ -108,14 +108,14 @@ def training_pool(
                 _keep(path, {"velocity": torch.cat([teacher(*piece).cpu() for piece in pieces])})
             velocity[rows] = TensorFile(path).tensor("velocity").float()
             on_progress(len(rows))
-        groups.append(Group(states, velocity))
+        groups.append(LabelledStates(states, velocity))
     return Pool(groups, trajectories.conditioning)
 
 
 def holdout_batches(
     teacher: Model, trajectories: Trajectories, count: int, folder: Path, batch: int = 8
 ) -> list[Batch]:
-    """States on the teacher's own way to `count` pictures of held-out prompts, with velocities; kept in `folder`.
+    """States on the teacher's own path to `count` pictures of held-out prompts, with velocities; kept in `folder`.
 
     Every batch has one time and, as far as there are that many, different prompts.
     """
@@ -138,13 +138,13 @@ def holdout_batches(
 def _record(teacher: Model, trajectories: Trajectories, pictures, conditions) -> Iterator[tuple[str, Tensor]]:
     """The latents and velocities of every step of the teacher's sampling."""
     arch, levels = trajectories.arch, noise_levels(trajectories.steps, trajectories.shift)
-    way = list(paint(teacher, initial_noise(pictures), levels, arch, conditions))
-    for step, (_, latent, velocity) in enumerate(way[:-1]):
-        yield f"latent.{step}", with_companions(latent, arch).cpu()
+    path = list(sample(teacher, initial_noise(pictures), levels, arch, conditions))
+    for step, (_, latent, velocity) in enumerate(path[:-1]):
+        yield f"latent.{step}", with_control_channels(latent, arch).cpu()
         yield f"velocity.{step}", velocity.cpu()
 
 
-def fewer(batches: Sequence[Batch], count: int) -> list[Batch]:
+def subset(batches: Sequence[Batch], count: int) -> list[Batch]:
     """About `count` of these states, at least one, spread over the batches."""
     chosen = batches[:: max(1, -(-len(batches) // max(1, count)))]
     rows = max(1, count // len(chosen))

@@ -29,7 +29,7 @@ def noise_levels(steps: int, shift: float) -> Tensor:
     return even * math.exp(shift) / (1 + even * math.expm1(shift))
 
 
-def paint(
+def sample(
     velocity: Velocity, noise: Tensor, levels: Tensor, arch: Architecture, conditions: Sequence[Tensor | None]
 ) -> Iterator[tuple[float, Tensor, Tensor | None]]:
     """Euler steps from `noise` [B, C, H, W] along `levels`: each (t, latent, velocity), and (0, picture, None) last.
@@ -39,13 +39,13 @@ def paint(
     latent = noise
     for now, after in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
         times = torch.full((len(latent),), now, dtype=torch.float32)
-        step = velocity(with_companions(latent, arch), times, *conditions).to(latent)
+        step = velocity(with_control_channels(latent, arch), times, *conditions).to(latent)
         yield now, latent, step
         latent = latent + (after - now) * step
     yield 0.0, latent, None
 
 
-def with_companions(latent: Tensor, arch: Architecture) -> Tensor:
+def with_control_channels(latent: Tensor, arch: Architecture) -> Tensor:
     """Add the channels that inpainting and control models take: no picture, and (Fill) everything masked."""
     missing = arch.in_channels - latent.shape[1]
     if not missing:
@@ -72,7 +72,7 @@ def latent_shape(arch: Architecture, size: tuple[int, int]) -> tuple[int, int, i
     pixels = arch.pixels_per_latent * arch.patch_size
     width, height = size
     if width % pixels or height % pixels or min(size) <= 0:
-        raise ValueError(f"size {width}x{height}: {arch.name} paints sizes in multiples of {pixels} pixels")
+        raise ValueError(f"size {width}x{height}: {arch.name} takes sizes in multiples of {pixels} pixels")
     return arch.out_channels, height // arch.pixels_per_latent, width // arch.pixels_per_latent
 
 

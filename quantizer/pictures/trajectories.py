@@ -1,4 +1,4 @@
-"""Pictures that the teacher paints itself, and the noisy states on the way to them: all the data there is.
+"""Pictures that the teacher paints itself, and the noisy states on the paths to them: all the data there is.
 
 Pictures are latents in the model's own space, painted from prompts and noise as ComfyUI's `euler` sampler does it, one
 file each, so that an interrupted run continues. One half of the states are those that the sampler passed, where a
@@ -29,16 +29,16 @@ from .sampler import (
     draw_times,
     latent_shape,
     noise_levels,
-    paint,
-    with_companions,
+    sample,
+    with_control_channels,
 )
 from .states import States
 
-_KEPT = 8  # states at most that are kept of the way to a picture
+_KEPT = 8  # states at most that are kept of the path to a picture
 
 
 @dataclass(frozen=True)
-class Settings:
+class PictureSettings:
     """Which pictures to paint.
 
     sizes      (width, height) in pixels, taken in turn
@@ -75,7 +75,12 @@ class Trajectories:
     """The teacher's pictures in a folder: planned at once, painted by `generate`, read as they are needed."""
 
     def __init__(
-        self, folder: str | os.PathLike, arch: Architecture, conditioning: Conditioning, settings: Settings, model: str
+        self,
+        folder: str | os.PathLike,
+        arch: Architecture,
+        conditioning: Conditioning,
+        settings: PictureSettings,
+        model: str,
     ):
         """`model` identifies the teacher (see `fingerprint`). ValueError where the folder holds other pictures."""
         self.folder, self.arch, self.conditioning, self.settings = Path(folder), arch, conditioning, settings
@@ -84,7 +89,7 @@ class Trajectories:
         self.shapes = [latent_shape(arch, size) for size in settings.sizes]
         held = min(max(1, round(settings.holdout * len(conditioning))), len(conditioning) // 2)
         order = torch.randperm(len(conditioning), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-        self.prompts = {"train": order[held:], "holdout": order[:held] or [0]}
+        self.rows = {"train": order[held:], "holdout": order[:held] or [0]}
         self.kept = min(_KEPT, self.steps)
         values = asdict(settings) | {"steps": self.steps, "shift": self.shift}
         values["states and velocities kept of a picture"] = _KEPT
@@ -98,17 +103,17 @@ class Trajectories:
         return self.settings.guidance or ((30.0,) if self.arch.in_channels > 80 else (3.5,))
 
     def plan(self, split: str, count: int) -> list[Picture]:
-        """The first `count` pictures of the `train` or the `holdout` prompts, which come in an order of chance.
+        """The first `count` pictures of the `train` or the `holdout` prompts, shuffled.
 
         A file of prompts is often sorted by topic: few pictures would show its first topics alone.
         """
-        prompts, pictures = self.prompts[split], []
+        rows, pictures = self.rows[split], []
         for i in range(count):
-            lap, place = divmod(i, len(prompts))
+            lap, place = divmod(i, len(rows))
             shape = self.shapes[(i + lap) % len(self.shapes)]
             guidance = None if self.guidance is None else self.guidance[(i + lap) % len(self.guidance)]
             seed = (self.settings.seed * 1_000_003 + i) * 2 + (split == "holdout")
-            pictures.append(Picture(f"{split}-{i:06d}", prompts[place], shape, seed, guidance))
+            pictures.append(Picture(f"{split}-{i:06d}", rows[place], shape, seed, guidance))
         return pictures
 
     def generate(
@@ -124,11 +129,11 @@ class Trajectories:
         levels = noise_levels(self.steps, self.shift)
         for same in batches(todo, batch):
             conditions = self.conditions(same)
-            way = list(paint(velocity, initial_noise(same), levels, self.arch, conditions))
+            path = list(sample(velocity, initial_noise(same), levels, self.arch, conditions))
             for row, picture in enumerate(same):
-                passed = [way[step][1:] for step in self._passed(picture)]
+                passed = [path[step][1:] for step in self._passed(picture)]
                 tensors = {
-                    "latent": way[-1][1][row].float(),
+                    "latent": path[-1][1][row].float(),
                     "passed": torch.stack([latent[row] for latent, _ in passed]).half(),
                     "velocity": torch.stack([velocities[row] for _, velocities in passed]).half(),
                 }
@@ -181,7 +186,7 @@ class Trajectories:
                 times[row] = place
                 torch.lerp(file.tensor("latent"), noise, times[row], out=latent[row])
         prompts = torch.tensor([picture.prompt for picture in pictures])
-        return States(with_companions(latent, self.arch), times, prompts, _guidance(pictures), velocity)
+        return States(with_control_channels(latent, self.arch), times, prompts, _guidance(pictures), velocity)
 
     def _passed(self, picture: Picture) -> list[int]:
         """Sampler steps whose states are kept of a picture: one, chosen by chance, of each of equal ranges."""

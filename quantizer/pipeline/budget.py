@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..distillation.distill import Settings
+from ..distillation.distill import DistillSettings
 from ..files.architecture import Architecture
 from ..model.teacher import free_memory
 
 if TYPE_CHECKING:
-    from .workspace import Workshop
+    from .workspace import Workspace
 
 _PICTURES, _CALIBRATION, CHOICE = 0.2, 0.2, 0.1  # shares of the budget; pictures with their states
 _SMALL_MODEL = 100e6  # weights
@@ -20,8 +20,8 @@ MAX_PICTURES = 4096
 
 
 @dataclass(frozen=True)
-class Amounts:
-    """How much of everything a budget pays for."""
+class Budget:
+    """How much of everything the time pays for."""
 
     pictures: int
     states: int
@@ -34,22 +34,22 @@ def default_minutes(weights: int) -> float:
     return 15 if weights < _SMALL_MODEL else 240
 
 
-def amounts(budget: float, state_seconds: float, steps: int, prompts: int, enough: int, room: int) -> Amounts:
-    """What `budget` seconds pay for.
+def budget_for(seconds: float, state_seconds: float, steps: int, prompts: int, enough: int, capacity: int) -> Budget:
+    """What so many seconds pay for.
 
-    `state_seconds`: of a teacher forward of one state; `steps` of its sampler; `enough` states for calibration; `room`
-    for that many states in main memory.
+    `state_seconds`: of a teacher forward of one state; `steps` of its sampler; `enough` states for calibration;
+    `capacity`: states that main memory holds.
     """
 
     def affordable(share: float, each: float, least: int, most: int) -> int:
-        return int(min(most, max(least, share * budget / each)))
+        return int(min(most, max(least, share * seconds / each)))
 
-    most = max(16, min(MAX_PICTURES, room // STATES_EACH))
+    most = max(16, min(MAX_PICTURES, capacity // STATES_EACH))
     pictures = affordable(_PICTURES, state_seconds * (steps + STATES_EACH / 2), 16, most)
     held_out = max(2, min(32, pictures // 8, max(1, prompts // 10)))
     # Calibration runs the block's Linears about eight times for each state.
     calibration = affordable(_CALIBRATION, 16 * state_seconds, 32, enough)
-    return Amounts(pictures, STATES_EACH * pictures, held_out, calibration)
+    return Budget(pictures, STATES_EACH * pictures, held_out, calibration)
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Plan:
 
     codes            the whole model's codes can be trained at once; otherwise block by block only
     packed           frozen codes lie in memory with 2 bits, not 8
-    checkpointing    every block is computed again in the backward pass
+    recompute        every block is computed again in the backward pass
     eight_bit        optimizer states take 8 bits
     batch            states at a time
     """
 
     codes: bool
     packed: bool
-    checkpointing: bool
+    recompute: bool
     eight_bit: bool
     batch: int
     autocast: torch.dtype | None
@@ -84,30 +84,30 @@ def plan(arch: Architecture, tokens: int, free: int, device: torch.device) -> Pl
     kept = tokens * arch.hidden * 40 * width
     one_block = largest * 4 * 2 + kept
     all_blocks = weights * width + kept * len(arch.block_names)
-    room = 0.85 * free
-    checkpointing = 24 * weights + all_blocks + kept > room
-    activations = one_block if checkpointing else all_blocks
-    codes = 12 * weights + activations < room
-    eight_bit = 24 * weights + activations > room
-    packed = not codes and weights * 1.3 + activations > room
+    available = 0.85 * free
+    recompute = 24 * weights + all_blocks + kept > available
+    activations = one_block if recompute else all_blocks
+    codes = 12 * weights + activations < available
+    eight_bit = 24 * weights + activations > available
+    packed = not codes and weights * 1.3 + activations > available
     used = (24 if not eight_bit else 12 if codes else 0.6 if packed else 1.3) * weights + activations - kept
-    fitting = max(1, int((room - used) // max(kept, 1)))
+    fitting = max(1, int((available - used) // max(kept, 1)))
     wanted = max(1, min(64, 1024 // tokens))
     autocast = torch.bfloat16 if device.type == "cuda" else None
-    return Plan(codes, packed, checkpointing, eight_bit, min(wanted, fitting), autocast)
+    return Plan(codes, packed, recompute, eight_bit, min(wanted, fitting), autocast)
 
 
-def settings_for(arch_plan: Plan, **changes) -> Settings:
+def settings_for(arch_plan: Plan, **changes) -> DistillSettings:
     """Distillation settings that follow a device's plan."""
-    base = Settings(
+    base = DistillSettings(
         batch=arch_plan.batch,
-        checkpointing=arch_plan.checkpointing,
+        recompute=arch_plan.recompute,
         eight_bit=arch_plan.eight_bit,
         autocast=arch_plan.autocast,
     )
     return replace(base, **changes)
 
 
-def plan_for(shop: "Workshop") -> Plan:
+def plan_for(work: "Workspace") -> Plan:
     """The plan for what the device has free now."""
-    return plan(shop.arch, shop.tokens, free_memory(shop.device), shop.device)
+    return plan(work.arch, work.tokens, free_memory(work.device), work.device)

@@ -1,4 +1,4 @@
-"""From a dense checkpoint to a distilled ternary file in one go: round, paint, calibrate, distill, within a budget.
+"""From a dense checkpoint to a distilled ternary file in one go: round, sample, calibrate, distill, within a budget.
 
 With a growth the most sensitive Linears are found before calibration, and get more bits.
 
@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 
 from ..calibration import calibrate
-from ..calibration.sensitivity import choose, sensitivities
+from ..calibration.sensitivity import best_upgrades, sensitivities
 from ..distillation.blockwise import BlockSettings
 from ..files.atomic import write_json
 from ..files.ternary import open_ternary
 from ..files.work_folder import keep_settings
-from ..pictures.pool import fewer
+from ..pictures.pool import subset
 from ..pictures.quality import Quality
 from ..rounding.round import round_checkpoint
-from .budget import BLOCKWISE, CHOICE, Amounts, Plan, amounts, default_minutes, plan_for, settings_for
+from .budget import BLOCKWISE, CHOICE, Budget, Plan, budget_for, default_minutes, plan_for, settings_for
 from .stages import distill_file
-from .workspace import Workshop
+from .workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Stage:
     quality: Quality
 
 
-class Conversion:
+class Run:
     """One conversion; `run` does what is not done yet and returns a Stage for each of round, calibrate and distill."""
 
     def __init__(
         self,
-        shop: Workshop,
+        work: Workspace,
         target: Path,
         minutes: float | None = None,
         rank: int = 0,
@@ -53,14 +53,14 @@ class Conversion:
         packing: str = "planes32",
         growth: float = 0.0,
         overwrite: bool = False,
-        say: Callable[[str], object] = print,
+        on_message: Callable[[str], object] = print,
     ):
         """`codes`: whether to train them; None: where the device's memory allows it, at once or block by block.
-        `growth`: part by which the file may grow for Linears in two planes or 8 bits (see `mixed`).
+        `growth`: part by which the file may grow for Linears in two terms or 8 bits (see `mixed`).
         """
-        self.shop, self.target, self.rank, self.codes, self.packing = shop, target, rank, codes, packing
-        self.growth, self.overwrite, self.say = growth, overwrite, say
-        weights = sum(n * k for n, k in shop.arch.linear_shapes.values())
+        self.work, self.target, self.rank, self.codes, self.packing = work, target, rank, codes, packing
+        self.growth, self.overwrite, self.on_message = growth, overwrite, on_message
+        weights = sum(n * k for n, k in work.arch.linear_shapes.values())
         self.budget = 60 * (default_minutes(weights) if minutes is None else minutes)
         self.started = time.monotonic()
 
@@ -70,25 +70,27 @@ class Conversion:
         return self.budget - (time.monotonic() - self.started)
 
     def run(self) -> list[Stage]:
-        self.shop.check(self.target, self.overwrite)
-        work = self.shop.work
-        settings = {"dense": self.shop.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
-        settings |= {"sizes": self.shop.sizes, "seed": self.shop.seed, "packing": self.packing, "growth": self.growth}
-        keep_settings(work, settings)
-        choices = self._choices(work / "choices.json")
-        chosen = Amounts(**choices["amounts"])
-        self.shop.pictures, self.shop.states = chosen.pictures, chosen.states
-        self.shop.held_out = chosen.held_out
-        stages = [self._stage("round", work / "rounded.safetensors", self._round)]
-        self.say(
-            f"painting {chosen.pictures} pictures and {chosen.states} states with the original model"
+        self.work.check(self.target, self.overwrite)
+        folder = self.work.folder
+        settings = {"dense": self.work.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
+        settings |= {"sizes": self.work.sizes, "seed": self.work.seed, "packing": self.packing, "growth": self.growth}
+        keep_settings(folder, settings)
+        choices = self._choices(folder / "choices.json")
+        chosen = Budget(**choices["budget"])
+        self.work.pictures, self.work.states = chosen.pictures, chosen.states
+        self.work.held_out = chosen.held_out
+        stages = [self._stage("round", folder / "rounded.safetensors", self._round)]
+        self.on_message(
+            f"sampling {chosen.pictures} pictures and {chosen.states} states with the original model"
             f" ({self._left_text()})"
         )
-        self.shop.pool  # noqa: B018  painted now, so that the stages' times are their own
-        self.shop.swapped  # noqa: B018
-        kinds = self._kinds(work / "kinds.json", choices["state_seconds"]) if self.growth else {}
+        self.work.pool  # noqa: B018  sampled now, so that the stages' times are their own
+        self.work.swapped  # noqa: B018
+        precisions = self._precisions(folder / "precisions.json", choices["state_seconds"]) if self.growth else {}
         stages.append(
-            self._stage("calibrate", work / "calibrated.safetensors", lambda path: self._calibrate(path, chosen, kinds))
+            self._stage(
+                "calibrate", folder / "calibrated.safetensors", lambda path: self._calibrate(path, chosen, precisions)
+            )
         )
         stages.append(self._stage("distill", self.target, lambda path: self._distill(path, choices)))
         return stages
@@ -96,11 +98,11 @@ class Conversion:
     def _stage(self, name: str, file: Path, make: Callable[[Path], object]) -> Stage:
         started = time.monotonic()
         if name == "distill" or not file.exists():
-            self.say(f"{name} ({self._left_text()})")
+            self.on_message(f"{name} ({self._left_text()})")
             make(file)
         seconds = time.monotonic() - started
-        quality = self.shop.quality(file)
-        self.say(f"  {name}: velocity error {quality.error:.4f} on held-out prompts, {seconds:.0f} s")
+        quality = self.work.quality(file)
+        self.on_message(f"  {name}: velocity error {quality.error:.4f} on held-out prompts, {seconds:.0f} s")
         return Stage(name, str(file), os.path.getsize(file) / 1e6, seconds, quality)
 
     def _left_text(self) -> str:
@@ -109,53 +111,53 @@ class Conversion:
     def _choices(self, path: Path) -> dict:
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        state_seconds = self.shop.time_state()
-        enough = calibrate.enough_states(self.shop.arch, self.shop.tokens)
-        prompts, steps = len(self.shop.conditioning), self.shop.trajectories.steps
-        chosen = amounts(self.budget, state_seconds, steps, prompts, enough, self.shop.room)
-        choices = {"amounts": asdict(chosen), "state_seconds": state_seconds}
+        state_seconds = self.work.time_state()
+        enough = calibrate.enough_states(self.work.arch, self.work.tokens)
+        prompts, steps = len(self.work.conditioning), self.work.trajectories.steps
+        chosen = budget_for(self.budget, state_seconds, steps, prompts, enough, self.work.state_capacity)
+        choices = {"budget": asdict(chosen), "state_seconds": state_seconds}
         write_json(path, choices)
         return choices
 
     def _round(self, path: Path) -> None:
-        round_checkpoint(self.shop.dense, path, overwrite=True)
+        round_checkpoint(self.work.dense, path, overwrite=True)
 
-    def _kinds(self, path: Path, state_seconds: float) -> dict[str, str]:
-        """The Linears in two planes or 8 bits, by name."""
+    def _precisions(self, path: Path, state_seconds: float) -> dict[str, str]:
+        """The Linears in two terms or 8 bits, by name."""
         if not path.exists():
-            self.say(f"looking for the most sensitive Linears ({self._left_text()})")
-            start = self.shop.work / "rounded.safetensors"
+            self.on_message(f"looking for the most sensitive Linears ({self._left_text()})")
+            start = self.work.folder / "rounded.safetensors"
             file = open_ternary(start)
-            count = self.shop.counter("measured layers", len(file.layers))
+            count = self.work.counter("measured layers", len(file.layers))
             # Three forms of each, and half of the blocks come after it.
             states = int(CHOICE * self.budget / (1.5 * len(file.layers) * state_seconds))
-            measured = sensitivities(file, self.shop.teacher, fewer(self.shop.holdout, states), on_layer=count)
-            chosen = choose(measured, int(self.growth * start.stat().st_size))
-            write_json(path, {name: option.kind for name, option in chosen.items()})
+            measured = sensitivities(file, self.work.teacher, subset(self.work.holdout, states), on_layer=count)
+            chosen = best_upgrades(measured, int(self.growth * start.stat().st_size))
+            write_json(path, {name: option.precision for name, option in chosen.items()})
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def _calibrate(self, path: Path, chosen: Amounts, kinds: dict[str, str]) -> None:
-        shop = self.shop
-        states = shop.trajectories.states(shop.training_pictures, chosen.calibration_states, shop.seed + 1)
-        count = shop.counter("calibrated blocks", len(shop.arch.block_names))
-        source = open_ternary(shop.work / "rounded.safetensors").metadata["ternary.source_sha256"]
+    def _calibrate(self, path: Path, chosen: Budget, precisions: dict[str, str]) -> None:
+        work = self.work
+        states = work.trajectories.states(work.training_pictures, chosen.calibration_states, work.seed + 1)
+        count = work.counter("calibrated blocks", len(work.arch.block_names))
+        source = open_ternary(work.folder / "rounded.safetensors").metadata["ternary.source_sha256"]
         calibrate.calibrate(
-            shop.teacher,
+            work.teacher,
             states,
-            shop.conditioning,
+            work.conditioning,
             path,
-            shop.work / "calibrate",
-            calibrate.Settings(rank=self.rank, batch=shop.teacher_batch, kinds=kinds),
+            work.folder / "calibrate",
+            calibrate.CalibrationSettings(rank=self.rank, batch=work.teacher_batch, precisions=precisions),
             overwrite=True,
-            on_block=lambda name, report: count(1),
+            on_block=lambda name, fit: count(1),
             sha256=source,
         )
 
     def _distill(self, path: Path, choices: dict) -> None:
-        plan_file = self.shop.work / "choices.json"
+        plan_file = self.work.folder / "choices.json"
         if "training" not in choices:
-            self.shop.release_teacher()
-            plan, seconds = plan_for(self.shop), max(0.3 * self.budget, self.left - 0.03 * self.budget)
+            self.work.release_teacher()
+            plan, seconds = plan_for(self.work), max(0.3 * self.budget, self.left - 0.03 * self.budget)
             choices["training"] = self._training(plan, seconds, choices["state_seconds"])
             write_json(plan_file, choices)
         training = choices["training"]
@@ -171,11 +173,11 @@ class Conversion:
             if training["steps"] is None and row["total"]:
                 training["steps"] = row["total"]
                 write_json(plan_file, choices)
-            self.shop.on_progress("training steps", row["step"], row["total"] or 0)
+            self.work.on_progress("training steps", row["step"], row["total"] or 0)
 
         distill_file(
-            self.shop,
-            self.shop.work / "calibrated.safetensors",
+            self.work,
+            self.work.folder / "calibrated.safetensors",
             path,
             settings,
             self.rank,
@@ -184,7 +186,7 @@ class Conversion:
             block_settings,
             self.overwrite,
             on_step=step,
-            on_block=lambda result: self.say(f"  {result.name}: {result.before:.4f} -> {result.after:.4f}"),
+            on_block=lambda result: self.on_message(f"  {result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
 
     def _training(self, plan: Plan, seconds: float, state_seconds: float) -> dict:
@@ -192,7 +194,7 @@ class Conversion:
         codes = plan.codes if self.codes is None else self.codes and plan.codes
         blocks = None
         if not codes and self.codes is not False:
-            count = len(self.shop.arch.block_names)
+            count = len(self.work.arch.block_names)
             # A step of a block costs about four teacher forwards of the block.
             each = 4 * state_seconds * plan.batch / count
             steps = int(min(400, BLOCKWISE * seconds / count / max(each, 1e-9)))

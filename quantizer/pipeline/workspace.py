@@ -21,8 +21,7 @@ from ..pictures.pool import Pool, holdout_batches, to_device, training_pool
 from ..pictures.quality import Quality, measure, swapped_velocities
 from ..pictures.sampler import latent_shape
 from ..pictures.states import Batch
-from ..pictures.trajectories import Picture, Trajectories
-from ..pictures.trajectories import Settings as PictureSettings
+from ..pictures.trajectories import Picture, PictureSettings, Trajectories
 from .budget import MAX_PICTURES, STATES_EACH
 
 Progress = Callable[[str, int, int], object]  # (what, done, total)
@@ -46,12 +45,12 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 @dataclass
-class Workshop:
-    """A teacher, its conditioning, its pictures and states; everything that takes time to make is kept in `work`."""
+class Workspace:
+    """A teacher, its conditioning, its pictures and states; everything that takes time to make is kept in `folder`."""
 
     dense: Path
     conditioning_file: Path
-    work: Path
+    folder: Path
     sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
     pictures: int = 256
     states: int = 2048
@@ -106,20 +105,20 @@ class Workshop:
         return max(1, min(64, 4096 // self.tokens))
 
     @property
-    def room(self) -> int:
+    def state_capacity(self) -> int:
         """States, with the teacher's velocities, that a fifth of the free main memory holds."""
         channels = self.arch.in_channels + self.arch.out_channels
         largest = max(height * width for _, height, width in self.trajectories.shapes)
         return int(_MEMORY * free_memory(torch.device("cpu"))) // (4 * channels * largest)
 
     def pictures_for(self, seen: int) -> int:
-        """Pictures that take about a quarter of the time of training on `seen` states; 64 to 4,096 that fit `room`.
+        """Pictures that take about a quarter of the time of training on `seen` states: 64 to 4,096 that fit the memory.
 
         A state costs about four of the teacher's forwards in training; a picture costs one for each step of the sampler
         and for each of its states where the velocity is not known.
         """
         affordable = seen // (self.trajectories.steps + STATES_EACH // 2)
-        return min(max(_LEAST_PICTURES, affordable), MAX_PICTURES, max(1, self.room // STATES_EACH))
+        return min(max(_LEAST_PICTURES, affordable), MAX_PICTURES, max(1, self.state_capacity // STATES_EACH))
 
     def time_state(self) -> float:
         """Seconds of a teacher forward for one state: the shortest of three, or of as many as two seconds allow."""
@@ -138,36 +137,40 @@ class Workshop:
     def trajectories(self) -> Trajectories:
         settings = PictureSettings(self.sizes, self.sampler_steps, guidance=self.guidance, seed=self.seed)
         model = fingerprint(open_checkpoint(self.dense))
-        return Trajectories(self.work / "pictures", self.arch, self.conditioning, settings, model)
+        return Trajectories(self.folder / "pictures", self.arch, self.conditioning, settings, model)
 
     @property
     def training_pictures(self) -> list[Picture]:
         return self.trajectories.plan("train", self.pictures)
 
-    def paint(self) -> None:
-        """Let the teacher paint its training pictures."""
+    def sample_pictures(self) -> None:
+        """Let the teacher sample its training pictures."""
         count = self.counter("pictures", self.pictures)
         self.trajectories.generate(self.teacher, self.training_pictures, self.teacher_batch, count)
 
     @cached_property
     def pool(self) -> Pool:
-        self.paint()
+        self.sample_pictures()
         count = self.counter("teacher velocities", self.states)
-        folder = self.work / "velocities"
+        velocities = self.folder / "velocities"
         pictures, batch = self.training_pictures, self.teacher_batch
-        return training_pool(self.teacher, self.trajectories, pictures, self.states, folder, batch, self.seed, count)
+        return training_pool(
+            self.teacher, self.trajectories, pictures, self.states, velocities, batch, self.seed, count
+        )
 
     @cached_property
     def holdout(self) -> list[Batch]:
         """States of pictures of held-out prompts, on the device."""
-        folder = self.work / "velocities"
-        batches = holdout_batches(self.teacher, self.trajectories, self.held_out, folder, max(2, self.teacher_batch))
+        velocities = self.folder / "velocities"
+        batches = holdout_batches(
+            self.teacher, self.trajectories, self.held_out, velocities, max(2, self.teacher_batch)
+        )
         return [to_device(batch, self.device) for batch in batches]
 
     @cached_property
     def swapped(self) -> list[Tensor]:
         """The teacher's velocities at the held-out states under other prompts, on the device."""
-        path = self.work / "velocities" / f"swapped-{self.held_out}.pt"
+        path = self.folder / "velocities" / f"swapped-{self.held_out}.pt"
         if not path.exists():
             velocities = [velocity.cpu() for velocity in swapped_velocities(self.teacher, self.holdout)]
             partial = path.with_suffix(".partial")

@@ -17,9 +17,9 @@ from ..files.summary import bits
 from ..files.ternary import TernaryFile, open_ternary
 from ..model.student import load_student
 from ..pictures.quality import BINS, Quality, measure
-from ..pictures.sampler import noise_levels, paint
+from ..pictures.sampler import noise_levels, sample
 from ..pictures.trajectories import Picture, initial_noise
-from ..pipeline.workspace import Workshop
+from ..pipeline.workspace import Workspace
 from . import charts
 from .decoders import Decode, preview
 
@@ -49,7 +49,7 @@ class Measured:
 
 
 def report(
-    shop: Workshop, files: Mapping[str, Path], folder: Path, pictures: int = 4, decode: Decode | None = None
+    work: Workspace, files: Mapping[str, Path], folder: Path, pictures: int = 4, decode: Decode | None = None
 ) -> Path:
     """Compare ternary files (by name, in the order of the stages) with their teacher; returns the page's path.
 
@@ -57,28 +57,28 @@ def report(
     projection of the latent channels.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = shop.trajectories.plan("holdout", pictures)
+    chosen = work.trajectories.plan("holdout", pictures)
     chosen = [picture for picture in chosen if picture.shape == chosen[0].shape]
-    theirs = _trajectory(shop.teacher, shop, chosen)
-    measured = [_measure(shop, name, path, chosen, theirs) for name, path in files.items()]
-    images = _charts(shop, chosen, theirs[-1], measured, decode or preview(theirs[-1]))
+    theirs = _trajectory(work.teacher, work, chosen)
+    measured = [_measure(work, name, path, chosen, theirs) for name, path in files.items()]
+    images = _charts(work, chosen, theirs[-1], measured, decode or preview(theirs[-1]))
     for name, image in images.items():
         image.save(folder / f"{name}.png", optimize=True)
     path = folder / "report.html"
     partial = path.with_suffix(".partial")
-    partial.write_text(_page(shop, measured, images, decode is None), encoding="utf-8")
+    partial.write_text(_page(work, measured, images, decode is None), encoding="utf-8")
     os.replace(partial, path)
     return path
 
 
-def _measure(shop: Workshop, name: str, path: Path, pictures: Sequence[Picture], theirs: Sequence[Tensor]) -> Measured:
+def _measure(work: Workspace, name: str, path: Path, pictures: Sequence[Picture], theirs: Sequence[Tensor]) -> Measured:
     file = open_ternary(path)
-    model = load_student(file, shop.device).requires_grad_(False)
-    ours = _trajectory(_on_device(model, shop.device), shop, pictures)
+    model = load_student(file, work.device).requires_grad_(False)
+    ours = _trajectory(_on_device(model, work.device), work, pictures)
     # Both start from the same noise: the first state differs by nothing.
     divergence = [float((a - b).norm() / b.norm()) for a, b in zip(ours[1:], theirs[1:], strict=True)]
-    quality = measure(model, shop.holdout, shop.swapped)
-    return Measured(name, path, quality, divergence, ours[-1], bits(file), weight_errors(file, shop.teacher.checkpoint))
+    quality = measure(model, work.holdout, work.swapped)
+    return Measured(name, path, quality, divergence, ours[-1], bits(file), weight_errors(file, work.teacher.checkpoint))
 
 
 def _on_device(model, device: torch.device):
@@ -89,12 +89,12 @@ def _on_device(model, device: torch.device):
     return velocity
 
 
-def _trajectory(velocity, shop: Workshop, pictures: Sequence[Picture]) -> list[Tensor]:
+def _trajectory(velocity, work: Workspace, pictures: Sequence[Picture]) -> list[Tensor]:
     """The latents of some pictures before every step, and at the end."""
-    trajectories = shop.trajectories
+    trajectories = work.trajectories
     levels = noise_levels(trajectories.steps, trajectories.shift)
     conditions = trajectories.conditions(pictures)
-    steps = paint(lambda *inputs: velocity(*inputs).cpu(), initial_noise(pictures), levels, shop.arch, conditions)
+    steps = sample(lambda *inputs: velocity(*inputs).cpu(), initial_noise(pictures), levels, work.arch, conditions)
     return [latent.clone() for _, latent, _ in steps]
 
 
@@ -108,11 +108,11 @@ def weight_errors(file: TernaryFile, teacher: Checkpoint) -> dict[str, float]:
 
 
 def _charts(
-    shop: Workshop, pictures: Sequence[Picture], theirs: Tensor, measured: Sequence[Measured], decode: Decode
+    work: Workspace, pictures: Sequence[Picture], theirs: Tensor, measured: Sequence[Measured], decode: Decode
 ) -> dict[str, Image.Image]:
     columns = [decode(theirs)] + [decode(m.latents) for m in measured]
     rows = [list(row) for row in zip(*columns, strict=True)]
-    prompts = [_short(shop.conditioning.prompts[picture.prompt]) for picture in pictures]
+    prompts = [_short(work.conditioning.prompts[picture.prompt]) for picture in pictures]
     by_time = {
         m.name: [((i + 0.5) / BINS, e) for i, e in enumerate(m.quality.by_timestep) if e is not None] for m in measured
     }
@@ -123,8 +123,8 @@ def _charts(
         "divergence": charts.lines("Distance from the original's trajectory", "sampler step", apart),
     }
     for m in measured:
-        blocks = list(shop.arch.block_names)
-        names = list(dict.fromkeys(name for block in blocks for name in shop.arch.block_linears(block)))
+        blocks = list(work.arch.block_names)
+        names = list(dict.fromkeys(name for block in blocks for name in work.arch.block_linears(block)))
         values = [[m.errors.get(f"{block}.{name}") for name in names] for block in blocks]
         rows = [block.replace("_blocks.", " ") for block in blocks]
         title = f"Relative weight error after {m.name}"
@@ -136,14 +136,14 @@ def _short(prompt: str, length: int = 36) -> str:
     return prompt if len(prompt) <= length else f"{prompt[: length - 1]}…"
 
 
-def _page(shop: Workshop, measured: Sequence[Measured], images: Mapping[str, Image.Image], previews: bool) -> str:
+def _page(work: Workspace, measured: Sequence[Measured], images: Mapping[str, Image.Image], previews: bool) -> str:
     def figure(name: str, text: str) -> str:
         buffer = io.BytesIO()
         images[name].save(buffer, "PNG", optimize=True)
         data = base64.b64encode(buffer.getvalue()).decode()
         return f'<div class="wide"><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></div>'
 
-    dense = os.path.getsize(shop.dense)
+    dense = os.path.getsize(work.dense)
     rows = "".join(
         f"<tr><td>{html.escape(m.name)}</td><td>{m.quality.error:.4f}</td><td>{m.divergence[-1]:.3f}</td>"
         f"<td>{m.quality.response:.2f}</td><td>{m.quality.alignment:.2f}</td><td>{m.bits:.2f}</td>"
@@ -154,14 +154,14 @@ def _page(shop: Workshop, measured: Sequence[Measured], images: Mapping[str, Ima
     maps = "".join(figure(name, name) for name in images if name.startswith("weights-"))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Ternary {html.escape(shop.arch.name)}</title><style>{_STYLE}</style>
-<h1>{html.escape(shop.dense.name)} with 1.58-bit weights</h1>
+<title>Ternary {html.escape(work.arch.name)}</title><style>{_STYLE}</style>
+<h1>{html.escape(work.dense.name)} with 1.58-bit weights</h1>
 <p>{kind} of held-out prompts, from the same noise: the original, then every stage.</p>
 {figure("pictures", "pictures of the original and of every stage")}
 <h2>In numbers</h2>
 <div class="wide"><table><tr><th>stage</th><th>velocity error</th><th>divergence</th><th>response to prompts</th>
 <th>its alignment</th><th>bits per weight</th><th>size</th><th>times smaller</th></tr>
-<tr><td>original</td><td>0</td><td>0</td><td>1</td><td>1</td><td>{_dense_bits(shop):.0f}</td>
+<tr><td>original</td><td>0</td><td>0</td><td>1</td><td>1</td><td>{_dense_bits(work):.0f}</td>
 <td>{dense / 1e6:,.1f} MB</td><td>1</td></tr>{rows}</table></div>
 <p class="note">Velocity error: squared, relative to the original's velocities, on its own trajectories. Divergence:
 distance of the finished latents from the original's, relative to their length, when each model paints on its own.
@@ -177,6 +177,6 @@ Bits count the ternary layers with their scales and low-rank factors.</p>
 """
 
 
-def _dense_bits(shop: Workshop) -> int:
-    name = f"{shop.arch.linears[0]}.weight"
-    return 8 * shop.teacher.checkpoint.dtype(name).itemsize
+def _dense_bits(work: Workspace) -> int:
+    name = f"{work.arch.linears[0]}.weight"
+    return 8 * work.teacher.checkpoint.dtype(name).itemsize

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..files import metadata
 from ..files.atomic import check_target
 from ..files.checkpoint import Checkpoint, Piece, open_checkpoint
 from ..files.container import FormatError
 from ..files.layer import LayerPlan
-from ..files.metadata import describe, room
 from ..files.ternary import TernaryWriter, create_ternary
-from .one_plane import Matrix, Rows, round_rows
+from .one_term import Matrix, Rows, round_rows
 
 _IN_FLIGHT = 8  # pieces of 4 MB that are read ahead of the rounding
 
@@ -59,15 +59,17 @@ def round_checkpoint(
     names = {f"{layer}.weight" for layer in layers}
     dense = {name: (torch.bfloat16, checkpoint.entry(name).shape) for name in checkpoint.names if name not in names}
 
-    def metadata(errors: dict[str, float], **sha256: str) -> dict[str, str]:
+    def header(errors: dict[str, float], **sha256: str) -> dict[str, str]:
         settings = {"packing": packing}
-        return describe(arch, checkpoint.path, checkpoint.metadata, method, settings, errors, **sha256)
+        return metadata.build(arch, checkpoint.path, checkpoint.metadata, method, settings, errors, **sha256)
 
-    with create_ternary(target, layers, dense, metadata(dict.fromkeys(layers, 0.0)), room(arch), overwrite) as writer:
-        conversion = _Conversion(checkpoint, writer, method, on_progress)
-        conversion.run()
-        errors = {name: conversion.errors[name] for name in layers}
-        writer.metadata.update(metadata(errors, sha256=conversion.digest.hexdigest()))
+    with create_ternary(
+        target, layers, dense, header(dict.fromkeys(layers, 0.0)), metadata.header_room(arch), overwrite
+    ) as writer:
+        one_pass = _Pass(checkpoint, writer, method, on_progress)
+        one_pass.run()
+        errors = {name: one_pass.errors[name] for name in layers}
+        writer.metadata.update(header(errors, sha256=one_pass.digest.hexdigest()))
     weights = sum(n * k for n, k in arch.linear_shapes.values())
     sizes = checkpoint.file.header.size, os.path.getsize(target)
     return Summary(arch.name, errors, weights, *sizes, time.monotonic() - started)
@@ -84,7 +86,7 @@ def _single_threaded_pool() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)  # threads started later take the setting made last in any thread
 
 
-class _Conversion:
+class _Pass:
     """Reads in this thread, hashes in a second, rounds in one thread for each core, and writes in this one again."""
 
     def __init__(self, checkpoint: Checkpoint, writer: TernaryWriter, method: str, on_progress: Callable):

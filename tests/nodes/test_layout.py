@@ -11,7 +11,7 @@ from ternary_flux.tests.nodes import adapters, tiny
 from torch.nn.functional import linear
 
 N, K = 96, 200
-VARIANTS = {"integer": {}, "float": {"float_groups": True}, "low rank": {"rank": 8}, "two planes": {"planes": 2}}
+VARIANTS = {"integer": {}, "float": {"float_groups": True}, "low rank": {"rank": 8}, "two terms": {"terms": 2}}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -59,9 +59,9 @@ def tensors_of(weight):
     return [weight._qdata, *(getattr(weight._params, field) for field in weight._params._tensor_fields())]
 
 
-@pytest.mark.parametrize("planes, bound", [(1, 0.01), (2, 0.15)])  # one plane is 0.36 off from two
-def test_quantizing_keeps_a_ternary_weight(comfy, planes, bound):
-    ternary = tiny.ternary_weight((N, 256), tiny.generator(0), planes=planes)
+@pytest.mark.parametrize("terms, bound", [(1, 0.01), (2, 0.15)])  # one term is 0.36 off from two
+def test_quantizing_keeps_a_ternary_weight(comfy, terms, bound):
+    ternary = tiny.ternary_weight((N, 256), tiny.generator(0), terms=terms)
     weight = comfy.layout.wrap(ternary, torch.float32, "full")
     options = {"scale": "recalculate", "stochastic_rounding": 1, "inplace_ops": True}
     again = weight.requantize_from_float(weight.dequantize(), **options)
@@ -73,8 +73,8 @@ def test_state_dict_and_back(comfy, weight):
     entries = comfy.linear.entries(weight, "layer.")
     configuration = comfy.linear.read_configuration(entries, "layer.")
     expected = {"format": "ternary_v1", "packing": "planes32", "group_size": 128, "shape": [N, K]}
-    planes = weight._qdata.shape[0] // 2
-    assert configuration == (expected if planes == 1 else expected | {"planes": planes})
+    terms = weight._qdata.shape[0] // 2
+    assert configuration == (expected if terms == 1 else expected | {"terms": terms})
     again = comfy.linear.take_weight(entries, "layer.", configuration)
     assert not entries
     assert torch.equal(again.dequantize(), weight.dequantize())

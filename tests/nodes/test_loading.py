@@ -62,12 +62,12 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(comfy, path):
 )
 def test_the_status_says_how_far_the_conversion_went(comfy, tmp_path, metadata, line):
     file = comfy.loader.check(tiny.write(tmp_path / "file.safetensors", metadata=metadata))
-    lines = comfy.loader.describe(file, tiny.CPU, "auto").splitlines()
+    lines = comfy.loader.status(file, tiny.CPU, "auto").splitlines()
     assert lines[0] == "file.safetensors" and lines[3] == line
     assert len(lines) == 5
 
 
-FORMS = [{"rank": 8}, {"float_groups": True}, {"packing": "base3"}, {"planes": 2}, {"planes": 2, "packing": "base3"}]
+FORMS = [{"rank": 8}, {"float_groups": True}, {"packing": "base3"}, {"terms": 2}, {"terms": 2, "packing": "base3"}]
 
 
 @pytest.mark.parametrize("variant", FORMS)
@@ -79,12 +79,12 @@ def test_every_form_of_the_format_loads(comfy, tmp_path, variant, activations):
     assert error < (1e-4 if activations == "full" else 0.05)
 
 
-def test_a_file_of_two_planes_takes_loras_and_is_saved_as_it_was(comfy, tmp_path):
-    path, saved = tiny.write(tmp_path / "two.safetensors", planes=2), tmp_path / "saved.safetensors"
+def test_a_file_of_two_terms_takes_loras_and_is_saved_as_it_was(comfy, tmp_path):
+    path, saved = tiny.write(tmp_path / "two.safetensors", terms=2), tmp_path / "saved.safetensors"
     model = comfy.loader.load(str(path), "full")
     assert model.model_size() < 1.05 * path.stat().st_size
-    status = comfy.loader.describe(comfy.loader.check(path), tiny.CPU, "auto")
-    assert "13 ternary layers (13 of two trit planes)" in status and ", 4." in status
+    status = comfy.loader.status(comfy.loader.check(path), tiny.CPU, "auto")
+    assert "13 ternary layers (13 of two ternary terms)" in status and ", 4." in status
     comfy.sd.save_checkpoint(str(saved), model)
     before, after = load_file(path), load_file(saved)
     for part in ("weight", "weight_scale", "weight_group", "comfy_quant"):
@@ -200,7 +200,7 @@ def int8_parts(path):
 def test_files_with_int8_layers_load_and_save(comfy, mixed, reference, tmp_path):
     model = comfy.loader.load(str(mixed), "full")
     assert 1e-5 < tiny.distance(tiny.run(model), reference) < 0.05
-    assert "12 ternary layers and 1 int8 layers" in comfy.loader.describe(comfy.loader.check(mixed), tiny.CPU, "auto")
+    assert "12 ternary layers and 1 int8 layers" in comfy.loader.status(comfy.loader.check(mixed), tiny.CPU, "auto")
     comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model)
     saved = load_file(tmp_path / "saved.safetensors")
     stored = {f"model.diffusion_model.{QKV}.{part}": tensor for part, tensor in int8_parts(mixed).items()}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from ternary_flux.ops import TernaryWeight
-from ternary_flux.ops.packing import blocks
+from ternary_flux.ops.packing import groups_of
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.layer import LayerPlan
 from ternary_flux.quantizer.files.ternary import create_ternary, open_ternary
@@ -37,17 +37,17 @@ def dense_tensors(arch: Architecture, g: torch.Generator, dtype=torch.float32) -
     return tensors
 
 
-def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, planes=1) -> TernaryWeight:
+def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, terms=1) -> TernaryWeight:
     n, k = shape
-    codes = torch.randint(-1, 2, (n, planes * k), generator=g, dtype=torch.int8)
+    codes = torch.randint(-1, 2, (n, terms * k), generator=g, dtype=torch.int8)
     row = (torch.rand(n, generator=g) + 0.5) * k**-0.5 / 100
-    group = torch.randint(60, 128, (planes * blocks(k), n), generator=g, dtype=torch.uint8)
+    group = torch.randint(60, 128, (terms * groups_of(k), n), generator=g, dtype=torch.uint8)
     scales = ((row * group).to(torch.bfloat16), None) if float_groups else (row, group)
     down = up = None
     if rank:
         down = (torch.randn(rank, k, generator=g) * k**-0.5).to(torch.bfloat16)
         up = (torch.randn(n, rank, generator=g) * 0.3).to(torch.bfloat16)
-    return TernaryWeight.from_codes(codes, *scales, down, up, planes)
+    return TernaryWeight.from_codes(codes, *scales, down, up, terms)
 
 
 def write(

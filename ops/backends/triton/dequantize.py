@@ -1,6 +1,6 @@
 """dequantize: a ternary weight to a dense one, for torch's own matmul.
 
-    trits [planes * blocks, N, 32], scales, low-rank factors -> [N, K] fp16 / bf16 / fp32
+    trits [terms * blocks, N, 32], scales, low-rank factors -> [N, K] fp16 / bf16 / fp32
 
 Scale, low-rank part and sums are fp32; each weight is rounded once.
 """
@@ -15,7 +15,7 @@ BLOCK_N, WARPS = 64, 4
 
 @triton.jit
 def _block(trits_ptr, group_ptr, scale, j, n, i, trits_stride, group_stride, GROUPS, LANE, PTX):
-    """Block j of one trit plane times its scales: four fp32 [BLOCK_N, 32], inputs i, 32 + i, 64 + i and 96 + i."""
+    """Block j of one term times its scales: four fp32 [BLOCK_N, 32], inputs i, 32 + i, 64 + i and 96 + i."""
     trits = tl.load(trits_ptr + j * trits_stride + n[:, None] * 32 + i[None, :])
     if GROUPS:
         scale *= tl.load(group_ptr + j * group_stride + n).to(tl.float32)
@@ -40,7 +40,7 @@ def _dequantize(
     GROUPS: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     RANK: tl.constexpr,
-    PLANES: tl.constexpr,
+    TERMS: tl.constexpr,
     PTX: tl.constexpr,
 ):
     OUT_TYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -53,7 +53,7 @@ def _dequantize(
     if ROW_SCALE:
         scale *= tl.load(row_scale_ptr + n_safe)
     weights = _block(trits_ptr, group_ptr, scale, block, n_safe, i, trits_stride, group_stride, GROUPS, LANE, PTX)
-    if PLANES == 2:
+    if TERMS == 2:
         j = tl.num_programs(1) + block
         second = _block(trits_ptr, group_ptr, scale, j, n_safe, i, trits_stride, group_stride, GROUPS, LANE, PTX)
     if RANK > 0:
@@ -62,7 +62,7 @@ def _dequantize(
         up = tl.load(up_ptr + n_safe[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
     for quarter in tl.static_range(4):
         dense = weights[quarter]
-        if PLANES == 2:
+        if TERMS == 2:
             dense += second[quarter]
         k = block * 128 + quarter * 32 + i
         if RANK > 0:
@@ -76,7 +76,7 @@ def dequantize(weight, down, up, out, chip):
     """Launches the kernel on out [N, K]. down [r, K] and up [N, r] have one 16-bit dtype; both may be None."""
     n, k = out.shape
     row_scale, group = (None, weight.scale) if weight.scale.ndim == 2 else (weight.scale, weight.group)
-    _dequantize[(triton.cdiv(n, BLOCK_N), weight.trits.shape[0] // weight.planes)](
+    _dequantize[(triton.cdiv(n, BLOCK_N), weight.trits.shape[0] // weight.terms)](
         weight.trits,
         row_scale,
         group,
@@ -91,7 +91,7 @@ def dequantize(weight, down, up, out, chip):
         GROUPS=group is not None,
         ROW_SCALE=row_scale is not None,
         RANK=0 if up is None else up.shape[1],
-        PLANES=weight.planes,
+        TERMS=weight.terms,
         PTX=chip.ptx,
         num_warps=WARPS,
     )

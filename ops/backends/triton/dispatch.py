@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from ...packing import GROUP_SIZE, blocks
+from ...packing import GROUP_SIZE, groups_of
 from ...weight import TernaryWeight
 from . import configs
 from .dequantize import dequantize
@@ -47,8 +47,8 @@ def _eight_bit(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activation
     kernel = f"{activations}_{'row' if weight.group is None and weight.scale.ndim == 1 else 'group'}"
     dtype = torch.int8 if activations == "int8" else torch.float8_e4m3fn
     low, up = _low_rank(x, weight)
-    codes, token_scale = quantize_rows(x, blocks(x.shape[1]) * GROUP_SIZE, dtype)
-    codes = codes if weight.planes == 1 else weight.repeat_inputs(codes)
+    codes, token_scale = quantize_rows(x, groups_of(x.shape[1]) * GROUP_SIZE, dtype)
+    codes = codes if weight.terms == 1 else weight.repeat_inputs(codes)
     y = x.new_empty(m, weight.shape[0])
     return linear_a8(codes, token_scale, weight, low, up, bias, y, configs.tile(chip, kernel, m), chip)
 
@@ -58,7 +58,7 @@ def _full(x: Tensor, weight: TernaryWeight, bias: Tensor | None, chip: configs.C
     if tile is None:
         return dense_product(x, weight, bias, chip)
     low, up = _low_rank(x, weight)
-    x = x if weight.planes == 1 else weight.repeat_inputs(x)
+    x = x if weight.terms == 1 else weight.repeat_inputs(x)
     return linear_a16(x, weight, low, up, bias, x.new_empty(x.shape[0], weight.shape[0]), tile, chip)
 
 

@@ -3,7 +3,7 @@
     y[m, n] = row_scale[n] * sum_j group[j, n] * sum_(k in block j) x[m, k] * trit[n, k] + (low @ up.T)[m, n] + bias[n]
 
     x          fp16 / bf16 [M, K], any row stride, any K
-    trits      uint8 [blocks, N, 32], planes32; two trit planes meet inputs that were repeated before the launch
+    trits      uint8 [blocks, N, 32], planes32; two terms meet inputs that were repeated before the launch
     row_scale  fp32 [N], or absent with float groups
     group      uint8 [blocks, N], or float [blocks, N], optional
     low, up    [M, r], [N, r] in the dtype of x, optional

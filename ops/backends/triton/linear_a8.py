@@ -5,14 +5,14 @@
 
     x            int8 or e4m3 [M, 128 * blocks], from quantize_rows
     token_scale  fp32 [M]
-    trits        uint8 [blocks, N, 32], planes32; two trit planes meet inputs that were repeated before the launch
+    trits        uint8 [blocks, N, 32], planes32; two ternary terms meet inputs that were repeated before the launch
     row_scale    fp32 [N], or absent with float groups
     group        uint8 [blocks, N], 1..127, or with e4m3 float [blocks, N]; optional
     low, up      fp16 / bf16 [M, r], [N, r], optional
     bias         [N], optional
 
 int8: the group multiplier goes into the weight operand (0, +-g by a byte look-up), the sum over all of K is exact in
-int32 (at most 127 * 127 * 24576 = 4.0e8 for the largest FLUX layer, twice that with two trit planes), and everything
+int32 (at most 127 * 127 * 24576 = 4.0e8 for the largest FLUX layer, twice that with two ternary terms), and everything
 after it is fp32.
 e4m3: sums are fp32 as the tensor core makes them; with groups each block of 128 is summed apart and scaled in fp32.
 

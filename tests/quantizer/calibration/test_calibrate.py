@@ -6,12 +6,12 @@ import pytest
 import safetensors.torch
 import torch
 from ternary_flux.quantizer.calibration import calibrate
-from ternary_flux.quantizer.calibration.calibrate import Settings
+from ternary_flux.quantizer.calibration.calibrate import CalibrationSettings
 from ternary_flux.quantizer.calibration.sensitivity import rounded
 from ternary_flux.quantizer.calibration.streams import Streams, inputs_of, many_vectors
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
-from ternary_flux.quantizer.files.kinds import kinds_of
+from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.model.flux import Flux
 from ternary_flux.quantizer.model.teacher import Teacher
@@ -41,14 +41,14 @@ class Case:
         self.conditioning = Conditioning(torch.randn(10, 3, 12, generator=generator), pooled, names)
         self.teacher = Teacher(open_checkpoint(self.path))
         sizes = ((64, 64), (32, 64)) if version == 1 else ((64, 64), (48, 64))
-        settings = trajectories.Settings(sizes, steps=2)
-        self.shop = trajectories.Trajectories(folder / "pictures", arch, self.conditioning, settings, "random")
-        pictures = self.shop.plan("train", 6)
-        self.shop.generate(self.teacher, pictures)
-        self.states = self.shop.states(pictures, 24)
+        settings = trajectories.PictureSettings(sizes, steps=2)
+        self.trajectories = trajectories.Trajectories(folder / "pictures", arch, self.conditioning, settings, "random")
+        pictures = self.trajectories.plan("train", 6)
+        self.trajectories.generate(self.teacher, pictures)
+        self.states = self.trajectories.states(pictures, 24)
 
     def run(self, name: str, work: str, **arguments):
-        settings = Settings(batch=4, sweeps=1, **arguments)
+        settings = CalibrationSettings(batch=4, sweeps=1, **arguments)
         target = self.folder / f"{name}.safetensors"
         report = calibrate.calibrate(self.teacher, self.states, self.conditioning, target, self.folder / work, settings)
         return target, report
@@ -87,14 +87,14 @@ def test_is_better_than_rounding(case):
     assert not (case.folder / "work" / "activations").exists()
 
 
-def some_kinds(case) -> dict[str, str]:
-    """The first Linear in 8 bits, the last one in two planes."""
-    return {case.teacher.arch.linears[0]: "int8", case.teacher.arch.linears[-1]: "planes"}
+def some_precisions(case) -> dict[str, str]:
+    """The first Linear in 8 bits, the last one in two terms."""
+    return {case.teacher.arch.linears[0]: "int8", case.teacher.arch.linears[-1]: "two-terms"}
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_an_interrupted_run_gives_the_same_file(case, tmp_path, mixed):
-    kinds = some_kinds(case) if mixed else {}
+    precisions = some_precisions(case) if mixed else {}
 
     class Stop(Exception):
         pass
@@ -104,19 +104,19 @@ def test_an_interrupted_run_gives_the_same_file(case, tmp_path, mixed):
 
     path = tmp_path / "resumed.safetensors"
     arguments = (case.teacher, case.states, case.conditioning, path, tmp_path / "resumed")
-    settings = Settings(batch=4, sweeps=1, kinds=kinds)
+    settings = CalibrationSettings(batch=4, sweeps=1, precisions=precisions)
     with pytest.raises(Stop):
         calibrate.calibrate(*arguments, settings, on_block=stop)
     assert not path.exists()
     done = []
     resumed = calibrate.calibrate(*arguments, settings, on_block=lambda name, _: done.append(name))
-    first, report = case.run(f"again-{mixed}", f"once-{mixed}", kinds=kinds)
+    first, report = case.run(f"again-{mixed}", f"once-{mixed}", precisions=precisions)
     assert report == resumed and done == list(case.teacher.arch.block_names)
     files = [open_ternary(p) for p in (path, first)]
     assert files[0].file.entries == files[1].file.entries
     assert all((files[0].file.bytes(key) == files[1].file.bytes(key)).all() for key in files[0].file.entries)
     with pytest.raises(ValueError, match="its batch is 4, not 8"):
-        calibrate.calibrate(*arguments, Settings(batch=8, sweeps=1, kinds=kinds), overwrite=True)
+        calibrate.calibrate(*arguments, CalibrationSettings(batch=8, sweeps=1, precisions=precisions), overwrite=True)
     with pytest.raises(FileExistsError):
         calibrate.calibrate(*arguments, settings)
 
@@ -158,11 +158,11 @@ def test_moments_are_of_what_the_linears_get(case):
         block = case.teacher.block("double_blocks.0")
         names = ["img_mlp.0", "txt_mlp.0"]
         moments = streams.moments(block, block, names)
-        state = streams.groups[0].state(case.teacher.stem, slice(0, 5), 0)
-        seen = inputs_of(block, names, state)
+        tokens = streams.groups[0].tokens(case.teacher.stem, slice(0, 5), 0)
+        seen = inputs_of(block, names, tokens)
     assert {name: x.shape[-1] for name, x in seen.items()} == {name: 128 for name in names}
-    tokens = sum(len(group) * group.latent.shape[2] * group.latent.shape[3] for group in case.states)
-    assert moments["img_mlp.0"].tokens == tokens // case.teacher.arch.patch_size**2
+    count = sum(len(group) * group.latent.shape[2] * group.latent.shape[3] for group in case.states)
+    assert moments["img_mlp.0"].tokens == count // case.teacher.arch.patch_size**2
     assert moments["txt_mlp.0"].tokens == 24 * 3
     assert not moments["img_mlp.0"].shift.any()
     streams.remove()
@@ -184,12 +184,12 @@ def test_vectors_combine_times_prompts_and_guidance(case):
     assert len(vectors.unique(dim=0)) > 2 * sum(len(group) for group in case.states)
 
 
-def test_linears_of_other_kinds(case):
-    kinds = some_kinds(case)
-    (int8, planes), (target, _) = kinds, case.run("kinds", "kinds-work", kinds=kinds)
+def test_linears_of_other_precisions(case):
+    precisions = some_precisions(case)
+    (int8, terms), (target, _) = precisions, case.run("precisions", "precisions-work", precisions=precisions)
     file = open_ternary(target)
-    assert kinds_of(file) == kinds and file.int8 == (int8,)
-    assert [name for name, plan in file.layers.items() if plan.planes == 2] == [planes]
+    assert precisions_of(file) == precisions and file.int8 == (int8,)
+    assert [name for name, plan in file.layers.items() if plan.terms == 2] == [terms]
     dense = case.teacher.checkpoint.tensor(f"{int8}.weight")
     assert torch.equal(file.parameter(f"{int8}.weight").float(), rounded(dense, "int8"))
     plain, _ = case.run("all-ternary", "all-ternary")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ternary_flux.quantizer.calibration import gptq
 from ternary_flux.quantizer.calibration.moments import Moments
-from ternary_flux.quantizer.rounding.two_planes import two_planes
+from ternary_flux.quantizer.rounding.two_terms import two_terms
 
 K, N = 256, 48
 
@@ -49,18 +49,18 @@ def test_beats_rounding_on_the_outputs():
     rounded = (x @ (round_to_nearest(w) - w).t()).norm() / (x @ w.t()).norm()
     found = output_error(solution, x, x, w, bias)
     assert found < 0.7 * rounded
-    assert solution.report.tokens == 2000 and solution.report.inputs == K
-    assert 1 < solution.report.effective_rank < K / 2
-    assert solution.report.weight_error == pytest.approx(
+    assert solution.fit.tokens == 2000 and solution.fit.inputs == K
+    assert 1 < solution.fit.effective_rank < K / 2
+    assert solution.fit.weight_error == pytest.approx(
         ((solution.weight.dequantize(torch.float32) - w).norm() / w.norm()).item(), rel=1e-4
     )
 
 
-def test_two_planes_leave_little():
+def test_two_terms_leave_little():
     x, w, bias = inputs(), weight(), torch.zeros(N)
-    one, two = (gptq.solve(w, bias, moments(x), planes=planes) for planes in (1, 2))
-    assert (one.weight.planes, two.weight.planes) == (1, 2)
-    rounded = (x @ (two_planes(w)[0].dequantize() - w).t()).norm() / (x @ w.t()).norm()
+    one, two = (gptq.solve(w, bias, moments(x), terms=terms) for terms in (1, 2))
+    assert (one.weight.terms, two.weight.terms) == (1, 2)
+    rounded = (x @ (two_terms(w)[0].dequantize() - w).t()).norm() / (x @ w.t()).norm()
     error = output_error(two, x, x, w, bias)
     assert error < 0.85 * rounded
     assert error < 0.6 * output_error(one, x, x, w, bias)
@@ -152,7 +152,7 @@ def test_low_rank_factors_help_and_are_the_best_for_the_inputs():
     errors = [output_error(gptq.solve(w, bias, moments(x), rank=rank), x, x, w, bias) for rank in (0, 8, 32)]
     assert errors[0] > errors[1] > errors[2]
     factor = torch.linalg.cholesky(x.t() @ x / len(x) + 0.01 * torch.eye(K))
-    up, down = gptq.low_rank_factors(w, factor, 8)
+    up, down = gptq.weighted_low_rank(w, factor, 8)
     left = torch.linalg.svdvals((w - up @ down) @ factor).square().sum()
     torch.testing.assert_close(left, torch.linalg.svdvals(w @ factor)[8:].square().sum(), rtol=1e-2, atol=0)
 
@@ -162,7 +162,7 @@ def test_few_tokens_are_handled(tokens):
     x, w = inputs(tokens=tokens), weight()
     solution = gptq.solve(w, torch.zeros(N), moments(x))
     assert torch.isfinite(solution.weight.dequantize(torch.float32)).all()
-    assert solution.report.weight_error < 1.5
+    assert solution.fit.weight_error < 1.5
     assert output_error(solution, x, x, w, torch.zeros(N)) < 0.5
 
 
@@ -172,13 +172,13 @@ def test_dead_inputs_and_no_inputs_are_handled():
     for collected in (moments(x), moments(torch.zeros(10, K)), Moments(N, K)):
         solution = gptq.solve(weight(), None, collected)
         assert torch.isfinite(solution.weight.dequantize(torch.float32)).all()
-        assert solution.report.weight_error < 0.8
+        assert solution.fit.weight_error < 0.8
 
 
 def test_inputs_that_never_change_are_handled():
     x, w, bias = (1 + torch.randn(K)).expand(1000, K), weight(), torch.zeros(N)
     solution = gptq.solve(w, bias, moments(x))
-    assert solution.report.weight_error < 0.6 and output_error(solution, x, x, w, bias) < 1e-3
+    assert solution.fit.weight_error < 0.6 and output_error(solution, x, x, w, bias) < 1e-3
 
 
 def test_damping_rises_until_the_moments_can_be_factored():
@@ -186,7 +186,7 @@ def test_damping_rises_until_the_moments_can_be_factored():
     collected.count, collected.second = torch.tensor(1.0), torch.eye(K)
     collected.second[0, 0] = -5
     solution = gptq.solve(weight(), None, collected)
-    assert solution.report.damping > 1 and torch.isfinite(solution.weight.dequantize(torch.float32)).all()
+    assert solution.fit.damping > 1 and torch.isfinite(solution.weight.dequantize(torch.float32)).all()
 
 
 def test_activations_that_overflow_are_an_error():

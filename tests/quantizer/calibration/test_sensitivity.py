@@ -1,14 +1,14 @@
-"""The mixed profile: sensitive Linears are found, get two planes or ComfyUI's int8, and the pipeline goes on."""
+"""The mixed profile: sensitive Linears are found, get two terms or ComfyUI's int8, and the pipeline goes on."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from ternary_flux.quantizer.calibration.sensitivity import Sensitivity, choose, sensitivities, write_mixed
+from ternary_flux.quantizer.calibration.sensitivity import Sensitivity, best_upgrades, sensitivities, write_mixed
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.container import FormatError
 from ternary_flux.quantizer.files.export import export_checkpoint
-from ternary_flux.quantizer.files.kinds import int8
+from ternary_flux.quantizer.files.precision import int8
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.model.flux import Flux
 from ternary_flux.quantizer.model.student import load_student, save_student
@@ -54,7 +54,7 @@ def error(model, batch):
 @pytest.fixture
 def mixed(made, tmp_path):
     dense, file, _ = made
-    write_mixed(tmp_path / "mixed.safetensors", file, dense, {LOUD: "int8", HALF: "planes"})
+    write_mixed(tmp_path / "mixed.safetensors", file, dense, {LOUD: "int8", HALF: "two-terms"})
     return open_ternary(tmp_path / "mixed.safetensors")
 
 
@@ -66,14 +66,14 @@ def test_rows_of_int8():
     assert float((codes * scale - weight).abs().max()) <= float(scale.max()) / 2 + 1e-7
 
 
-@pytest.mark.parametrize("kind", ["planes", "int8"])
-def test_the_gain_of_a_layer_is_what_it_gains(made, tmp_path, kind):
+@pytest.mark.parametrize("precision", ["two-terms", "int8"])
+def test_the_gain_of_a_layer_is_what_it_gains(made, tmp_path, precision):
     """In the original, where it alone is ternary."""
     dense, file, batch = made
-    measured = sensitivities(file, Teacher(dense), [batch], kinds=[kind])
-    assert {(result.name, result.kind) for result in measured} == {(name, kind) for name in ARCH.linears}
+    measured = sensitivities(file, Teacher(dense), [batch], precisions=[precision])
+    assert {(result.name, result.precision) for result in measured} == {(name, precision) for name in ARCH.linears}
     result = next(result for result in measured if result.name == LOUD)
-    write_mixed(tmp_path / "one.safetensors", file, dense, {LOUD: kind})
+    write_mixed(tmp_path / "one.safetensors", file, dense, {LOUD: precision})
     one = open_ternary(tmp_path / "one.safetensors")
     ternary, other = (original(dense) for _ in "ab")
     with torch.no_grad():
@@ -92,33 +92,33 @@ def test_choice_fits_and_helps():
         Sensitivity("c", "int8", 0.1, 20),
         Sensitivity("d", "int8", -1, 1),
     ]
-    assert list(choose(measured, 40)) == ["a", "c"]
-    assert choose(measured, 0) == {}
+    assert list(best_upgrades(measured, 40)) == ["a", "c"]
+    assert best_upgrades(measured, 0) == {}
 
 
 @pytest.mark.parametrize(
-    "extra, kinds",
+    "extra, precisions",
     [
-        (29, {"a": "planes"}),
-        (30, {"a": "planes", "b": "planes"}),  # the second layer before the small rest of the first
-        (49, {"a": "planes", "b": "planes"}),
-        (50, {"a": "int8", "b": "planes"}),
+        (29, {"a": "two-terms"}),
+        (30, {"a": "two-terms", "b": "two-terms"}),  # the second layer before the small rest of the first
+        (49, {"a": "two-terms", "b": "two-terms"}),
+        (50, {"a": "int8", "b": "two-terms"}),
         (70, {"a": "int8", "b": "int8"}),
     ],
 )
-def test_two_planes_first_then_8_bits(extra, kinds):
+def test_two_terms_first_then_8_bits(extra, precisions):
     measured = [
-        Sensitivity("a", "planes", 0.8, 10),
+        Sensitivity("a", "two-terms", 0.8, 10),
         Sensitivity("a", "int8", 1.0, 30),
-        Sensitivity("b", "planes", 0.4, 20),
+        Sensitivity("b", "two-terms", 0.4, 20),
         Sensitivity("b", "int8", 0.5, 40),
     ]
-    assert {name: result.kind for name, result in choose(measured, extra).items()} == kinds
+    assert {name: result.precision for name, result in best_upgrades(measured, extra).items()} == precisions
 
 
 def test_the_file_has_comfyuis_format(mixed):
     assert mixed.int8 == (LOUD,) and LOUD not in mixed.layers
-    assert [name for name, plan in mixed.layers.items() if plan.planes == 2] == [HALF]
+    assert [name for name, plan in mixed.layers.items() if plan.terms == 2] == [HALF]
     assert mixed.architecture == ARCH
     state = mixed.state_dict()
     assert state[f"{LOUD}.weight"].dtype == torch.int8 and state[f"{LOUD}.weight_scale"].shape == (7 * 128, 1)

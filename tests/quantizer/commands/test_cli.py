@@ -85,7 +85,7 @@ def test_no_command_replaces_what_it_reads(source, tmp_path, monkeypatch, capsys
     round_checkpoint("dense", "ternary")
     if "--like" in options:
         file = open_ternary("ternary")
-        write_mixed("mixed", file, open_checkpoint("dense"), {next(iter(file.layers)): "planes"})
+        write_mixed("mixed", file, open_checkpoint("dense"), {next(iter(file.layers)): "two-terms"})
         Path("mixed").replace("ternary")
     Path("cond").write_bytes(b"prompts")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -11,7 +11,7 @@ from ternary_flux.quantizer.calibration.sensitivity import write_mixed
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.pictures import conditioning
-from ternary_flux.quantizer.pipeline.workspace import Workshop
+from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests.quantizer import synthetic
 
@@ -107,11 +107,11 @@ def test_a_resumed_run_keeps_its_pictures(folder, monkeypatch):
         if what == "training steps" and done == 13:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Workshop, "time_state", lambda shop: 0.05 * 60 / 4 / (8 * 70))
+    monkeypatch.setattr(Workspace, "time_state", lambda work: 0.05 * 60 / 4 / (8 * 70))
     with monkeypatch.context() as context:
         context.setattr(console.Bars, "show", interrupting)
         assert run("distill", folder / "calibrated.safetensors", "-o", output, *more) == cli.INTERRUPTED
-    monkeypatch.setattr(Workshop, "time_state", lambda shop: 0.05 * 60 / 4 / (8 * 90))
+    monkeypatch.setattr(Workspace, "time_state", lambda work: 0.05 * 60 / 4 / (8 * 90))
     assert run("distill", folder / "calibrated.safetensors", "-o", output, *more, "--resume") == 0
     settings = json.loads(open_ternary(output).metadata["ternary.settings"])
     assert settings["distill"]["states"] == 12 * 70
@@ -119,24 +119,24 @@ def test_a_resumed_run_keeps_its_pictures(folder, monkeypatch):
 
 
 def test_longer_runs_get_more_pictures(folder):
-    shop = Workshop(folder / "dense.safetensors", folder / "cond.safetensors", folder, ((64, 64),), sampler_steps=2)
-    assert [shop.pictures_for(seen) for seen in (10, 8000, 10**9)] == [64, 1000, 4096]
+    work = Workspace(folder / "dense.safetensors", folder / "cond.safetensors", folder, ((64, 64),), sampler_steps=2)
+    assert [work.pictures_for(seen) for seen in (10, 8000, 10**9)] == [64, 1000, 4096]
 
 
 def test_mixed_grows_as_far_as_it_may(folder, capsys):
     start, output, more = folder / "rounded.safetensors", folder / "mixed.safetensors", ("--rank", 2, "--sweeps", 1)
     assert cli.run(["round", str(folder / "dense.safetensors"), "-o", str(start), "--packing", "base3"]) == 0
-    chosen = ("--teacher", folder / "dense.safetensors", "--growth", 0.3, "--pictures", 2, "--kinds", "planes")
+    chosen = ("--teacher", folder / "dense.safetensors", "--growth", 0.3, "--pictures", 2, "--precisions", "two-terms")
     assert run("mixed", start, "-o", output, *chosen) == 0
     file = open_ternary(output)
-    double = {name for name, plan in file.layers.items() if plan.planes == 2}
+    double = {name for name, plan in file.layers.items() if plan.terms == 2}
     assert double and not file.int8
-    assert f"of {len(file.layers)} Linears {len(double)} in two trit planes" in capsys.readouterr().out
+    assert f"of {len(file.layers)} Linears {len(double)} in two ternary terms" in capsys.readouterr().out
     assert start.stat().st_size < output.stat().st_size <= 1.3 * start.stat().st_size + 4096
     again, more = folder / "like.safetensors", (*more, "--pictures", 4, "--states", 16, "--like", output)
     assert run("calibrate", folder / "dense.safetensors", "-o", again, *more) == 0
     layers = open_ternary(again).layers
-    assert {name for name, plan in layers.items() if plan.planes == 2} == double
+    assert {name for name, plan in layers.items() if plan.terms == 2} == double
     assert all(plan.rank == (0 if name in double else 2) for name, plan in layers.items())
 
 
@@ -150,7 +150,7 @@ def test_mixed_wants_a_rounded_file(folder, capsys):
     deeper = synthetic.write(folder / "deeper.safetensors", replace(synthetic.FLUX1, depth_single=3))
     round_checkpoint(deeper, folder / "deeper-rounded.safetensors")
     file, other = open_ternary(folder / "deeper-rounded.safetensors"), folder / "other.safetensors"
-    write_mixed(other, file, open_checkpoint(deeper), {"single_blocks.2.linear1": "planes"})
+    write_mixed(other, file, open_checkpoint(deeper), {"single_blocks.2.linear1": "two-terms"})
     assert run("calibrate", folder / "dense.safetensors", "-o", folder / "no.safetensors", "--like", other) == 2
     assert "another model" in capsys.readouterr().err
     assert not (folder / "no.safetensors").exists()

@@ -13,7 +13,7 @@ from ternary_flux.quantizer.model.flux import Flux
 from ternary_flux.quantizer.model.student import load_student
 from ternary_flux.quantizer.model.teacher import Teacher
 from ternary_flux.quantizer.pictures import conditioning
-from ternary_flux.quantizer.pictures.pool import Group, Pool
+from ternary_flux.quantizer.pictures.pool import LabelledStates, Pool
 from ternary_flux.quantizer.pictures.states import States
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
@@ -43,7 +43,7 @@ def job(request, tmp_path):
     states = States(latent, t, torch.arange(16) % 4, guidance)
     teacher = Teacher(open_checkpoint(tmp_path / "teacher.safetensors"))
     velocity = teacher(*states.inputs(slice(None), cond)).clone()
-    return open_ternary(tmp_path / "start.safetensors"), teacher, Pool([Group(states, velocity)], cond)
+    return open_ternary(tmp_path / "start.safetensors"), teacher, Pool([LabelledStates(states, velocity)], cond)
 
 
 def error(file, pool):
@@ -60,7 +60,9 @@ def test_every_block_improves_and_so_does_the_model(job, tmp_path, rank, codes):
     results = []
     rates = RATES | {"code": 1e-2}  # so that codes change within so few steps
     settings = BlockSettings(steps=30, batch=8, states=16, rank=rank, codes=codes, rates=rates)
-    train_blocks(start, teacher, pool, tmp_path / "out.safetensors", tmp_path / "work", settings, report=results.append)
+    train_blocks(
+        start, teacher, pool, tmp_path / "out.safetensors", tmp_path / "work", settings, on_block=results.append
+    )
     assert [result.name for result in results] == list(start.architecture.block_names)
     # FLUX.2 has no biases: without codes or factors only scales and norms can move.
     part = 0.9 if rank or start.architecture.bias else 0.99
@@ -70,16 +72,16 @@ def test_every_block_improves_and_so_does_the_model(job, tmp_path, rank, codes):
     assert error(written, pool) < part * error(start, pool)
 
 
-def test_layers_of_two_planes_and_of_8_bits_stay_as_they_are(job, tmp_path):
+def test_layers_of_two_terms_and_of_8_bits_stay_as_they_are(job, tmp_path):
     start, teacher, pool = job
-    kinds = {"single_blocks.0.linear1": "int8", "single_blocks.0.linear2": "planes"}
-    write_mixed(tmp_path / "mixed.safetensors", start, teacher.checkpoint, kinds)
+    precisions = {"single_blocks.0.linear1": "int8", "single_blocks.0.linear2": "two-terms"}
+    write_mixed(tmp_path / "mixed.safetensors", start, teacher.checkpoint, precisions)
     mixed = open_ternary(tmp_path / "mixed.safetensors")
     settings = BlockSettings(steps=1, batch=8, states=8)
     train_blocks(mixed, teacher, pool, tmp_path / "out.safetensors", tmp_path / "work", settings)
     written = open_ternary(tmp_path / "out.safetensors")
     assert written.layers == mixed.layers and written.int8 == mixed.int8
-    for name in kinds:
+    for name in precisions:
         assert torch.equal(written.parameter(f"{name}.weight"), mixed.parameter(f"{name}.weight"))
 
 
@@ -93,8 +95,10 @@ def test_an_interrupted_pass_goes_on_to_the_same_file(job, tmp_path):
 
     train_blocks(start, teacher, pool, tmp_path / "through.safetensors", tmp_path / "a", settings)
     with pytest.raises(KeyboardInterrupt):
-        train_blocks(start, teacher, pool, tmp_path / "resumed.safetensors", tmp_path / "b", settings, report=stop)
+        train_blocks(start, teacher, pool, tmp_path / "resumed.safetensors", tmp_path / "b", settings, on_block=stop)
     again = []
-    train_blocks(start, teacher, pool, tmp_path / "resumed.safetensors", tmp_path / "b", settings, report=again.append)
+    train_blocks(
+        start, teacher, pool, tmp_path / "resumed.safetensors", tmp_path / "b", settings, on_block=again.append
+    )
     assert [result.name for result in again] == ["single_blocks.0"]
     assert (tmp_path / "through.safetensors").read_bytes() == (tmp_path / "resumed.safetensors").read_bytes()

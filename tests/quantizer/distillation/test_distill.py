@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import save_file
-from ternary_flux.quantizer.distillation.distill import Collapse, Distiller, Settings, distill
+from ternary_flux.quantizer.distillation.distill import Collapse, Distiller, DistillSettings, distill
 from ternary_flux.quantizer.distillation.schedule import RATES, learning_rates, schedule
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
@@ -14,7 +14,7 @@ from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.model.flux import Flux
 from ternary_flux.quantizer.model.student import add_low_rank, load_student, save_student, ternary_linears, train_codes
 from ternary_flux.quantizer.pictures import conditioning
-from ternary_flux.quantizer.pictures.pool import Group, Pool
+from ternary_flux.quantizer.pictures.pool import LabelledStates, Pool
 from ternary_flux.quantizer.pictures.quality import measure, swapped_velocities
 from ternary_flux.quantizer.pictures.states import Batch, States
 from ternary_flux.quantizer.rounding.round import round_checkpoint
@@ -60,7 +60,7 @@ def data(files):
         prompt, guidance = torch.arange(count) % len(prompts) + prompts[0], torch.full((count,), 3.5)
         with torch.no_grad():
             velocity = teacher(latent, t, *cond.batch(prompt), guidance)
-        return Group(States(latent, t, prompt, guidance), velocity)
+        return LabelledStates(States(latent, t, prompt, guidance), velocity)
 
     pool = Pool([states(STATES, range(PROMPTS - 4))], cond)
     held = Pool([states(8, range(PROMPTS - 4, PROMPTS))], cond)
@@ -77,14 +77,14 @@ def make(files, data, rank=0, codes=False, **settings):
         train_codes(ternary_linears(model), teacher)
     settings = {"steps": 24, "batch": 8, "evaluate_every": 6, "warmup": 4, "average": 0.9} | settings
     settings["rates"] = RATES | {"code": 1e-2}  # so that codes change within so few steps
-    return Distiller(model, start, *data[1:], Settings(**settings)), start
+    return Distiller(model, start, *data[1:], DistillSettings(**settings)), start
 
 
 def test_chance_moves_codes_as_far_in_a_long_run_as_in_a_short_one():
-    kinds = {"w.log_scale": "scale", "w.latent": "code"}
+    groups = {"w.log_scale": "scale", "w.latent": "code"}
 
     def distance(name, total):
-        return sum(schedule(kinds, step, total, 20)[name] ** 2 for step in range(total)) ** 0.5
+        return sum(schedule(groups, step, total, 20)[name] ** 2 for step in range(total)) ** 0.5
 
     assert distance("w.latent", 3000) == pytest.approx(distance("w.latent", 500), rel=0.1)
     assert distance("w.log_scale", 3000) > 2 * distance("w.log_scale", 500)
@@ -94,8 +94,8 @@ def test_codes_rest_earlier_beside_low_rank_factors():
     alone = {"w.log_scale": "scale", "w.latent": "code"}
     beside = alone | {"w.up": "rank"}
 
-    def last(kinds, total):
-        return max(step for step in range(total) if schedule(kinds, step, total, 20)["w.latent"] > 0)
+    def last(groups, total):
+        return max(step for step in range(total) if schedule(groups, step, total, 20)["w.latent"] > 0)
 
     assert last(alone, 2000) == 1199 and last(beside, 2000) == 299
     assert last(alone, 300) == last(beside, 300) == 179
@@ -104,10 +104,10 @@ def test_codes_rest_earlier_beside_low_rank_factors():
 
 
 def test_the_first_steps_do_not_depend_on_the_length_of_the_run():
-    kinds = {"w.log_scale": "scale", "w.latent": "code"}
+    groups = {"w.log_scale": "scale", "w.latent": "code"}
     for step in range(12):
-        assert schedule(kinds, step, None, 20) == schedule(kinds, step, 100, 20) == schedule(kinds, step, 5000, 20)
-    assert schedule(kinds, 12, 200, 20)["w.latent"] > schedule(kinds, 12, 5000, 20)["w.latent"] > 0
+        assert schedule(groups, step, None, 20) == schedule(groups, step, 100, 20) == schedule(groups, step, 5000, 20)
+    assert schedule(groups, 12, 200, 20)["w.latent"] > schedule(groups, 12, 5000, 20)["w.latent"] > 0
 
 
 def test_codes_rest_in_the_last_part_of_a_run(files, data, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_other_settings_is_refused(files, data, tmp_path):
 
 def test_recomputing_activations_changes_nothing(files, data):
     kept, _ = make(files, data)
-    recomputed, _ = make(files, data, checkpointing=True)
+    recomputed, _ = make(files, data, recompute=True)
     assert kept.advance() == recomputed.advance()
     for (name, a), b in zip(kept.model.named_parameters(), recomputed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
@@ -256,8 +256,8 @@ def test_batches_of_several_sizes_do_not_mix(data):
     pool = data[1]
     states, velocity = pool.groups[0].states, pool.groups[0].velocity
     wide = States(states.latent.repeat(1, 1, 1, 2)[:16], states.t[:16], states.prompt[:16], None)
-    group = Group(states, velocity)
-    both = Pool([group, Group(wide, velocity[:16])], pool.conditioning)
+    group = LabelledStates(states, velocity)
+    both = Pool([group, LabelledStates(wide, velocity[:16])], pool.conditioning)
     shapes = [tuple(both.draw(i, 8, seed=0).latent.shape) for i in range(8)]
     assert shapes.count((8, 16, 4, 4)) == 6 and shapes.count((8, 16, 4, 8)) == 2
 

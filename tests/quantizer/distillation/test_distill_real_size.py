@@ -24,7 +24,7 @@ from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.container import create
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.pictures.pool import Group, Pool
+from ternary_flux.quantizer.pictures.pool import LabelledStates, Pool
 from ternary_flux.quantizer.model.teacher import Teacher
 from ternary_flux.quantizer.pictures.states import States
 
@@ -44,12 +44,12 @@ round_checkpoint(folder / "dense.safetensors", folder / "start.safetensors")
 conditioning.write(folder / "cond.safetensors", ["a", "b"], torch.randn(2, 16, 4096), torch.randn(2, 768))
 cond = conditioning.read(folder / "cond.safetensors", arch)
 states = States(torch.randn(2, 16, 16, 16), torch.tensor([0.3, 0.7]), torch.arange(2), torch.full((2,), 3.5))
-pool = Pool([Group(states, torch.zeros(2, 16, 16, 16))], cond)
+pool = Pool([LabelledStates(states, torch.zeros(2, 16, 16, 16))], cond)
 teacher = Teacher(open_checkpoint(folder / "dense.safetensors"), resident=False)
 blocks, started = {}, time.perf_counter()
 
 
-def report(result):
+def on_block(result):
     global started
     now = time.perf_counter()
     blocks[result.name] = {"before": result.before, "after": result.after, "seconds": now - started}
@@ -58,7 +58,7 @@ def report(result):
 
 settings = BlockSettings(steps=2, batch=1, states=2, codes=True, eight_bit=True, warmup=1)
 start = open_ternary(folder / "start.safetensors", check_codes=False)
-train_blocks(start, teacher, pool, folder / "out.safetensors", folder / "work", settings, report=report)
+train_blocks(start, teacher, pool, folder / "out.safetensors", folder / "work", settings, on_block=on_block)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(json.dumps({"peak": peak, "blocks": blocks}))
 """

@@ -12,9 +12,9 @@ def run(dtype=torch.float32, eight_bit=False, steps=60, rate=0.1, resume_at=None
     adam = Adam(parameters, {"w": rate, "b": rate}, eight_bit=eight_bit)
     for step in range(steps):
         if step == resume_at:
-            state = {name: value.clone() for name, value in adam.state().items()}
+            state = {name: value.clone() for name, value in adam.state_dict().items()}
             adam = Adam(parameters, {"w": rate, "b": rate}, eight_bit=eight_bit)
-            adam.load_state(state)
+            adam.load_state_dict(state)
         for p in parameters.values():
             p.grad = None
         (parameters["w"].float() + parameters["b"] - target).square().sum().backward()

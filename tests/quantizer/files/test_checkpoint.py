@@ -3,7 +3,7 @@ import hashlib
 import pytest
 import torch
 from safetensors.torch import save_file
-from ternary_flux.quantizer.files.checkpoint import find_prefix, kind_of, open_checkpoint
+from ternary_flux.quantizer.files.checkpoint import file_kind, find_prefix, open_checkpoint
 from ternary_flux.quantizer.files.container import FormatError, read_header
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests.quantizer import synthetic
@@ -97,7 +97,7 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
 def test_kind_of(tmp_path):
     def kind(tensors):
         save_file(tensors, tmp_path / "x.safetensors")
-        return kind_of(read_header(tmp_path / "x.safetensors"))
+        return file_kind(read_header(tmp_path / "x.safetensors"))
 
     state = synthetic.tensors()
     assert kind(state) == "flux"

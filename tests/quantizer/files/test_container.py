@@ -29,21 +29,21 @@ def entry(dtype="F32", shape=(2,), start=0, stop=8):
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
     dtypes=st.lists(st.sampled_from(sorted(DTYPES)), min_size=6, max_size=6),
-    room=st.integers(0, 100),
+    header_room=st.integers(0, 100),
 )
-def test_round_trip(tmp_path_factory, shapes, dtypes, room):
+def test_round_trip(tmp_path_factory, shapes, dtypes, header_room):
     path = tmp_path_factory.mktemp("files") / "x.safetensors"
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"t{i}": torch.randint(0, 2, shape, generator=generator).to(DTYPES[dtype])
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
     }
-    with create(path, plan(tensors), {"a": "b"}, room) as writer:
+    with create(path, plan(tensors), {"a": "b"}, header_room) as writer:
         for key in reversed(tensors):
             writer.write(key, tensors[key])
-        writer.metadata["a"] = "c" * (1 + room)
+        writer.metadata["a"] = "c" * (1 + header_room)
     file, theirs = TensorFile(path), load_file(path)
-    assert file.header.metadata == {"a": "c" * (1 + room)}
+    assert file.header.metadata == {"a": "c" * (1 + header_room)}
     for key, tensor in tensors.items():
         for read in (file.tensor(key), theirs[key]):
             assert read.dtype == tensor.dtype and read.shape == tensor.shape
@@ -75,8 +75,8 @@ def test_a_tensor_in_pieces(tmp_path):
 
 
 def test_mistakes_of_the_writer_leave_nothing(tmp_path):
-    def write(write_tensors, room=0):
-        with create(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.uint8, (1,))}, {}, room) as writer:
+    def write(write_tensors, header_room=0):
+        with create(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.uint8, (1,))}, {}, header_room) as writer:
             write_tensors(writer)
 
     with pytest.raises(ValueError, match="a: 0 of 8 bytes"):
@@ -94,7 +94,7 @@ def test_mistakes_of_the_writer_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="metadata outgrew its room"):
         write(talk)
     assert not list(tmp_path.iterdir())
-    write(talk, room=300)
+    write(talk, header_room=300)
 
 
 BAD = {

@@ -6,7 +6,7 @@ from ternary_flux.quantizer.files.container import FormatError
 from ternary_flux.quantizer.files.export import export_checkpoint
 from ternary_flux.quantizer.files.layer import LayerPlan
 from ternary_flux.quantizer.files.ternary import create_ternary, open_ternary
-from ternary_flux.quantizer.rounding.one_plane import ternarize
+from ternary_flux.quantizer.rounding.one_term import ternarize
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests.quantizer import synthetic
 

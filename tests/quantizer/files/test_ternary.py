@@ -16,17 +16,17 @@ from ternary_flux.tests.quantizer import synthetic
 
 
 def random_weight(
-    n: int, k: int, scales: str = "integer", rank: int = 0, seed: int = 0, planes: int = 1
+    n: int, k: int, scales: str = "integer", rank: int = 0, seed: int = 0, terms: int = 1
 ) -> TernaryWeight:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-1, 2, (n, planes * k), generator=generator, dtype=torch.int8)
-    groups = planes * -(-k // 128), n
+    codes = torch.randint(-1, 2, (n, terms * k), generator=generator, dtype=torch.int8)
+    groups = terms * -(-k // 128), n
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     scale = torch.rand(groups, generator=generator).to(dtypes[scales]) if scales in dtypes else torch.rand(n)
     group = torch.randint(1, 128, groups, generator=generator, dtype=torch.uint8) if scales == "integer" else None
     down = torch.randn(rank, k, generator=generator).bfloat16() if rank else None
     up = torch.randn(n, rank, generator=generator).bfloat16() if rank else None
-    return TernaryWeight.from_codes(codes, scale, group, down, up, planes)
+    return TernaryWeight.from_codes(codes, scale, group, down, up, terms)
 
 
 def write(path, weight, packing="planes32", **options):
@@ -45,13 +45,13 @@ def write(path, weight, packing="planes32", **options):
     packing=st.sampled_from(["planes32", "base3"]),
     scales=st.sampled_from(["integer", "row", "bf16", "fp16", "fp32"]),
     rank=st.sampled_from([0, 0, 3]),
-    planes=st.sampled_from([1, 2]),
+    terms=st.sampled_from([1, 2]),
 )
-def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, planes):
-    weight = random_weight(n, k, scales, rank, planes=planes)
+def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, terms):
+    weight = random_weight(n, k, scales, rank, terms=terms)
     path = write(tmp_path_factory.mktemp("files") / "x.safetensors", weight, packing)
     file = open_ternary(path)
-    assert file.layers == {"x": LayerPlan((n, k), packing, scales, rank, planes)}
+    assert file.layers == {"x": LayerPlan((n, k), packing, scales, rank, terms)}
     assert file.shapes == {"x.weight": (n, k), "x.bias": (n,)}
     assert file.metadata == {"note": "n"}
     read = file.weight("x")
@@ -61,7 +61,7 @@ def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, planes):
     state = file.state_dict()
     assert json.loads(bytes(state["x.comfy_quant"].tolist())) == {
         "format": "ternary_v1", "packing": "planes32", "group_size": 128, "shape": [n, k],
-        **({"planes": 2} if planes == 2 else {}),
+        **({"terms": 2} if terms == 2 else {}),
     }  # fmt: skip
     assert torch.equal(state["x.weight"], weight.trits) and torch.equal(state["x.weight_scale"], weight.scale)
 
@@ -141,11 +141,11 @@ DAMAGES = {
     "group size": (damage(Q, text(JSON | {"group_size": 64})), Q, "group size 64"),
     "shape": (damage(Q, text(JSON | {"shape": [6]})), Q, r"shape \[6\] is not"),
     "shape of 0": (damage(Q, text(JSON | {"shape": [6, 0]})), Q, r"shape \[6, 0\] is not"),
-    "no planes": (damage(Q, text(JSON | {"planes": 0})), Q, "0 trit planes, and this version reads 1 and 2; update"),
-    "three planes": (damage(Q, text(JSON | {"planes": 3})), Q, "3 trit planes"),
-    "planes as float": (damage(Q, text(JSON | {"planes": 2.0})), Q, "2.0 trit planes"),
-    "planes as truth": (damage(Q, text(JSON | {"planes": True})), Q, "True trit planes"),
-    "planes that are not there": (damage(Q, text(JSON | {"planes": 2})), W, r"U8 \[2, 6, 32\] where U8 \[4, 6, 32\]"),
+    "no terms": (damage(Q, text(JSON | {"terms": 0})), Q, "0 terms, and this version reads 1 and 2; update"),
+    "three terms": (damage(Q, text(JSON | {"terms": 3})), Q, "3 terms"),
+    "terms as float": (damage(Q, text(JSON | {"terms": 2.0})), Q, "2.0 terms"),
+    "terms as truth": (damage(Q, text(JSON | {"terms": True})), Q, "True terms"),
+    "terms that are not there": (damage(Q, text(JSON | {"terms": 2})), W, r"U8 \[2, 6, 32\] where U8 \[4, 6, 32\]"),
     "other shape": (damage(Q, text(JSON | {"shape": [6, 300]})), W, r"U8 \[2, 6, 32\] where U8 \[3, 6, 32\]"),
     "no JSON": (lambda state: state.pop(Q), "", "no .comfy_quant keys"),
     "no weight": (lambda state: state.pop(W), W, "the tensor is missing"),
@@ -193,11 +193,11 @@ def test_damaged_base3(tmp_path):
 
 
 @pytest.mark.parametrize("packing, row", [("planes32", r"\[4, 6, 32\]"), ("base3", r"\[6, 80\]")])
-def test_damaged_planes(tmp_path, packing, row):
-    state = load_file(write(tmp_path / "x.safetensors", random_weight(6, 198, planes=2), packing))
-    # the last byte of the first plane, where only padding is damaged
+def test_damaged_terms(tmp_path, packing, row):
+    state = load_file(write(tmp_path / "x.safetensors", random_weight(6, 198, terms=2), packing))
+    # the last byte of the first term, where only padding is damaged
     byte, value = ((1, 2, 31), 0b00000001) if packing == "planes32" else ((2, 39), 0)
-    # a reader that ignores planes sees the file as the same JSON without them
+    # a reader that ignores terms sees the file as the same JSON without them
     silent = text(JSON | {"packing": packing, "shape": [6, 198]})
     for key, damaged, message in (
         (W, poke(byte, value)(state[W]), "the padding after the last input"),
@@ -228,7 +228,7 @@ def test_truncated_files(tmp_path, share):
 
 
 def test_the_header_is_plain_safetensors(tmp_path):
-    path = write(tmp_path / "x.safetensors", random_weight(6, 200), room=50)
+    path = write(tmp_path / "x.safetensors", random_weight(6, 200), header_room=50)
     (length,) = struct.unpack("<Q", path.read_bytes()[:8])
     assert (8 + length) % 64 == 0
     assert read_header(path).metadata == {"note": "n"}

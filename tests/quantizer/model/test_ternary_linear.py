@@ -4,8 +4,8 @@ import pytest
 import torch
 from ternary_flux.ops import TernaryWeight
 from ternary_flux.ops.scales import fit_integer_groups
-from ternary_flux.quantizer.model.ternary_linear import TernaryLinear, low_rank_factors
-from ternary_flux.quantizer.rounding.one_plane import ternarize
+from ternary_flux.quantizer.model.ternary_linear import TernaryLinear, svd_low_rank
+from ternary_flux.quantizer.rounding.one_term import ternarize
 
 SHAPES = [(5, 128), (7, 300), (16, 256)]
 
@@ -77,7 +77,7 @@ def test_a_group_of_zeros_stays_zero():
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
 def test_low_rank_is_the_best_one_and_balanced(shape):
     residual = dense(shape)
-    up, down = low_rank_factors(residual, 8)
+    up, down = svd_low_rank(residual, 8)
     singular = torch.linalg.svdvals(residual)
     assert (residual - up @ down).norm() == pytest.approx(float(singular[8:].norm()), rel=1e-4)
     assert up.norm() == pytest.approx(float(down.norm()), rel=1e-4)
@@ -85,7 +85,7 @@ def test_low_rank_is_the_best_one_and_balanced(shape):
 
 def test_low_rank_of_large_matrices_is_near_the_best():
     residual = dense((1100, 40)) @ dense((40, 1200), 1) + 0.1 * dense((1100, 1200), 2)
-    up, down = low_rank_factors(residual, 40)
+    up, down = svd_low_rank(residual, 40)
     best = float(torch.linalg.svdvals(residual)[40:].norm())
     assert float((residual - up @ down).norm()) < 1.02 * best
 
@@ -96,7 +96,7 @@ def test_low_rank_prefers_loud_inputs():
     x = dense((500, 60), 1) * loud.sqrt()
     errors = []
     for moments in (None, loud):
-        up, down = low_rank_factors(residual, 8, moments)
+        up, down = svd_low_rank(residual, 8, moments)
         errors.append(float((x @ (residual - up @ down).t()).norm()))
     assert errors[1] < 0.7 * errors[0]
 
@@ -105,7 +105,7 @@ def test_low_rank_prefers_loud_inputs():
 def test_low_rank_part_is_added(tokens):
     weight, _ = ternarize(dense((16, 256)))
     layer = TernaryLinear(weight, dense((16,), 7))
-    up, down = low_rank_factors(dense((16, 256)) - layer.weight().detach(), 4)
+    up, down = svd_low_rank(dense((16, 256)) - layer.weight().detach(), 4)
     layer.up, layer.down = torch.nn.Parameter(up.bfloat16().float()), torch.nn.Parameter(down.bfloat16().float())
     x, target = dense((tokens, 256), 6), dense((tokens, 16), 8)
     y = layer(x)

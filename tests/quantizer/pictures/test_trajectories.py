@@ -8,10 +8,10 @@ import torch
 from ternary_flux.benchmarks import comfyui
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.container import TensorFile
-from ternary_flux.quantizer.pictures import sampler, trajectories
+from ternary_flux.quantizer.pictures import sampler
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
 from ternary_flux.quantizer.pictures.pool import training_pool
-from ternary_flux.quantizer.pictures.trajectories import Settings, Trajectories
+from ternary_flux.quantizer.pictures.trajectories import PictureSettings, Trajectories, initial_noise
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=12, vec_dim=5, guidance=True)
 
@@ -29,11 +29,11 @@ def velocity(latent, t, context, pooled, guidance):
 
 
 def make(folder, arch=ARCH, count=20, **settings) -> Trajectories:
-    return Trajectories(folder, arch, prompts(count), Settings(**{"sizes": ((64, 96),), **settings}), "teacher")
+    return Trajectories(folder, arch, prompts(count), PictureSettings(**{"sizes": ((64, 96),), **settings}), "teacher")
 
 
-def latent_of(shop: Trajectories, picture) -> torch.Tensor:
-    return TensorFile(shop.folder / f"{picture.name}.safetensors").tensor("latent")
+def latent_of(trajectories: Trajectories, picture) -> torch.Tensor:
+    return TensorFile(trajectories.folder / f"{picture.name}.safetensors").tensor("latent")
 
 
 @pytest.mark.parametrize(("shift", "kind"), [(1.15, "Flux"), (0.0, "FluxSchnell"), (2.02, "Flux2")])
@@ -62,7 +62,7 @@ def test_a_models_own_settings():
 def test_sampling_follows_the_velocity():
     conditions = prompts().batch([3, 7]) + (None,)
     noise = torch.randn(2, 16, 4, 4)
-    path = list(sampler.paint(velocity, noise, sampler.noise_levels(5, 1.0), ARCH, conditions))
+    path = list(sampler.sample(velocity, noise, sampler.noise_levels(5, 1.0), ARCH, conditions))
     assert len(path) == 6 and path[0][0] == 1 and path[-1][0] == 0
     assert torch.equal(path[0][1], noise)
     for (t, latent, used), (after, reached, _) in itertools.pairwise(path):
@@ -78,10 +78,10 @@ def test_pictures_are_cached_and_continued(tmp_path):
         calls.append(len(latent))
         return velocity(latent, *rest)
 
-    shop = make(tmp_path / "pictures", steps=2, sizes=((64, 64), (32, 64)))
-    pictures = shop.plan("train", 6)
-    shop.generate(counted, pictures[:3], batch=2)
-    first = {path: path.read_bytes() for path in shop.folder.glob("train-*")}
+    trajectories = make(tmp_path / "pictures", steps=2, sizes=((64, 64), (32, 64)))
+    pictures = trajectories.plan("train", 6)
+    trajectories.generate(counted, pictures[:3], batch=2)
+    first = {path: path.read_bytes() for path in trajectories.folder.glob("train-*")}
     assert len(first) == 3
     calls.clear()
     seen = []
@@ -89,20 +89,20 @@ def test_pictures_are_cached_and_continued(tmp_path):
     again.generate(counted, pictures, 2, seen.append)
     assert sum(calls) == 2 * 3 and seen[0] == 3 and sum(seen) == 6
     assert all(path.read_bytes() == data for path, data in first.items())
-    shop.generate(counted, pictures)
+    trajectories.generate(counted, pictures)
     assert sum(calls) == 2 * 3
     for picture in pictures:
-        latent = latent_of(shop, picture)
+        latent = latent_of(trajectories, picture)
         assert latent.shape == picture.shape
         torch.testing.assert_close(latent, torch.full(picture.shape, picture.prompt / 10))
 
 
 def test_pictures_do_not_depend_on_the_batch(tmp_path):
-    shops = [make(tmp_path / str(batch), steps=2) for batch in (1, 3)]
-    for batch, shop in zip((1, 3), shops, strict=True):
-        shop.generate(lambda latent, *_: 0.1 * latent, shop.plan("train", 3), batch)
-    for picture in shops[0].plan("train", 3):
-        assert torch.equal(*(latent_of(shop, picture) for shop in shops))
+    both = [make(tmp_path / str(batch), steps=2) for batch in (1, 3)]
+    for batch, trajectories in zip((1, 3), both, strict=True):
+        trajectories.generate(lambda latent, *_: 0.1 * latent, trajectories.plan("train", 3), batch)
+    for picture in both[0].plan("train", 3):
+        assert torch.equal(*(latent_of(trajectories, picture) for trajectories in both))
 
 
 def test_other_settings_or_models_are_refused(tmp_path):
@@ -110,51 +110,51 @@ def test_other_settings_or_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="steps is 3, not 4"):
         make(tmp_path, steps=4)
     with pytest.raises(ValueError, match="model is teacher, not another"):
-        Trajectories(tmp_path, ARCH, prompts(), Settings(((64, 96),), steps=3), "another")
+        Trajectories(tmp_path, ARCH, prompts(), PictureSettings(((64, 96),), steps=3), "another")
     with pytest.raises(ValueError, match="prompts"):
         make(tmp_path, count=19, steps=3)
 
 
 def test_held_out_prompts_are_never_painted_for_training(tmp_path):
-    shop = make(tmp_path, guidance=(2.5, 4.0))
-    train, held = shop.plan("train", 100), shop.plan("holdout", 5)
+    trajectories = make(tmp_path, guidance=(2.5, 4.0))
+    train, held = trajectories.plan("train", 100), trajectories.plan("holdout", 5)
     assert not {p.prompt for p in train} & {p.prompt for p in held}
     assert len({p.prompt for p in train}) == 18 and len({p.prompt for p in held}) == 2
     assert len({p.seed for p in train + held}) == 105
     assert {p.guidance for p in train} == {2.5, 4.0}
-    assert shop.plan("train", 10) == train[:10]
+    assert trajectories.plan("train", 10) == train[:10]
 
 
 def test_few_pictures_show_prompts_from_all_of_the_list(tmp_path):
-    shop = make(tmp_path, count=200)
-    chosen = [p.prompt for p in shop.plan("train", 20)]
+    trajectories = make(tmp_path, count=200)
+    chosen = [p.prompt for p in trajectories.plan("train", 20)]
     assert len(set(chosen)) == 20
     assert all(any(part * 50 <= prompt < part * 50 + 50 for prompt in chosen) for part in range(4))
 
 
 def test_one_prompt_serves_both(tmp_path):
-    shop = make(tmp_path, count=1)
-    assert shop.plan("train", 1)[0].prompt == shop.plan("holdout", 1)[0].prompt == 0
+    trajectories = make(tmp_path, count=1)
+    assert trajectories.plan("train", 1)[0].prompt == trajectories.plan("holdout", 1)[0].prompt == 0
 
 
 def painted(folder, pictures: int, **settings) -> tuple[Trajectories, list]:
-    shop = make(folder, **{"steps": 12, "sizes": ((64, 64), (32, 64)), **settings})
-    plan = shop.plan("train", pictures)
-    shop.generate(velocity, plan)
-    return shop, plan
+    trajectories = make(folder, **{"steps": 12, "sizes": ((64, 64), (32, 64)), **settings})
+    plan = trajectories.plan("train", pictures)
+    trajectories.generate(velocity, plan)
+    return trajectories, plan
 
 
 def test_half_of_the_states_are_those_that_the_sampler_passed(tmp_path):
-    shop, plan = painted(tmp_path, 4)
-    levels = sampler.noise_levels(12, shop.shift).float()
+    trajectories, plan = painted(tmp_path, 4)
+    levels = sampler.noise_levels(12, trajectories.shift).float()
     ways = {}  # (prompt, time) -> every state that was passed there
     for picture in plan:
-        noise = trajectories.initial_noise([picture])
-        for t, latent, _ in sampler.paint(velocity, noise, levels.double(), ARCH, shop.conditions([picture])):
+        noise = initial_noise([picture])
+        for t, latent, _ in sampler.sample(velocity, noise, levels.double(), ARCH, trajectories.conditions([picture])):
             ways.setdefault((picture.prompt, round(t, 4)), []).append(latent[0])
     passed = fresh = 0
     times = []
-    for group in shop.states(plan, 40, seed=3):
+    for group in trajectories.states(plan, 40, seed=3):
         for latent, t, prompt in zip(group.latent, group.t, group.prompt, strict=True):
             way = ways.get((int(prompt), round(float(t), 4)))
             if way is not None:
@@ -171,59 +171,62 @@ def test_half_of_the_states_are_those_that_the_sampler_passed(tmp_path):
 
 
 def test_velocities_come_with_the_states_that_were_passed(tmp_path):
-    shop, plan = painted(tmp_path, 4)
-    levels = sampler.noise_levels(12, shop.shift).float()
-    assert all(group.velocity is None for group in shop.states(plan, 40))
-    for group in shop.states(plan, 40, velocities=True):
+    trajectories, plan = painted(tmp_path, 4)
+    levels = sampler.noise_levels(12, trajectories.shift).float()
+    assert all(group.velocity is None for group in trajectories.states(plan, 40))
+    for group in trajectories.states(plan, 40, velocities=True):
         known = torch.isin(group.t, levels)
         assert torch.equal(group.velocity.flatten(1).isnan().any(1), ~known)
         assert torch.equal(group.velocity.flatten(1).isnan().all(1), ~known)
-        theirs = velocity(*group.inputs(slice(None), shop.conditioning))
+        theirs = velocity(*group.inputs(slice(None), trajectories.conditioning))
         torch.testing.assert_close(group.velocity[known], theirs[known], rtol=1e-2, atol=1e-2)
 
 
 def test_the_teacher_answers_for_fresh_noise_only_and_only_once(tmp_path):
-    shop, plan = painted(tmp_path / "pictures", 4)
+    trajectories, plan = painted(tmp_path / "pictures", 4)
     asked, counted = [], []
 
     def teacher(latent, *rest):
         asked.append(len(latent))
         return velocity(latent, *rest)
 
-    pools = [training_pool(teacher, shop, plan, 40, tmp_path / "velocities", on_progress=counted.append) for _ in "ab"]
+    pools = [
+        training_pool(teacher, trajectories, plan, 40, tmp_path / "velocities", on_progress=counted.append)
+        for _ in "ab"
+    ]
     assert sum(asked) == 20 and sum(counted) == 2 * 40
     for group, again in zip(*(pool.groups for pool in pools), strict=True):
         assert torch.equal(group.velocity, again.velocity)
-        theirs = velocity(*group.states.inputs(slice(None), shop.conditioning))
+        theirs = velocity(*group.states.inputs(slice(None), trajectories.conditioning))
         torch.testing.assert_close(group.velocity, theirs, rtol=1e-2, atol=1e-2)
 
 
-def test_few_states_are_spread_over_the_way(tmp_path):
-    shop, plan = painted(tmp_path, 32, sizes=((64, 64),))
-    levels = sampler.noise_levels(12, shop.shift).float()
-    (group,) = shop.states(plan, 32)
+def test_few_states_are_spread_over_the_path(tmp_path):
+    trajectories, plan = painted(tmp_path, 32, sizes=((64, 64),))
+    levels = sampler.noise_levels(12, trajectories.shift).float()
+    (group,) = trajectories.states(plan, 32)
     passed = torch.isin(group.t, levels)
     assert passed.sum() == 16
     assert len(group.t[passed].unique()) >= 8
 
 
 def test_more_states_than_were_kept_get_fresh_noise(tmp_path):
-    shop, plan = painted(tmp_path, 2, steps=2)
-    groups = shop.states(plan, 20)
-    passed = [torch.isin(group.t, sampler.noise_levels(2, shop.shift).float()).sum().item() for group in groups]
+    trajectories, plan = painted(tmp_path, 2, steps=2)
+    groups = trajectories.states(plan, 20)
+    passed = [torch.isin(group.t, sampler.noise_levels(2, trajectories.shift).float()).sum().item() for group in groups]
     assert sum(passed) == 2 * 2
     assert all(torch.isfinite(group.latent).all() for group in groups)
 
 
 def test_states_are_the_same_every_time(tmp_path):
-    shop, plan = painted(tmp_path, 4)
-    groups, again = shop.states(plan, 40, seed=3), shop.states(plan, 40, seed=3)
+    trajectories, plan = painted(tmp_path, 4)
+    groups, again = trajectories.states(plan, 40, seed=3), trajectories.states(plan, 40, seed=3)
     assert sum(len(group) for group in groups) == 40 and len(groups) == 2
     assert all(torch.equal(a.latent, b.latent) and torch.equal(a.t, b.t) for a, b in zip(groups, again, strict=True))
-    assert not torch.equal(groups[0].latent, shop.states(plan, 40, seed=4)[0].latent)
+    assert not torch.equal(groups[0].latent, trajectories.states(plan, 40, seed=4)[0].latent)
     for group in groups:
         assert torch.equal(group.guidance, torch.full((len(group),), 3.5))
-    latent, t, context, pooled, guidance = groups[0].inputs(slice(0, 2), shop.conditioning)
+    latent, t, context, pooled, guidance = groups[0].inputs(slice(0, 2), trajectories.conditioning)
     assert latent.shape[0] == t.shape[0] == context.shape[0] == pooled.shape[0] == guidance.shape[0] == 2
 
 
@@ -238,11 +241,11 @@ def test_times_are_spread_around_the_shift():
 
 def test_inpainting_and_control_models_get_their_channels():
     fill = Architecture(1, 128, 1, 1, 96, 16, context_dim=12, vec_dim=5, guidance=True)
-    full = sampler.with_companions(torch.ones(2, 16, 4, 6), fill)
+    full = sampler.with_control_channels(torch.ones(2, 16, 4, 6), fill)
     assert full.shape == (2, 96, 4, 6)
     assert not full[:, 16:32].any() and full[:, 32:].eq(1).all()
     control = Architecture(1, 128, 1, 1, 32, 16, context_dim=12, vec_dim=5, guidance=True)
-    assert not sampler.with_companions(torch.ones(2, 16, 4, 6), control)[:, 16:].any()
+    assert not sampler.with_control_channels(torch.ones(2, 16, 4, 6), control)[:, 16:].any()
 
 
 def test_sizes():
@@ -258,7 +261,7 @@ def test_sizes():
 
 
 def test_broken_teachers_are_noticed(tmp_path):
-    shop = make(tmp_path, steps=1)
+    trajectories = make(tmp_path, steps=1)
     with pytest.raises(ValueError, match="not finite"):
-        shop.generate(lambda latent, *_: latent * torch.nan, shop.plan("train", 1))
-    assert not list(shop.folder.glob("train-*"))
+        trajectories.generate(lambda latent, *_: latent * torch.nan, trajectories.plan("train", 1))
+    assert not list(trajectories.folder.glob("train-*"))

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 from ternary_flux.quantizer import cli
 from ternary_flux.quantizer.files.architecture import Architecture
-from ternary_flux.quantizer.files.kinds import kinds_of
+from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.model.flux import Flux
 from ternary_flux.quantizer.pictures import conditioning
-from ternary_flux.quantizer.pictures.pool import fewer
+from ternary_flux.quantizer.pictures.pool import subset
 from ternary_flux.quantizer.pictures.states import Batch
-from ternary_flux.quantizer.pipeline.budget import amounts, plan
-from ternary_flux.quantizer.pipeline.workspace import Workshop
+from ternary_flux.quantizer.pipeline.budget import budget_for, plan
+from ternary_flux.quantizer.pipeline.workspace import Workspace
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
 DEV = Architecture(1, 3072, 19, 38, 16, 16, context_dim=4096, vec_dim=768, guidance=True)
@@ -44,7 +44,7 @@ def source(tmp_path_factory):
 def steady_clock():
     """The amounts that a budget pays for must not depend on what else the machine does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workshop, "time_state", lambda shop: 1e-3)
+        patch.setattr(Workspace, "time_state", lambda work: 1e-3)
         yield
 
 
@@ -112,24 +112,24 @@ def test_a_mixed_conversion_grows_as_far_as_it_may(source):
     """The choice is kept with the work: an interrupted run does not make another."""
     output, work = source / "mixed.safetensors", source / "mixed.safetensors.work"
     assert cli.run(command(source, output, "--growth", 0.3)) == 0
-    kinds = json.loads((work / "kinds.json").read_text())
-    assert kinds and kinds == kinds_of(open_ternary(output))
+    precisions = json.loads((work / "precisions.json").read_text())
+    assert precisions and precisions == precisions_of(open_ternary(output))
     size = (work / "rounded.safetensors").stat().st_size
     assert size < output.stat().st_size < 1.3 * size + 4096
-    kinds.popitem()
-    (work / "kinds.json").write_text(json.dumps(kinds))
+    precisions.popitem()
+    (work / "precisions.json").write_text(json.dumps(precisions))
     for path in (output, work / "calibrated.safetensors"):
         path.unlink()
     shutil.rmtree(work / "calibrate")
     assert cli.run(command(source, output, "--growth", 0.3)) == 0
-    assert kinds_of(open_ternary(output)) == kinds
+    assert precisions_of(open_ternary(output)) == precisions
 
 
 def test_fewer_states_of_all_batches():
     batches = [Batch(*(torch.full((4, 1), float(i)) for _ in range(3)), None, None, torch.ones(4)) for i in range(10)]
-    counts = {count: [len(batch.t) for batch in fewer(batches, count)] for count in (0, 3, 10, 25, 100)}
+    counts = {count: [len(batch.t) for batch in subset(batches, count)] for count in (0, 3, 10, 25, 100)}
     assert counts == {0: [1], 3: [1] * 3, 10: [1] * 10, 25: [2] * 10, 100: [4] * 10}
-    assert [float(batch.t[0]) for batch in fewer(batches, 3)] == [0, 4, 8]
+    assert [float(batch.t[0]) for batch in subset(batches, 3)] == [0, 4, 8]
 
 
 def test_a_work_folder_of_another_conversion_is_refused(converted, capsys):
@@ -153,7 +153,7 @@ def test_prompts_of_another_model_are_refused(converted, tmp_path, capsys):
 @pytest.mark.parametrize("gigabytes", [16, 24])
 def test_flux_on_a_consumer_card_trains_scales_with_recomputed_blocks(gigabytes):
     chosen = plan(DEV, TOKENS, gigabytes * GB, torch.device("cuda"))
-    assert not chosen.codes and chosen.checkpointing and chosen.batch == 1
+    assert not chosen.codes and chosen.recompute and chosen.batch == 1
     assert chosen.packed == (gigabytes == 16)
 
 
@@ -164,18 +164,20 @@ def test_flux_on_a_large_accelerator_trains_codes():
 
 def test_a_small_model_trains_everything_in_full_precision():
     chosen = plan(ARCH, 32, 4 * GB, torch.device("cpu"))
-    assert chosen.codes and not (chosen.packed or chosen.checkpointing or chosen.eight_bit)
+    assert chosen.codes and not (chosen.packed or chosen.recompute or chosen.eight_bit)
     assert chosen.batch == 32
 
 
 def test_amounts_follow_the_budget_and_stay_within_bounds():
-    small, large = (amounts(seconds, 0.01, 20, 1000, 500, 10**6) for seconds in (60, 6000))
+    small, large = (budget_for(seconds, 0.01, 20, 1000, 500, 10**6) for seconds in (60, 6000))
     assert small.pictures < large.pictures and small.states < large.states
     assert 0.9 * 0.2 * 60 < 0.01 * (20 * small.pictures + small.states / 2) <= 0.2 * 60
-    tiny = amounts(1, 10.0, 50, 4, 500, 10**6)
+    tiny = budget_for(1, 10.0, 50, 4, 500, 10**6)
     assert tiny.pictures >= 16 and tiny.states >= 64 and tiny.held_out == 2
     assert tiny.calibration_states == 32 and large.calibration_states == 500
 
 
 def test_states_stay_within_the_memory():
-    assert amounts(6000, 0.01, 20, 1000, 500, 3000).states <= 3000 < amounts(6000, 0.01, 20, 1000, 500, 10**6).states
+    assert (
+        budget_for(6000, 0.01, 20, 1000, 500, 3000).states <= 3000 < budget_for(6000, 0.01, 20, 1000, 500, 10**6).states
+    )

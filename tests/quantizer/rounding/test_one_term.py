@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from ternary_flux.quantizer.rounding.one_plane import (
+from ternary_flux.quantizer.rounding.one_term import (
     METHODS,
     absmean_scales,
     best_scales,

@@ -1,9 +1,9 @@
-"""Two trit planes: a weight as the sum of two ternary ones, between ternary and 8 bits in size and in error.
+"""Two terms: a weight as the sum of two ternary ones, between ternary and 8 bits in size and in error.
 
 With the scales s >= t of a group of 128, a weight is one of nine values: 0, +-t, +-(s - t), +-s, +-(s + t). The scales
 start as the exact least-squares ternary of the group and that of what it leaves. Then codes and scales are fitted in
 turn, each exactly for the other (Lloyd's algorithm), and the scales are put in the form row x integer. Of Gaussian
-weights 0.029 of the squared norm is lost; one plane loses 0.19.
+weights 0.029 of the squared norm is lost; one term loses 0.19.
 """
 
 import torch
@@ -13,18 +13,18 @@ from torch.nn.functional import pad
 from ...ops import GROUP_SIZE, TernaryWeight
 from ...ops.packing import pack_planes32
 from ...ops.scales import fit_integer_groups
-from .one_plane import Rows, best_scales, by_rows, largest_sums
+from .one_term import Rows, best_scales, by_rows, largest_sums
 
 # Squared error on Gaussian weights: 0.0410 at the start, 0.0313 after 4 rounds, 0.0291 after 12, 0.0290 after 30.
 _ROUNDS = 12
 
 
-def two_planes(weight: Tensor) -> tuple[TernaryWeight, float]:
+def two_terms(weight: Tensor) -> tuple[TernaryWeight, float]:
     """Round a weight [N, K] of any float dtype, computing on its device; the result is in main memory.
 
     Returns it and its relative error ||W - W'|| / ||W||. Raises ValueError if the weight is not finite.
     """
-    return by_rows(weight, _round_rows, planes=2)
+    return by_rows(weight, _round_rows, terms=2)
 
 
 def _round_rows(weight: Tensor) -> Rows:
@@ -38,7 +38,7 @@ def _round_rows(weight: Tensor) -> Rows:
     first, second = (row * group).view_as(scales).transpose(1, 2).reshape(2, -1, 1)
     codes = _codes(sizes, first, second)
     left = sizes - first * codes[0] - second * codes[1]
-    signed = [(plane * groups.sign()).to(torch.int8).view(n, -1) for plane in codes]
+    signed = [(term * groups.sign()).to(torch.int8).view(n, -1) for term in codes]
     squares = (float(x.square().sum(dtype=torch.float64)) for x in (left, sizes))
     return Rows(pack_planes32(torch.cat(signed, 1)), row, group, *squares)
 
@@ -62,12 +62,12 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _exact_scale(groups: Tensor) -> Tensor:
-    """The least-squares scale [groups, 1] of one plane."""
+    """The least-squares scale [groups, 1] of one term."""
     return torch.from_numpy(best_scales(largest_sums(groups.cpu().numpy()))).to(groups.device)[:, None]
 
 
 def _codes(sizes: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes of both planes, as floats, of the value nearest to each absolute weight."""
+    """The codes of both terms, as floats, of the value nearest to each absolute weight."""
     without = (sizes > second / 2).float()
     rest = sizes - first
     beside = (rest > second / 2).float() - (rest < -second / 2).float()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...ops import GROUP_SIZE, TernaryWeight
-from ...ops.packing import blocks, pack_planes32
+from ...ops.packing import groups_of, pack_planes32
 from ...ops.scales import fit_integer_groups
 
 METHODS = ("least-squares", "absmean")
@@ -67,7 +67,7 @@ def best_scales(sums: np.ndarray) -> np.ndarray:
 
 def absmean_scales(sums: np.ndarray, inputs: int) -> np.ndarray:
     """BitNet b1.58's scale of each group, the mean of |w|, from its `largest_sums`; K = `inputs`."""
-    members = np.minimum(GROUP_SIZE, inputs - GROUP_SIZE * np.arange(blocks(inputs), dtype=np.float32))
+    members = np.minimum(GROUP_SIZE, inputs - GROUP_SIZE * np.arange(groups_of(inputs), dtype=np.float32))
     return sums[:, -1] / np.tile(members, len(sums) // len(members))
 
 
@@ -93,9 +93,9 @@ def ternarize(weight: Tensor, method: str = "least-squares") -> tuple[TernaryWei
     return by_rows(weight, lambda rows: round_rows(rows.float().cpu().numpy(), method))
 
 
-def by_rows(weight: Tensor, rounding: Callable[[Tensor], Rows], planes: int = 1) -> tuple[TernaryWeight, float]:
+def by_rows(weight: Tensor, rounding: Callable[[Tensor], Rows], terms: int = 1) -> tuple[TernaryWeight, float]:
     """Round a weight [N, K] some rows at a time; returns it and its relative error."""
-    matrix = Matrix(tuple(weight.shape), planes)
+    matrix = Matrix(tuple(weight.shape), terms)
     step = Matrix.chunk_rows(matrix.weight.shape)
     for start in range(0, len(weight), step):
         matrix.put(start, rounding(weight[start : start + step].detach()))
@@ -105,9 +105,9 @@ def by_rows(weight: Tensor, rounding: Callable[[Tensor], Rows], planes: int = 1)
 class Matrix:
     """A ternary weight [N, K] that is filled in by rows."""
 
-    def __init__(self, shape: tuple[int, int], planes: int = 1):
+    def __init__(self, shape: tuple[int, int], terms: int = 1):
         n, k = shape
-        groups = planes * blocks(k)
+        groups = terms * groups_of(k)
         self.missing = n
         self.weight = TernaryWeight(
             torch.empty(groups, n, 32, dtype=torch.uint8),
