@@ -27,14 +27,19 @@ def find_prefix(keys: Iterable[str]) -> str:
 
 
 def file_kind(file: TensorFile) -> str:
-    """What a file is: "ternary", "quantized" (in another format), "lora", "flux" (dense, by its keys) or "other"."""
+    """What a file is, by its keys: "ternary", "quantized" (in another format), "flux" (dense), "lora", "vae",
+    "text encoder" or "other".
+    """
     keys = file.entries
     prefix = find_prefix(keys)
     if any(mark in key for key in keys for mark in _LORA_MARKS):
         return "lora"
     model = [key for key in keys if key.startswith(prefix)]
     if f"{prefix}img_in.weight" not in keys:
-        return "other"
+        if any(key.startswith(("decoder.", "first_stage_model.", "vae.", "taesd_")) for key in keys):
+            return "vae"
+        text = any(".self_attn." in key or ".SelfAttention." in key or "text_model." in key for key in keys)
+        return "text encoder" if text else "other"
     if any(key.endswith(".comfy_quant") and b'"ternary_v' in file.bytes(key)[:4096].tobytes() for key in model):
         return "ternary"
     if any(mark in key for key in model for mark in _QUANTIZED_MARKS):

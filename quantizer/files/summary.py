@@ -153,6 +153,8 @@ def _other(kind: str, header: Header) -> Iterator[str]:
     what = {
         "lora": "a LoRA; load it with ComfyUI's LoRA nodes, on a ternary model too",
         "quantized": "a FLUX checkpoint that is quantized already, in another format",
+        "vae": "a VAE; load it with ComfyUI's node Load VAE",
+        "text encoder": "a text encoder; load it with ComfyUI's node Load CLIP",
         "other": "no FLUX transformer that this pack knows",
     }
     yield f"{header.path}: {what[kind]}"

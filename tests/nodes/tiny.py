@@ -28,12 +28,12 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def dense_tensors(arch: Architecture, g: torch.Generator) -> dict[str, torch.Tensor]:
+def dense_tensors(arch: Architecture, g: torch.Generator, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """Random parameters under BFL names, scaled so that activations keep their size."""
     tensors = {}
     for name, shape in arch.shapes.items():
         spread = shape[1] ** -0.5 if len(shape) == 2 else 0.1
-        tensors[name] = torch.randn(shape, generator=g) * spread + float(name.endswith("norm.scale"))
+        tensors[name] = (torch.randn(shape, generator=g) * spread + float(name.endswith("norm.scale"))).to(dtype)
     return tensors
 
 
@@ -50,16 +50,25 @@ def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, terms=
     return TernaryWeight.from_codes(codes, *scales, down, up, terms)
 
 
-def write(path: Path, arch: Architecture = FLUX1, packing="planes32", seed=0, prefix="", **weights) -> Path:
-    """Write a random ternary FLUX."""
+def write(
+    path: Path,
+    arch: Architecture = FLUX1,
+    packing="planes32",
+    seed=0,
+    prefix="",
+    dtype=torch.float32,
+    metadata=None,
+    **weights,
+) -> Path:
+    """Write a random ternary FLUX; `dtype` of what is dense."""
     g = generator(seed)
-    dense = dense_tensors(arch, g)
+    dense = dense_tensors(arch, g, dtype)
     for name in arch.linears:
         del dense[f"{name}.weight"]
     layers = {f"{prefix}{name}": ternary_weight(shape, g, **weights) for name, shape in arch.linear_shapes.items()}
     plans = {name: LayerPlan.of(weight, packing) for name, weight in layers.items()}
     specs = {f"{prefix}{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
-    with create_ternary(path, plans, specs, {"modelspec.title": "tiny"}, overwrite=True) as writer:
+    with create_ternary(path, plans, specs, metadata or {"modelspec.title": "tiny"}, overwrite=True) as writer:
         for name, tensor in dense.items():
             writer.dense(f"{prefix}{name}", tensor)
         for name, weight in layers.items():
@@ -74,13 +83,14 @@ def dense_twin(path: Path) -> dict[str, torch.Tensor]:
     return state | {f"{name}.weight": file.weight(name).dequantize() for name in file.layers}
 
 
-def run(patcher, mode=torch.inference_mode) -> torch.Tensor:
-    """The velocity for fixed random inputs."""
+def run(patcher, mode=torch.inference_mode, dtype=torch.float32) -> torch.Tensor:
+    """The velocity for fixed random inputs, computed in `dtype`."""
     latent = torch.randn(1, 16, 16, 16, generator=generator(1))
     context = torch.randn(1, 8, 128, generator=generator(2))
     pooled = torch.randn(1, 64, generator=generator(3))
+    inputs = [tensor.to(dtype) for tensor in (latent, torch.tensor([0.5]), context, pooled, torch.tensor([3.5]))]
     with mode():
-        return patcher.model.diffusion_model(latent, torch.tensor([0.5]), context, pooled, torch.tensor([3.5])).clone()
+        return patcher.model.diffusion_model(*inputs).float().clone()
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -102,7 +102,9 @@ def test_kind_of(tmp_path):
     state = synthetic.tensors()
     assert kind(state) == "flux"
     assert kind(state | {"double_blocks.0.img_attn.qkv.comfy_quant": torch.zeros(2, dtype=torch.uint8)}) == "quantized"
-    assert kind({"vae.weight": torch.zeros(1)}) == "other"
+    assert kind({"vae.weight": torch.zeros(1)}) == "vae"
+    assert kind({"text_model.a.weight": torch.zeros(1)}) == "text encoder"
+    assert kind({"a.weight": torch.zeros(1)}) == "other"
 
 
 def test_the_source_is_hashed_while_it_is_read(tmp_path):
