@@ -72,7 +72,7 @@ def _linear_int8(x: Tensor, weight: TernaryWeight) -> Tensor:
 
 
 def _integer_weight(weight: TernaryWeight) -> Tensor:
-    """Trits times integer group multipliers: int8 [N, planes * K padded to 128]."""
+    """Trits times integer group multipliers: int8 [N, terms * K padded to 128]."""
     padded = weight.trits.shape[0] * GROUP_SIZE
     codes = unpack_planes32(weight.trits, padded)
     if weight.group is None:
