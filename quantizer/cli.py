@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": (".commands.report", "write a page that compares ternary files with the original"),
     "inspect": (".commands.inspect", "say what a file is: layers, bits per weight, sizes"),
     "export": (".commands.export", "write a ternary file back as a dense checkpoint"),
+    "pack": (".commands.pack", "write a ternary file in the other packing, for sharing or for loading"),
+    "verify": (".commands.verify", "check every byte of a file against the checksums it carries"),
 }
 INTERRUPTED = 130
 TERMINATED = 143
