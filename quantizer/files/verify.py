@@ -1,4 +1,4 @@
-"""Whether a file is still what its writer wrote: every byte read again and compared with the checksums in the header."""
+"""Whether a file is still what its writer wrote: every byte is read and compared with the checksums in the header."""
 
 import os
 import zlib
