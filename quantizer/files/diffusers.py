@@ -139,20 +139,16 @@ def shapes(found: Mapping[str, tuple[str, ...]], theirs: Mapping[str, tuple[int,
     """
     joined = {}
     for name, parts in found.items():
-        if len({theirs[part][1:] for part in parts}) > 1 or not all(theirs[part] for part in parts):
+        first, *others = (theirs[part] for part in parts)
+        if any(not first or shape[1:] != first[1:] or not shape for shape in others):
             listed = ", ".join(f"{part} {list(theirs[part])}" for part in parts)
             raise ValueError(f"the parts of {name} do not fit one below the other: {listed}")
-        joined[name] = (sum(theirs[part][0] for part in parts), *theirs[parts[0]][1:])
+        joined[name] = (sum(theirs[part][0] for part in parts), *first[1:]) if others else first
     return joined
 
 
-def is_swapped(name: str) -> bool:
-    """Whether the halves of a BFL parameter change places."""
-    return name.rpartition(".")[0] == SWAPPED
-
-
 def join(name: str, parts: Iterable[Tensor]) -> Tensor:
-    """BFL's tensor `name` of its parts; memory is shared where nothing has to be moved."""
+    """BFL's tensor `name` of its parts in diffusers; memory is shared where nothing has to be moved."""
     parts = list(parts)
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return torch.cat(tensor.chunk(2)[::-1]) if is_swapped(name) else tensor
+    return torch.cat(tensor.chunk(2)[::-1]) if name.rpartition(".")[0] == SWAPPED else tensor
