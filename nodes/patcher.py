@@ -105,7 +105,7 @@ class _KeepsWeights:
         return patches + [(key, f) for key, functions in self.weight_wrapper_patches.items() for f in functions]
 
     def _only_effects_differ(self) -> bool:
-        before, now = self.model.ternary_baked, self._baked()
+        before, now = getattr(self.model, "ternary_baked", ()), self._baked()
         return len(before) == len(now) and all(map(_same, before, now))
 
     def _exchange_effects(self, device) -> None:
