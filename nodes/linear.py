@@ -13,7 +13,7 @@ from ..ops.packing import pack_base3
 from ..quantizer.files.layer import LayerPlan, planes32
 from . import layout
 from .compat import core
-from .lora import Branch, DensePatches, Effect
+from .lora import DensePatches, Patched
 
 comfy = core()
 
@@ -47,12 +47,8 @@ def operations(
     return TernaryOps
 
 
-class _TernaryLinear:
+class _TernaryLinear(Patched):
     """Mixin before core's mixed-precision Linear."""
-
-    branch: Branch | None = None  # LoRAs computed beside the quantized product
-    attached: tuple = (None, Effect())  # the patcher's: what identifies the loaded patches, and their effect
-    hooked = False  # the patcher's: whether a hook's effect stands in for the attached one
 
     packing = "planes32"  # in the file
     _choice: Choice | None = None
