@@ -1,15 +1,14 @@
 """The node "Load Ternary FLUX", and the loading behind it."""
 
 import json
-import math
 from pathlib import Path
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..quantizer.files.checkpoint import file_kind
-from ..quantizer.files.container import FormatError, Header, read_header
-from ..quantizer.files.summary import stated_errors
+from ..quantizer.files.container import FormatError, TensorFile
+from ..quantizer.files.summary import in_bytes, sizes, stated_errors
 from ..quantizer.files.ternary import TernaryFile, open_ternary
 from . import files, layout, origin
 from .compat import accepted, core
@@ -133,16 +132,16 @@ def explain(error: Exception, name: str) -> str:
 
 def check(path: str, check_codes: bool = False) -> TernaryFile:
     """Open a ternary FLUX file. Anything else raises FormatError saying what the file is and what to do with it."""
-    if problem := _not_ternary(read_header(path)):
+    opened = TensorFile(path)
+    if problem := _not_ternary(opened):
         raise FormatError(path, problem)
-    file = open_ternary(path, check_codes=check_codes)
+    file = open_ternary(opened, check_codes=check_codes)
     file.architecture  # noqa: B018 - raises where the file is not a whole FLUX transformer
     return file
 
 
-def _not_ternary(header: Header) -> str | None:
-    keys = header.entries
-    match file_kind(header):
+def _not_ternary(file: TensorFile) -> str | None:
+    match file_kind(file):
         case "ternary":
             return None
         case "flux":
@@ -154,10 +153,10 @@ def _not_ternary(header: Header) -> str | None:
             return "this FLUX model is quantized in another format. Load it with the node Load Diffusion Model"
         case "lora":
             return "this is a LoRA. Move it to models/loras and apply it to this node's MODEL with the node Load LoRA"
-    if any(key.startswith(("decoder.", "first_stage_model.", "vae.", "taesd_")) for key in keys):
-        return "this is a VAE. Move it to models/vae and load it with the node Load VAE"
-    if any(".self_attn." in key or ".SelfAttention." in key or "text_model." in key for key in keys):
-        return "this is a text encoder. Move it to models/text_encoders and load it with the node Load CLIP"
+        case "vae":
+            return "this is a VAE. Move it to models/vae and load it with the node Load VAE"
+        case "text encoder":
+            return "this is a text encoder. Move it to models/text_encoders and load it with the node Load CLIP"
     return "this is not a ternary FLUX model. Choose a file made with this pack's quantizer"
 
 
@@ -203,11 +202,7 @@ def load_file(file: TernaryFile, activations: str = "auto", backend: str = "auto
 
 def status(file: TernaryFile, device: torch.device, activations: str, backend: str = "auto") -> str:
     """What was loaded and how it will run, for people: short lines that fit into the node."""
-    layers = file.layers.values()
-    weights = sum(n * k for n, k in (layer.shape for layer in layers))
-    bits = 8 * sum(layer.nbytes for layer in layers) / weights
-    size = file.path.stat().st_size
-    dense = sum(math.prod(shape) for shape in file.architecture.shapes.values()) * torch.bfloat16.itemsize
+    layers, size = file.layers.values(), sizes(file)
     double = sum(layer.terms == 2 for layer in layers)
     terms = f" ({double} of two ternary terms)" if double else ""
     others = f" and {len(file.int8)} int8 layers" if file.int8 else ""
@@ -216,7 +211,7 @@ def status(file: TernaryFile, device: torch.device, activations: str, backend: s
         [
             Path(file.path).name,
             f"{file.architecture.name}, {len(layers)} ternary layers{terms}{others}",
-            f"{_bytes(size)}, {bits:.2f} bits per weight, {dense / size:.1f}x smaller than bf16",
+            f"{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight, {size.ratio:.1f}x smaller than bf16",
             stage(file),
             f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         ]
@@ -236,7 +231,3 @@ def stage(file: TernaryFile) -> str:
         return f"{name}, velocity error {velocity:.3g}"
     errors = stated_errors(file)
     return f"{name}, weight error {sum(errors.values()) / len(errors):.2f}" if errors else name
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...quantizer.files.checkpoint import file_kind, open_checkpoint
-from ...quantizer.files.container import read_header
-from ...quantizer.files.summary import bits
+from ...quantizer.files.container import TensorFile
+from ...quantizer.files.summary import sizes
 from ...quantizer.files.ternary import open_ternary
 from ...quantizer.model.flux import Flux
 
@@ -18,16 +18,16 @@ _CLIPS = torch.linspace(0.5, 1.0, 26)
 
 def dense_of(path: Path, device: torch.device) -> tuple[Flux, int, float]:
     """The model of a dense or ternary file in fp32, the bytes it takes, and bits per weight of its block Linears."""
-    header = read_header(path)
-    if file_kind(header) == "ternary":
-        file = open_ternary(path)
+    opened = TensorFile(path)
+    if file_kind(opened) == "ternary":
+        file = open_ternary(opened)
         extra = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
         state = {name: file.parameter(name).float() for name in file.dense.keys() - extra}
         state |= {f"{name}.weight": file.weight(name).dequantize() for name in file.layers}
-        return _model(file.architecture, state, device), path.stat().st_size, bits(file)
-    checkpoint = open_checkpoint(path)
+        return _model(file.architecture, state, device), path.stat().st_size, sizes(file).bits_per_quantized_weight
+    checkpoint = open_checkpoint(opened)
     state = {name: checkpoint.tensor(name).float() for name in checkpoint.names}
-    count = int(header.metadata.get("benchmark.bits", 16))
+    count = int(checkpoint.metadata.get("benchmark.bits", 16))
     if count == 16:
         return _model(checkpoint.architecture, state, device), path.stat().st_size, 16.0
     each = count + 16 / GROUP

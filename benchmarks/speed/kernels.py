@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="comma separated (default: %(default)s)")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma separated (default: %(default)s)")
     parser.add_argument("--only", default="", help="methods whose name contains this text, besides the baseline")
+    parser.add_argument("--skip", default="", help="leave out methods whose name contains this text")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/kernels-GPU.json)")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, nothing timed")
     options = parser.parse_args()
@@ -327,7 +328,7 @@ def main() -> None:
             x = torch.randn(m, k, device=device).to(dtype)
             base = None
             for name, method in METHODS.items():
-                if options.only not in name and name != BASELINE:
+                if name != BASELINE and (options.only not in name or options.skip and options.skip in name):
                     continue
                 row = measure(method, layer, x)
                 base = base or row.get("seconds")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Architecture, canonical, detect
-from .container import DTYPES, Entry, FormatError, Header, TensorFile, read_header
+from .container import DTYPES, Entry, FormatError, TensorFile
 
 DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LORA_MARKS = (".lora_A", ".lora_B", ".lora_up", ".lora_down", "lora_unet_", ".hada_w", ".lokr_w", ".dora_scale")
@@ -26,27 +26,25 @@ def find_prefix(keys: Iterable[str]) -> str:
     return min(prefixes, key=len, default="")
 
 
-def file_kind(header: Header) -> str:
-    """What a file is: "ternary", "quantized" (in another format), "lora", "flux" (dense, by its keys) or "other"."""
-    keys = header.entries
+def file_kind(file: TensorFile) -> str:
+    """What a file is, by its keys: "ternary", "quantized" (in another format), "flux" (dense), "lora", "vae",
+    "text encoder" or "other".
+    """
+    keys = file.entries
     prefix = find_prefix(keys)
     if any(mark in key for key in keys for mark in _LORA_MARKS):
         return "lora"
     model = [key for key in keys if key.startswith(prefix)]
     if f"{prefix}img_in.weight" not in keys:
-        return "other"
-    if any(key.endswith(".comfy_quant") and _is_ternary(header, key) for key in model):
+        if any(key.startswith(("decoder.", "first_stage_model.", "vae.", "taesd_")) for key in keys):
+            return "vae"
+        text = any(".self_attn." in key or ".SelfAttention." in key or "text_model." in key for key in keys)
+        return "text encoder" if text else "other"
+    if any(key.endswith(".comfy_quant") and b'"ternary_v' in file.bytes(key)[:4096].tobytes() for key in model):
         return "ternary"
     if any(mark in key for key in model for mark in _QUANTIZED_MARKS):
         return "quantized"
     return "flux"
-
-
-def _is_ternary(header: Header, key: str) -> bool:
-    entry = header.entries[key]
-    with open(header.path, "rb") as file:
-        file.seek(entry.start)
-        return b'"ternary_v' in file.read(min(entry.nbytes, 4096))
 
 
 @dataclass(frozen=True)
@@ -116,31 +114,33 @@ def _read(file, name: str | None, rows: int, row_bytes: int, size: int) -> Itera
         yield Piece(name, start, count, data)
 
 
-def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+def open_checkpoint(source: str | os.PathLike | TensorFile) -> Checkpoint:
     """Open a dense FLUX.1 or FLUX.2 checkpoint (safetensors; BFL names with or without a prefix; bf16, fp16 or fp32).
 
-    Raises FormatError, naming what the file is instead where that can be told.
+    `source`: its path, or the file where it is open already. Raises FormatError, naming what the file is instead where
+    that can be told.
     """
-    header = read_header(path)
+    file = source if isinstance(source, TensorFile) else TensorFile(source)
+    path, entries = file.path, file.entries
     refusals = {
         "ternary": "this file is ternary already; give the dense checkpoint that it was made from "
         "(`export` writes a dense copy of this one)",
         "quantized": "this checkpoint is quantized already (fp8, int8 or similar); give the original, 16 or 32 bit",
         "lora": "this is a LoRA, not a checkpoint; convert the base model and load the LoRA with ComfyUI's LoRA nodes",
     }
-    if refusal := refusals.get(file_kind(header)):
+    if refusal := refusals.get(file_kind(file)):
         raise FormatError(path, refusal)
-    prefix = find_prefix(header.entries)
-    names = {canonical(key.removeprefix(prefix)): key for key in header.entries if key.startswith(prefix)}
+    prefix = find_prefix(entries)
+    names = {canonical(key.removeprefix(prefix)): key for key in entries if key.startswith(prefix)}
     try:
-        architecture = detect({name: header.entries[key].shape for name, key in names.items()})
+        architecture = detect({name: entries[key].shape for name, key in names.items()})
     except ValueError as error:
         raise FormatError(path, str(error)) from None
     for key in names.values():
-        dtype = header.entries[key].dtype
+        dtype = entries[key].dtype
         if DTYPES.get(dtype) not in DENSE_DTYPES:
             raise FormatError(path, f"the tensor is {dtype}; a checkpoint in bf16, fp16 or fp32 is needed", key)
-    return Checkpoint(TensorFile(path), architecture, names)
+    return Checkpoint(file, architecture, names)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

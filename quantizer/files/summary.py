@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .architecture import Architecture
 from .checkpoint import file_kind, open_checkpoint
-from .container import FormatError, Header, read_header
+from .container import FormatError, Header, TensorFile
 from .layer import INT8, LayerPlan
 from .ternary import TernaryFile, open_ternary
 
@@ -22,13 +22,21 @@ class Sizes:
 
     ternary_weights: int
     ternary_bytes: int  # trits, scales and low-rank parts
+    int8_weights: int  # of the 8-bit Linears, which count among the dense ones too
+    int8_bytes: int
     dense_weights: int  # everything else: biases, norms, dense and 8-bit Linears
     dense_bytes: int
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the ternary Linears."""
+        """Of the ternary Linears, with scales, multipliers and low-rank factors."""
         return self.ternary_bytes * 8 / max(self.ternary_weights, 1)
+
+    @property
+    def bits_per_quantized_weight(self) -> float:
+        """Of the ternary and 8-bit Linears."""
+        size, weights = self.ternary_bytes + self.int8_bytes, self.ternary_weights + self.int8_weights
+        return size * 8 / max(weights, 1)
 
     @property
     def bytes(self) -> int:
@@ -47,9 +55,12 @@ class Sizes:
 def sizes(file: TernaryFile) -> Sizes:
     beside = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
     dense = {name: file.file.entries[key] for name, key in file.dense.items()}
+    eight_bit = [file.shapes[f"{name}.weight"] for name in file.int8]
     return Sizes(
         ternary_weights=sum(math.prod(layer.shape) for layer in file.layers.values()),
         ternary_bytes=sum(layer.nbytes for layer in file.layers.values()),
+        int8_weights=sum(n * k for n, k in eight_bit),
+        int8_bytes=sum(n * (k + 4) for n, k in eight_bit),
         dense_weights=sum(math.prod(entry.shape) for name, entry in dense.items() if name not in beside),
         dense_bytes=sum(entry.nbytes for entry in dense.values()),
     )
@@ -57,17 +68,17 @@ def sizes(file: TernaryFile) -> Sizes:
 
 def summarize(path: str | os.PathLike, layers: bool = False) -> list[str]:
     """Lines that say what a file is; `layers` adds one for every Linear. Raises FormatError for a damaged file."""
-    header = read_header(path)
-    kind = file_kind(header)
+    file = TensorFile(path)
+    kind = file_kind(file)
     if kind == "ternary":
-        return list(_ternary(open_ternary(path), layers))
+        return list(_ternary(open_ternary(file), layers))
     if kind == "flux":
         try:
-            return list(_dense(open_checkpoint(path).architecture, header, layers))
+            return list(_dense(open_checkpoint(file).architecture, file.header, layers))
         except FormatError as error:
             kind, reason = "other", str(error).removeprefix(f"{error.path}: ")
-            return [*_other(kind, header), _row("not usable", reason)]
-    return list(_other(kind, header))
+            return [*_other(kind, file.header), _row("not usable", reason)]
+    return list(_other(kind, file.header))
 
 
 def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
@@ -87,9 +98,9 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
     dtypes = _dtypes(file.file.entries[key].dtype for key in file.dense.values())
     yield _row("dense", f"{len(file.dense)} tensors, {size.dense_weights / 1e6:,.1f} M weights ({dtypes})")
     if file.int8:
-        eight_bit = sum(math.prod(file.shapes[f"{name}.weight"]) for name in file.int8)
-        yield _row("8 bits", f"{len(file.int8)} of these are Linears in {INT8}, {eight_bit / 1e6:,.1f} M weights")
-    yield _row("size", f"{_bytes(size.bytes)}, in bf16 {_bytes(size.bf16_bytes)}: {size.ratio:.2f} times smaller")
+        count = size.int8_weights / 1e6
+        yield _row("8 bits", f"{len(file.int8)} of these are Linears in {INT8}, {count:,.1f} M weights")
+    yield _row("size", f"{in_bytes(size.bytes)}, in bf16 {in_bytes(size.bf16_bytes)}: {size.ratio:.2f} times smaller")
     errors = stated_errors(file)
     if errors:
         worst = max(errors, key=errors.get)
@@ -129,9 +140,9 @@ def _dense(arch: Architecture, header: Header, layers: bool) -> Iterator[str]:
     yield _architecture(arch)
     linears = f"{ternary / 1e6:,.1f} M of them in the {len(plans)} Linears of the blocks"
     yield _row("weights", f"{weights / 1e6:,.1f} M, {linears}")
-    yield _row("size", f"{_bytes(header.size)} ({_dtypes(entry.dtype for entry in header.entries.values())})")
+    yield _row("size", f"{in_bytes(header.size)} ({_dtypes(entry.dtype for entry in header.entries.values())})")
     after = sum(plan.nbytes for plan in plans.values()) + 2 * (weights - ternary)
-    yield _row("as ternary", f"{_bytes(after)}, {2 * weights / after:.2f} times smaller than bf16")
+    yield _row("as ternary", f"{in_bytes(after)}, {2 * weights / after:.2f} times smaller than bf16")
     if layers:
         yield ""
         for name, (n, k) in arch.linear_shapes.items():
@@ -142,11 +153,13 @@ def _other(kind: str, header: Header) -> Iterator[str]:
     what = {
         "lora": "a LoRA; load it with ComfyUI's LoRA nodes, on a ternary model too",
         "quantized": "a FLUX checkpoint that is quantized already, in another format",
+        "vae": "a VAE; load it with ComfyUI's node Load VAE",
+        "text encoder": "a text encoder; load it with ComfyUI's node Load CLIP",
         "other": "no FLUX transformer that this pack knows",
     }
     yield f"{header.path}: {what[kind]}"
     yield _row("tensors", f"{len(header.entries)} ({_dtypes(entry.dtype for entry in header.entries.values())})")
-    yield _row("size", _bytes(header.size))
+    yield _row("size", in_bytes(header.size))
     first = ", ".join(list(header.entries)[:3])
     yield _row("first keys", first)
 
@@ -160,17 +173,10 @@ def _dtypes(names: Iterator[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in Counter(names).most_common())
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: int) -> str:
+    """A number of bytes for people, in decimal units."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _row(label: str, value: str) -> str:
     return f"  {label:<13} {value}"
-
-
-def bits(file: TernaryFile) -> float:
-    """Bits for each weight of the quantized Linears, with scales, multipliers and low-rank factors."""
-    eight_bit = [file.shapes[f"{name}.weight"] for name in file.int8]
-    weights = sum(n * k for n, k in [*(layer.shape for layer in file.layers.values()), *eight_bit])
-    size = sum(layer.nbytes for layer in file.layers.values()) + sum(n * (k + 4) for n, k in eight_bit)
-    return 8 * size / weights

@@ -30,9 +30,9 @@ from ...ops import TernaryWeight
 from ...ops.packing import pack_base3, packed_shape
 from .architecture import Architecture, canonical, detect
 from .checkpoint import find_prefix
-from .checks import check_dense, check_int8, check_values, is_int8, read_layer
+from .checks import check_dense, check_int8, check_values, is_int8
 from .container import FormatError, TensorFile, TensorWriter, create
-from .layer import PARTS, ROWS, LayerPlan, planes32
+from .layer import PARTS, ROWS, SUFFIXES, Get, LayerPlan, read_plan, read_weight, stored
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,9 @@ class TernaryWriter:
             for start in range(0, n, ROWS):
                 rows = pack_base3(weight.rows(start, start + ROWS).codes(), plan.terms)
                 self.tensors.write_bytes(f"{name}.weight", rows.cpu().flatten().numpy(), start * row_bytes)
-        parts = {"scale": weight.scale, "group": weight.group, "down": weight.down, "up": weight.up}
-        for part, tensor in parts.items():
-            if tensor is not None:
-                self.tensors.write(f"{name}.weight_{part}", tensor)
+        for field, tensor in weight.tensors.items():
+            if field != "trits":
+                self.tensors.write(f"{name}.{SUFFIXES[field]}", tensor)
         self.tensors.write(f"{name}.comfy_quant", plan.comfy_quant)
 
 
@@ -138,36 +137,35 @@ class TernaryFile:
 
     def weight(self, name: str) -> TernaryWeight:
         """The weight of a ternary Linear: memory-mapped, except that base3 trits are unpacked to planes32."""
-        layer = self.layers[name]
-        parts = {p.removeprefix("weight_"): self.file.tensor(f"{self.prefix}{name}.{p}") for p in layer.tensors}
-        trits = parts.pop("weight")
-        return TernaryWeight(planes32(trits, layer), shape=layer.shape, **parts)
+        return read_weight(_tensors_of(self.file, f"{self.prefix}{name}"), self.layers[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor under its key of the format, as planes32: what ComfyUI's loader takes."""
         state = {name: self.tensor(name) for name in self.dense}
         for name in self.layers:
-            weight = self.weight(name)
-            parts = {"weight" if part == "trits" else f"weight_{part}": t for part, t in weight.tensors.items()}
-            state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-            state[f"{name}.comfy_quant"] = LayerPlan.of(weight).comfy_quant
+            state |= {f"{name}.{suffix}": tensor for suffix, tensor in stored(self.weight(name)).items()}
         return state
 
 
-def open_ternary(path: str | os.PathLike, check_codes: bool = True) -> TernaryFile:
+def open_ternary(source: str | os.PathLike | TensorFile, check_codes: bool = True) -> TernaryFile:
     """Open a ternary file and check it: every key, dtype, shape and JSON field, then (`check_codes`) trits and scales.
 
-    Nothing is copied. Raises FormatError naming the file, the key and the remedy.
+    `source`: its path, or the file where it is open already. Nothing is copied. Raises FormatError naming the file, the
+    key and the remedy.
     """
-    file = TensorFile(path)
+    file = source if isinstance(source, TensorFile) else TensorFile(source)
     prefix = find_prefix(file.entries)
     keys = [key for key in file.entries if key.startswith(prefix)]
     quantized = [key.removesuffix(".comfy_quant") for key in keys if key.endswith(".comfy_quant")]
     int8 = [key for key in quantized if is_int8(file, f"{key}.comfy_quant")]
     names = [key.removeprefix(prefix) for key in quantized if key not in int8]
     if not names:
-        raise FormatError(path, "this is not a ternary file: it has no .comfy_quant keys; make one with `round`")
-    layers = {name: read_layer(file, f"{prefix}{name}") for name in names}
+        problem = "this is not a ternary file: it has no .comfy_quant keys; make one with `round`"
+        raise FormatError(file.path, problem)
+    layers = {}
+    for name in names:
+        key = f"{prefix}{name}"
+        layers[name] = read_plan(_tensors_of(file, key), file.path, key)
     parts = {f"{prefix}{name}.{part}" for name in names for part in PARTS}
     dense = {canonical(key.removeprefix(prefix)): key for key in keys if key not in parts}
     eight_bit = {f"{key}.{part}" for key in int8 for part in ("weight", "weight_scale", "comfy_quant")}
@@ -180,3 +178,7 @@ def open_ternary(path: str | os.PathLike, check_codes: bool = True) -> TernaryFi
         for name, layer in layers.items():
             check_values(file, f"{prefix}{name}", layer)
     return TernaryFile(file, prefix, layers, dense)
+
+
+def _tensors_of(file: TensorFile, key: str) -> Get:
+    return lambda suffix: file.tensor(f"{key}.{suffix}") if f"{key}.{suffix}" in file.entries else None

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files.checkpoint import Checkpoint
-from ..files.summary import bits
+from ..files.summary import sizes
 from ..files.ternary import TernaryFile, open_ternary
 from ..model.student import load_student
 from ..pictures.quality import BINS, Quality, measure
@@ -78,7 +78,15 @@ def _measure(work: Workspace, name: str, path: Path, pictures: Sequence[Picture]
     # Both start from the same noise: the first state differs by nothing.
     divergence = [float((a - b).norm() / b.norm()) for a, b in zip(ours[1:], theirs[1:], strict=True)]
     quality = measure(model, work.holdout, work.swapped)
-    return Measured(name, path, quality, divergence, ours[-1], bits(file), weight_errors(file, work.teacher.checkpoint))
+    return Measured(
+        name,
+        path,
+        quality,
+        divergence,
+        ours[-1],
+        sizes(file).bits_per_quantized_weight,
+        weight_errors(file, work.teacher.checkpoint),
+    )
 
 
 def _on_device(model, device: torch.device):

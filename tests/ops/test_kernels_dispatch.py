@@ -133,7 +133,7 @@ def test_tuned_tiles_take_precedence(user_file):
         ("{", "tiles.json"),
         ('{"My GPU": {"int9": []}}', "unknown kernel 'int9'"),
         ('{"My GPU": {"int8_row": [[null, [128, 128, 8]]]}}', "is not .block_m"),
-        ('{"My GPU": {"int8_row": [[16, [16, 64, 4, 4, 1]]]}}', "last entry must have no limit"),
+        ('{"My GPU": {"int8_row": [[16, [16, 64, 4, 4, 1, 0]]]}}', "last entry must have no limit"),
         ("[1]", "tiles.json"),
     ],
 )

@@ -8,6 +8,7 @@ Scale, low-rank part and sums are fp32; each weight is rounded once.
 import triton
 import triton.language as tl
 
+from .configs import ceil_div
 from .decode import planes16
 
 BLOCK_N, WARPS = 64, 4
@@ -76,7 +77,7 @@ def dequantize(weight, down, up, out, chip):
     """Launches the kernel on out [N, K]. down [r, K] and up [N, r] have one 16-bit dtype; both may be None."""
     n, k = out.shape
     row_scale, group = (None, weight.scale) if weight.scale.ndim == 2 else (weight.scale, weight.group)
-    _dequantize[(triton.cdiv(n, BLOCK_N), weight.trits.shape[0] // weight.terms)](
+    _dequantize[(ceil_div(n, BLOCK_N), weight.trits.shape[0] // weight.terms)](
         weight.trits,
         row_scale,
         group,

@@ -118,7 +118,7 @@ def linear_a16(x, weight, low, up, bias, y, tile, chip):
     sums = y
     if splits > 1:
         sums = torch.empty(splits, m, n, dtype=torch.float32, device=y.device)
-    _linear_a16[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), splits)](
+    _linear_a16[(tile.tiles(m, n), splits)](
         x,
         weight.trits,
         row_scale,
@@ -146,8 +146,7 @@ def linear_a16(x, weight, low, up, bias, y, tile, chip):
         TAIL=x.shape[1] % 128 != 0,
         JOIN="a16" in chip.wide,
         PTX=chip.ptx,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     if splits > 1:
         reduce_splits(sums, None, row_scale, low, up, bias, y, 2)

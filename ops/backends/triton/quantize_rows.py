@@ -37,7 +37,7 @@ def quantize_rows(x, padded, dtype=torch.int8):
     m, k = x.shape
     q = torch.empty(m, padded, dtype=dtype, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(padded)
+    block = 1 << (padded - 1).bit_length()
     warps = min(16, max(4, block // 2048))
     _quantize_rows[(m,)](x, q, scale, k, padded, x.stride(0), BLOCK_K=block, num_warps=warps)
     return q, scale

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from ternary_flux.quantizer.files.checkpoint import file_kind, find_prefix, open_checkpoint
-from ternary_flux.quantizer.files.container import FormatError, read_header
+from ternary_flux.quantizer.files.container import FormatError, TensorFile
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests.quantizer import synthetic
 
@@ -97,16 +97,18 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
 def test_kind_of(tmp_path):
     def kind(tensors):
         save_file(tensors, tmp_path / "x.safetensors")
-        return file_kind(read_header(tmp_path / "x.safetensors"))
+        return file_kind(TensorFile(tmp_path / "x.safetensors"))
 
     state = synthetic.tensors()
     assert kind(state) == "flux"
     assert kind(state | {"double_blocks.0.img_attn.qkv.comfy_quant": torch.zeros(2, dtype=torch.uint8)}) == "quantized"
-    assert kind({"vae.weight": torch.zeros(1)}) == "other"
+    assert kind({"vae.weight": torch.zeros(1)}) == "vae"
+    assert kind({"text_model.a.weight": torch.zeros(1)}) == "text encoder"
+    assert kind({"a.weight": torch.zeros(1)}) == "other"
 
 
 def test_the_source_is_hashed_while_it_is_read(tmp_path):
     source = synthetic.write(tmp_path / "flux.safetensors", prefix="m.", extra={"vae": torch.ones(3)})
     round_checkpoint(source, tmp_path / "ternary.safetensors")
-    metadata = read_header(tmp_path / "ternary.safetensors").metadata
+    metadata = TensorFile(tmp_path / "ternary.safetensors").header.metadata
     assert metadata["ternary.source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
