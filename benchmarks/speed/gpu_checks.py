@@ -97,7 +97,7 @@ def nodes(dynamic: bool = False) -> list[dict]:
     import comfy.model_patcher
     import comfy.sd
     from ternary_flux.nodes import loader
-    from ternary_flux.tests.nodes import test_lora, tiny
+    from ternary_flux.tests.nodes import adapters, tiny
 
     if dynamic:
         devices = ((d.index, 0) for d in comfy.model_management.get_all_torch_devices())
@@ -145,15 +145,15 @@ def nodes(dynamic: bool = False) -> list[dict]:
                     return {"patcher": type(model).__name__, "distance": found}
 
                 case(f"{name}, {activations}", error)
-        for name, loras in test_lora.COMBINATIONS.items():
+        for name, loras in adapters.COMBINATIONS.items():
 
             def effect(loras=loras):
                 twin = comfy.sd.load_diffusion_model_state_dict(tiny.dense_twin(path))
                 plain = run(twin)
-                merged = run(test_lora.with_loras(comfy_names, twin, loras))
+                merged = run(adapters.apply(comfy_names, twin, loras))
                 model = loader.load(str(path), "full")
                 before = run(model)
-                patched = run(test_lora.with_loras(comfy_names, model, loras))
+                patched = run(adapters.apply(comfy_names, model, loras))
                 size = float((merged - plain).norm() / plain.norm())
                 comfy.model_management.unload_all_models()
                 again = run(model)
