@@ -77,6 +77,7 @@ class _TernaryLinear(Patched):
         device = self.factory_kwargs["device"] or weight.device
         self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
         self.packing = configuration["packing"]
+        self._configuration = LayerPlan.of(weight).comfy_quant
         quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations, self._backend)
         self.weight = layout.parameter(quantized)
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments)
@@ -156,7 +157,8 @@ class _TernaryLinear(Patched):
         state_dict = {} if destination is None else destination
         if self.bias is not None:
             state_dict[f"{prefix}bias"] = self.bias
-        state_dict.update(entries(self.weight, prefix))
+        state_dict.update(self.weight.state_dict(f"{prefix}weight"))
+        state_dict[f"{prefix}comfy_quant"] = self._configuration  # kept: core asks once for every key it merges
         return state_dict
 
 

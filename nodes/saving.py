@@ -97,7 +97,7 @@ class SavesWeights:
         for name, module in quantized.items():
             weight = self._merged(f"{prefix}{name}.weight", module)
             if layout.is_ternary(module.weight):
-                for key in entries(module.weight, f"{name}."):
+                for key in module.weight.state_dict(f"{name}.weight").keys() | {f"{name}.comfy_quant"}:
                     state_dict.pop(key)
                 if layout.is_ternary(weight):
                     state_dict |= entries(weight, f"{name}.", module.packing)
