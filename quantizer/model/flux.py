@@ -216,6 +216,20 @@ def activation(version: int) -> nn.Module:
     return nn.GELU(approximate="tanh") if version == 1 else SiluGate()
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Linears of a block that do not depend on each other.
+
+    role  "modulate": their input is SiLU of the modulation vector; "inner": within a branch; "add": their outputs are
+          multiplied by a gate and added to the tokens
+    half  of stages that add: the method of the block that ends with it
+    """
+
+    linears: tuple[str, ...]
+    role: str
+    half: str = "forward"
+
+
 class DoubleBlock(nn.Module):
     """Text and image tokens with weights of their own, and attention over both."""
 
@@ -230,8 +244,28 @@ class DoubleBlock(nn.Module):
             second = linear(arch.mlp_hidden, arch.hidden, arch.bias)
             setattr(self, f"{stream}_mlp", nn.Sequential(first, activation(arch.version), second))
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The block's Linears in the order in which a forward meets them."""
+
+        def both(part: str) -> tuple[str, str]:
+            return f"img_{part}", f"txt_{part}"
+
+        modulate = (Stage(both("mod.lin"), "modulate"),) if hasattr(self, "img_mod") else ()
+        return (
+            *modulate,
+            Stage(both("attn.qkv"), "inner"),
+            Stage(both("attn.proj"), "add", "attend"),
+            Stage(both("mlp.0"), "inner"),
+            Stage(both("mlp.2"), "add"),
+        )
+
     def forward(self, tokens: Tokens) -> Tokens:
         return self.feed(self.attend(tokens))
+
+    def stream(self, linear: str, tokens: Tokens) -> Tensor:
+        """The tokens that a Linear's branch is added to."""
+        return tokens.img if linear.startswith("img_") else tokens.txt
 
     def modulations(self, tokens: Tokens) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Of image and text: shift, scale, gate of the attention, and of the MLP."""
@@ -240,14 +274,14 @@ class DoubleBlock(nn.Module):
         return tokens.modulation[:2]
 
     def gates(self, tokens: Tokens) -> dict[str, Tensor]:
-        """What the outputs of some Linears are multiplied with [B, 1, hidden] before they are added to the tokens."""
-        img_mod, txt_mod = self.modulations(tokens)
-        return {
-            "img_attn.proj": img_mod[2],
-            "txt_attn.proj": txt_mod[2],
-            "img_mlp.2": img_mod[5],
-            "txt_mlp.2": txt_mod[5],
-        }
+        """Of each Linear in a branch, the gate [B, 1, hidden] through which the branch is added to the tokens."""
+        gates = {}
+        for stream, (_, _, attention_gate, _, _, mlp_gate) in zip(
+            ("img", "txt"), self.modulations(tokens), strict=True
+        ):
+            gates |= {f"{stream}_attn.qkv": attention_gate, f"{stream}_attn.proj": attention_gate}
+            gates |= {f"{stream}_mlp.0": mlp_gate, f"{stream}_mlp.2": mlp_gate}
+        return gates
 
     def attend(self, tokens: Tokens) -> Tokens:
         """The first half: attention over both streams."""
@@ -284,13 +318,23 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(arch.head_dim)
         self.mlp_act = activation(arch.version)
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The block's Linears in the order in which a forward meets them."""
+        modulate = (Stage(("modulation.lin",), "modulate"),) if hasattr(self, "modulation") else ()
+        return (*modulate, Stage(("linear1",), "inner"), Stage(("linear2",), "add"))
+
     def modulations(self, tokens: Tokens) -> tuple[Tensor, ...]:
         """Shift, scale and gate."""
         return self.modulation(tokens.vec) if tokens.modulation is None else tokens.modulation[2]
 
     def gates(self, tokens: Tokens) -> dict[str, Tensor]:
-        """What the outputs of some Linears are multiplied with [B, 1, hidden] before they are added to the tokens."""
-        return {"linear2": self.modulations(tokens)[2]}
+        """Of each Linear in a branch, the gate [B, 1, hidden] through which the branch is added to the tokens."""
+        return dict.fromkeys(("linear1", "linear2"), self.modulations(tokens)[2])
+
+    def stream(self, linear: str, tokens: Tokens) -> Tensor:
+        """The tokens that a Linear's branch is added to."""
+        return torch.cat((tokens.txt, tokens.img), dim=1)
 
     def forward(self, tokens: Tokens) -> Tokens:
         shift, scale, gate = self.modulations(tokens)
@@ -300,6 +344,11 @@ class SingleBlock(nn.Module):
         x = x + gate * self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
         txt, img = x.split((tokens.txt.shape[1], tokens.img.shape[1]), dim=1)
         return replace(tokens, img=img, txt=txt)
+
+
+def make_block(arch: Architecture, name: str, linear: LinearFactory = nn.Linear) -> DoubleBlock | SingleBlock:
+    """The block of this name (`double_blocks.0` ...)."""
+    return (DoubleBlock if name.startswith("double_blocks.") else SingleBlock)(arch, linear)
 
 
 class FinalLayer(nn.Module):

@@ -1,13 +1,13 @@
 """The dense model that is imitated: held in memory where it fits, read from its checkpoint block by block elsewhere."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..files.checkpoint import Checkpoint
-from .flux import DoubleBlock, Flux, Inputs, SingleBlock, Tokens
+from .flux import Flux, Inputs, Tokens, make_block
 
 _RESIDENT = 0.6  # of the free memory that a model held in it may take
 
@@ -54,8 +54,7 @@ class Teacher:
         return self.stem.finish(tokens).float()
 
     def _read(self, name: str) -> nn.Module:
-        kind = DoubleBlock if name.startswith("double_blocks.") else SingleBlock
-        return self._load(_build(kind, self.arch), f"{name}.")
+        return self._load(_build(make_block, self.arch, name), f"{name}.")
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         names: Iterable[str] = module.state_dict()
@@ -65,9 +64,9 @@ class Teacher:
         return module.requires_grad_(False).eval()
 
 
-def _build(kind: type[nn.Module], *arguments) -> nn.Module:
+def _build(make: Callable[..., nn.Module], *arguments) -> nn.Module:
     with torch.device("meta"):
-        return kind(*arguments)
+        return make(*arguments)
 
 
 def free_memory(device: torch.device) -> int:
