@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -102,15 +102,6 @@ def enough_states(arch: Architecture, tokens: int) -> int:
     return max(256, -(-32 * inputs // tokens))
 
 
-def stages(arch: Architecture, block: str) -> list[list[str]]:
-    """The Linears of a block in the order of quantization; those of a stage do not depend on each other."""
-    if block.startswith("single_blocks."):
-        return [[name] for name in arch.block_linears(block)]
-    parts = ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
-    present = arch.block_linears(block)
-    return [pair for part in parts if (pair := [f"{s}_{part}" for s in ("img", "txt") if f"{s}_{part}" in present])]
-
-
 def _calibrate_block(
     name: str, teacher: Teacher, streams: Streams, path: Path, settings: CalibrationSettings
 ) -> BlockFit:
@@ -127,12 +118,12 @@ def _calibrate_block(
         layers = _load_block(path, student)
     else:
         results = {}
-        for stage in stages(teacher.arch, name):
-            stage = [linear for linear in stage if precisions[linear] != "int8"]
-            if not stage:
+        for stage in dense.stages:
+            linears = tuple(linear for linear in stage.linears if precisions[linear] != "int8")
+            if not linears:
                 continue
-            collected = streams.moments(dense, student, stage)
-            for linear in stage:
+            collected = streams.moments(dense, student, replace(stage, linears=linears))
+            for linear in linears:
                 module = student.get_submodule(linear)
                 rank, terms = (0, 2) if precisions[linear] == "two-terms" else (settings.rank, 1)
                 solution = gptq.solve(
