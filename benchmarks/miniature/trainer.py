@@ -36,7 +36,9 @@ class Trainer:
         self.warmup, self.decay, self.average = warmup, decay, average
         muon = list(muon)
         others = [p for p in model.parameters() if not any(p is other for other in muon)]
-        self.optimizers = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        ]
         if muon:
             self.optimizers.append(Muon(muon, rate))
         self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -26,6 +26,7 @@ from ..files.layer import LayerPlan
 from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary
 from ..files.work_folder import keep_settings
+from ..model.flux import linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
@@ -121,7 +122,7 @@ def _calibrate_block(
     }
     for linear, chosen in precisions.items():
         if chosen == "int8":
-            weight = student.get_submodule(linear).weight
+            weight = linear_of(student, linear).weight
             weight.copy_(rounded(weight, chosen))
     if path.exists():
         layers = _load_block(path, student)
@@ -133,7 +134,7 @@ def _calibrate_block(
                 continue
             collected = streams.moments(dense, student, stage)
             for linear in stage:
-                module = student.get_submodule(linear)
+                module = linear_of(student, linear)
                 rank, terms = (0, 2) if precisions[linear] == "two-terms" else (settings.rank, 1)
                 solution = gptq.solve(
                     module.weight, module.bias, collected.pop(linear), rank, settings.damping, settings.sweeps, terms
@@ -170,7 +171,7 @@ def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
     file = TensorFile(path)
     fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
     for linear in fits:
-        module = student.get_submodule(linear)
+        module = linear_of(student, linear)
         weight, bias = _read_layer(file, linear, tuple(module.weight.shape))
         _apply(module, weight.to(module.weight.device), bias)
     return fits

@@ -179,8 +179,12 @@ class Distiller:
                 if kind == "adam":
                     adam[name] = file.tensor(key)
                 else:
-                    target = {"parameter": self.parameters, "average": self.average, "best": self.best}[kind]
-                    target[name].copy_(file.tensor(key))
+                    of_kind: dict[str, dict[str, Tensor]] = {
+                        "parameter": self.parameters,
+                        "average": self.average,
+                        "best": self.best,
+                    }
+                    of_kind[kind][name].copy_(file.tensor(key))
         self.optimizer.load_state_dict(adam)
         return True
 
@@ -194,7 +198,9 @@ class Distiller:
 
 
 def distill(
-    distiller: Distiller, snapshot: str | os.PathLike | None = None, on_step: Callable[[dict], None] = lambda row: None
+    distiller: Distiller,
+    snapshot: str | os.PathLike | None = None,
+    on_step: Callable[[dict], object] = lambda row: None,
 ) -> None:
     """Run to the end, from `snapshot` if it exists, and leave the best student in the model.
 

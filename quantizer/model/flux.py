@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +209,8 @@ class DoubleBlock(nn.Module):
         """Of image and text: shift, scale, gate of the attention, and of the MLP."""
         if tokens.modulation is None:
             return self.img_mod(tokens.vec), self.txt_mod(tokens.vec)
-        return tokens.modulation[:2]
+        img, txt, *_ = tokens.modulation
+        return img, txt
 
     def gates(self, tokens: Tokens) -> dict[str, Tensor]:
         """What the outputs of some Linears are multiplied with [B, 1, hidden] before they are added to the tokens."""
@@ -281,6 +283,11 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         return self.linear(modulate(x, *self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)))
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """The Linear of this name in a dense block."""
+    return cast(nn.Linear, block.get_submodule(name))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

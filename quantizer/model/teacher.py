@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from ..files.checkpoint import Checkpoint
 from .flux import DoubleBlock, Flux, SingleBlock
 
 _RESIDENT = 0.6  # of the free memory that a model held in it may take
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Teacher:
@@ -59,7 +61,7 @@ class Teacher:
         kind = DoubleBlock if name.startswith("double_blocks.") else SingleBlock
         return self._load(_build(kind, self.arch), f"{name}.")
 
-    def _load(self, module: nn.Module, prefix: str) -> nn.Module:
+    def _load(self, module: _Module, prefix: str) -> _Module:
         names: Iterable[str] = module.state_dict()
         tensors = {name: self.checkpoint.tensor(prefix + name) for name in names}
         tensors = {name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in tensors.items()}
@@ -67,7 +69,7 @@ class Teacher:
         return module.requires_grad_(False).eval()
 
 
-def _build(kind: type[nn.Module], *arguments) -> nn.Module:
+def _build(kind: type[_Module], *arguments) -> _Module:
     with torch.device("meta"):
         return kind(*arguments)
 

@@ -43,8 +43,8 @@ class Pool:
     def batch(self, group: int, rows: Tensor, device: torch.device | str = "cpu") -> Batch:
         """These states of a group, fp32, on the device."""
         source = self.groups[group]
-        inputs = (x if x is None else x.to(device) for x in source.states.inputs(rows, self.conditioning))
-        return Batch(*inputs, source.velocity[rows].to(device, torch.float32))
+        batch = Batch(*source.states.inputs(rows, self.conditioning), velocity=source.velocity[rows].float())
+        return to_device(batch, device)
 
     def draw(self, index: int, size: int, seed: int, device: torch.device | str = "cpu") -> Batch:
         """Batch number `index` of an endless sequence of epochs, each of which has every state once, in its own order.
@@ -131,7 +131,7 @@ def holdout_batches(
         for step in range(0, trajectories.steps, stride):
             latent, velocity = (file.tensor(f"{kind}.{step}").clone() for kind in ("latent", "velocity"))
             t = torch.full((len(pictures),), float(noise_levels(trajectories.steps, trajectories.shift)[step]))
-            result.append(Batch(latent, t, *conditions, velocity))
+            result.append(Batch(latent, t, *conditions, velocity=velocity))
     return result
 
 

@@ -22,7 +22,7 @@ class States:
 
     def inputs(self, rows: slice | Tensor, conditioning: Conditioning) -> tuple[Tensor | None, ...]:
         """The arguments of a FLUX forward for these rows, fp32."""
-        context, pooled = conditioning.batch(self.prompt[rows])
+        context, pooled = conditioning.batch(self.prompt[rows].tolist())
         guidance = None if self.guidance is None else self.guidance[rows]
         return self.latent[rows], self.t[rows], context, pooled, guidance
 

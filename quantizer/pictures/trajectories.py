@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,7 +169,7 @@ class Trajectories:
             chosen.setdefault(picture.shape, []).append(state)
         return [self._states(states, velocities) for states in chosen.values()]
 
-    def _states(self, chosen: Sequence[tuple[Picture, float | int, int | None]], velocities: bool) -> States:
+    def _states(self, chosen: Sequence[tuple[Picture, Any, int | None]], velocities: bool) -> States:
         """States of one size from (picture, time, seed of fresh noise) or (picture, number of a kept state, None)."""
         pictures = [picture for picture, _, _ in chosen]
         levels = noise_levels(self.steps, self.shift).float()

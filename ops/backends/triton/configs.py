@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import torch
 
-
 KERNELS = ("int8_row", "int8_group", "e4m3_row", "e4m3_group", "a16")
 
 
