@@ -225,6 +225,9 @@ def main() -> None:
         sys.exit("torch sees no CUDA device. Use --dry to run every path on the CPU")
     report: dict = {"machine": timing.machine(), "model": "tiny" if options.dry else options.model, "modes": {}}
     print(json.dumps(report["machine"]))
+    out = options.out
+    if out is None and not options.dry:
+        out = RESULTS / f"transformer-{options.model}-{report['machine']['gpu'].replace(' ', '-')}.json"
     for mode in options.modes.split(","):
         result = report["modes"][mode] = measure(mode, options.model, forward, sizes, options.dry)
         for pixels, found in result.get("sizes", {}).items():
@@ -233,12 +236,10 @@ def main() -> None:
             print(f"{mode:6} cold start: first step {result['cold']:.2f} s ({result['forward']} forward)")
         if "missing" in result:
             print(f"{mode:6} {result['missing']}", flush=True)
-    out = options.out
-    if out is None and not options.dry:
-        out = RESULTS / f"transformer-{options.model}-{report['machine']['gpu'].replace(' ', '-')}.json"
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report, indent=1))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1))
         print(f"written: {out}")
 
 
