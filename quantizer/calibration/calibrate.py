@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from ..files import metadata, precision
 from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
 from ..files.checkpoint import Checkpoint
-from ..files.container import TensorFile, create
+from ..files.container import TensorFile, save
 from ..files.layer import LayerPlan
 from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary
@@ -160,11 +160,8 @@ def _save_block(path: Path, results: Mapping[str, gptq.Solution]) -> None:
         tensors |= {f"{linear}.{part}": tensor for part, tensor in solution.weight.tensors.items()}
         if solution.bias is not None:
             tensors[f"{linear}.bias"] = solution.bias.bfloat16()
-    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     fits = json.dumps({linear: asdict(solution.fit) for linear, solution in results.items()})
-    with create(path, plan, {"fits": fits}, overwrite=True) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
+    save(path, tensors, {"fits": fits}, overwrite=True)
 
 
 def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
@@ -172,7 +169,7 @@ def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
     fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
     for linear in fits:
         module = linear_of(student, linear)
-        weight, bias = _read_layer(file, linear, tuple(module.weight.shape))
+        weight, bias = _read_layer(file, linear, (module.out_features, module.in_features))
         _apply(module, weight.to(module.weight.device), bias)
     return fits
 
@@ -210,7 +207,7 @@ def write(
     sha256 = sha256 or checkpoint.sha256()
     header = metadata.build(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, sha256)
     header |= precision.metadata(settings.precisions)
-    started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, timezone.utc)
+    started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, UTC)
     header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
     with create_ternary(target, plan, dense, header, metadata.header_room(arch), overwrite) as writer:
         for block in arch.block_names:

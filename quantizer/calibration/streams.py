@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..model.flux import Flux, Tokens
+from ..model.flux import Flux, Tokens, linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
@@ -72,8 +72,8 @@ class Streams:
     def moments(self, dense: nn.Module, student: nn.Module, linears: Sequence[str]) -> dict[str, Moments]:
         """Second moments of the inputs of some Linears of a block, over all states; `dense` is the teacher's block."""
         device = self.teacher.device
-        shapes = {name: student.get_parameter(f"{name}.weight").shape for name in linears}
-        moments = {name: Moments(*shape, device) for name, shape in shapes.items()}
+        modules = {name: linear_of(student, name) for name in linears}
+        moments = {name: Moments(m.out_features, m.in_features, device) for name, m in modules.items()}
         if linears[0].endswith(".lin"):
             for vectors in self.vectors.split(1024):
                 for name in linears:

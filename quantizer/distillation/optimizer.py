@@ -1,4 +1,8 @@
-"""Adam (arXiv 1412.6980) with a learning rate for each tensor, optionally with 8-bit states and bf16 parameters."""
+"""Adam (arXiv 1412.6980) with a learning rate for each tensor, optionally with 8-bit states and bf16 parameters.
+
+It is our own because a run that was interrupted must go on to the same bits on every machine: its 8-bit states run
+without a compiler and on CPUs, and the chance in rounding bf16 parameters depends on seed and step alone.
+"""
 
 from collections.abc import Mapping
 from typing import Any

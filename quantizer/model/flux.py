@@ -3,6 +3,8 @@
 The mathematics is that of https://github.com/black-forest-labs/flux and flux2, with ComfyUI's conventions for latents,
 position ids, the order of text and image tokens, and norm epsilons, so that outputs equal ComfyUI's. A forward is
 `prepare`, then every block on `Tokens`, then `finish`.
+
+ComfyUI's own forward works in place, so no gradient goes through it, and the quantizer runs where ComfyUI is not.
 """
 
 import math

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.container import TensorFile, create
+from ..files.container import TensorFile, save
 from .conditioning import Conditioning
 from .quality import BINS, Model
 from .sampler import noise_levels, sample, with_control_channels
@@ -43,7 +43,8 @@ class Pool:
     def batch(self, group: int, rows: Tensor, device: torch.device | str = "cpu") -> Batch:
         """These states of a group, fp32, on the device."""
         source = self.groups[group]
-        batch = Batch(*source.states.inputs(rows, self.conditioning), velocity=source.velocity[rows].float())
+        latent, t, context, pooled, guidance = source.states.inputs(rows, self.conditioning)
+        batch = Batch(latent, t, context, pooled, guidance, source.velocity[rows].float())
         return to_device(batch, device)
 
     def draw(self, index: int, size: int, seed: int, device: torch.device | str = "cpu") -> Batch:
@@ -105,7 +106,8 @@ def training_pool(
             if not path.exists():
                 inputs = states.inputs(rows, trajectories.conditioning)
                 pieces = zip(*(_split(x, batch, len(rows)) for x in inputs), strict=True)
-                _keep(path, {"velocity": torch.cat([teacher(*piece).cpu() for piece in pieces])})
+                velocities = torch.cat([teacher(*piece).cpu() for piece in pieces])
+                save(path, {"velocity": velocities}, overwrite=True)
             velocity[rows] = TensorFile(path).tensor("velocity").float()
             on_progress(len(rows))
         groups.append(LabelledStates(states, velocity))
@@ -123,15 +125,15 @@ def holdout_batches(
     result = []
     for number, pictures in enumerate(batches(trajectories.plan("holdout", count), batch)):
         path = folder / f"holdout-{count}-{batch}-{number:04d}.safetensors"
-        conditions = trajectories.conditions(pictures)
+        conditions = context, pooled, guidance = trajectories.conditions(pictures)
         if not path.exists():
-            _keep(path, dict(_record(teacher, trajectories, pictures, conditions)))
+            save(path, dict(_record(teacher, trajectories, pictures, conditions)), overwrite=True)
         file = TensorFile(path)
         stride = -(-trajectories.steps // _HOLDOUT_TIMES)
         for step in range(0, trajectories.steps, stride):
             latent, velocity = (file.tensor(f"{kind}.{step}").clone() for kind in ("latent", "velocity"))
             t = torch.full((len(pictures),), float(noise_levels(trajectories.steps, trajectories.shift)[step]))
-            result.append(Batch(latent, t, *conditions, velocity=velocity))
+            result.append(Batch(latent, t, context, pooled, guidance, velocity))
     return result
 
 
@@ -168,10 +170,3 @@ def _digest(states: States, rows: slice) -> str:
 
 def _split(x: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
     return [None] * -(-rows // size) if x is None else x.split(size)
-
-
-def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
-    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with create(path, plan, {}, overwrite=True) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)

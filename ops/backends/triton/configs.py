@@ -181,8 +181,10 @@ def write_user_table(name: str, entries: dict[str, tuple[tuple[float, Tile], ...
     path = user_path()
     content = json.loads(path.read_text()) if path.is_file() else {}
     rows = {
-        kernel: [[None if limit == _ANY else limit, [t.block_m, t.block_n, t.warps, t.stages, t.max_splits, t.registers]]
-                 for limit, t in of]
+        kernel: [
+            [None if limit == _ANY else limit, [t.block_m, t.block_n, t.warps, t.stages, t.max_splits, t.registers]]
+            for limit, t in of
+        ]
         for kernel, of in entries.items()
     }  # fmt: skip
     content[name] = {**content.get(name, {}), **rows}
