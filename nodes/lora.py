@@ -24,7 +24,10 @@ Patch = tuple
 class Effect:
     """What a patch list does to one Linear. This one does nothing."""
 
-    nbytes = 0  # on the device of the Linear
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device of the Linear."""
+        return 0
 
     def attach(self, module) -> None:
         """Make the Linear act so, in place of what it did before."""

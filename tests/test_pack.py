@@ -3,9 +3,9 @@
 import ast
 import subprocess
 import sys
+import tomllib
 
 import pytest
-import tomllib
 
 import _pack
 

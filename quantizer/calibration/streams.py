@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..model.flux import Flux, Stage, Tokens
+from ..model.flux import Flux, Stage, Tokens, linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
@@ -73,7 +73,7 @@ class Streams:
         """Second moments of the inputs of a stage's Linears, over all states; `dense` is the teacher's block."""
         linears = stage.linears
         device = self.teacher.device
-        modules = {name: student.get_submodule(name) for name in linears}
+        modules = {name: linear_of(student, name) for name in linears}
         moments = {name: Moments(m.out_features, m.in_features, device) for name, m in modules.items()}
         if stage.role == "modulate":
             for vectors in self.vectors.split(1024):

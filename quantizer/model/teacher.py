@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TypeVar
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from ..files.checkpoint import Checkpoint
 from .flux import Flux, Inputs, Tokens, make_block
 
 _RESIDENT = 0.6  # of the free memory that a model held in it may take
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Teacher:
@@ -56,7 +59,7 @@ class Teacher:
     def _read(self, name: str) -> nn.Module:
         return self._load(_build(make_block, self.arch, name), f"{name}.")
 
-    def _load(self, module: nn.Module, prefix: str) -> nn.Module:
+    def _load(self, module: _Module, prefix: str) -> _Module:
         names: Iterable[str] = module.state_dict()
         tensors = {name: self.checkpoint.tensor(prefix + name) for name in names}
         tensors = {name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in tensors.items()}
@@ -64,7 +67,7 @@ class Teacher:
         return module.requires_grad_(False).eval()
 
 
-def _build(make: Callable[..., nn.Module], *arguments) -> nn.Module:
+def _build(make: Callable[..., _Module], *arguments) -> _Module:
     with torch.device("meta"):
         return make(*arguments)
 
@@ -73,8 +76,4 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
-        return 8 << 30
+    return psutil.virtual_memory().available

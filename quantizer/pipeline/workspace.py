@@ -13,6 +13,7 @@ from torch import Tensor
 from ..files.architecture import Architecture
 from ..files.atomic import check_target
 from ..files.checkpoint import fingerprint, open_checkpoint
+from ..files.container import TensorFile, save
 from ..files.ternary import open_ternary
 from ..model.student import load_student
 from ..model.teacher import Teacher, free_memory
@@ -170,13 +171,12 @@ class Workspace:
     @cached_property
     def swapped(self) -> list[Tensor]:
         """The teacher's velocities at the held-out states under other prompts, on the device."""
-        path = self.folder / "velocities" / f"swapped-{self.held_out}.pt"
+        path = self.folder / "velocities" / f"swapped-{self.held_out}.safetensors"
         if not path.exists():
-            velocities = [velocity.cpu() for velocity in swapped_velocities(self.teacher, self.holdout)]
-            partial = path.with_suffix(".partial")
-            torch.save(velocities, partial)
-            os.replace(partial, path)
-        return [velocity.to(self.device) for velocity in torch.load(path)]
+            velocities = swapped_velocities(self.teacher, self.holdout)
+            save(path, {str(number): velocity for number, velocity in enumerate(velocities)})
+        file = TensorFile(path)
+        return [file.tensor(str(number)).to(self.device, copy=True) for number in range(len(file.entries))]
 
     def release_teacher(self) -> None:
         """Free the teacher's memory; it is read again when it is needed."""

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..files.atomic import atomic_file
 from ..files.checkpoint import Checkpoint
 from ..files.summary import sizes
 from ..files.ternary import TernaryFile, open_ternary
@@ -66,9 +67,8 @@ def report(
     for name, image in images.items():
         image.save(folder / f"{name}.png", optimize=True)
     path = folder / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(_page(work, measured, images, decode is None), encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_file(path, overwrite=True) as file:
+        file.write(_page(work, measured, images, decode is None).encode())
     return path
 
 
