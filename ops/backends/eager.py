@@ -18,8 +18,7 @@ from ..weight import TernaryWeight
 NAME = "eager"
 SCRATCH_BYTES = 64 << 20  # no temporary tensor of a weight exceeds this, whatever the layer
 
-# What a CPU decodes at a time: little enough to stay in its cache until it is multiplied, wide enough for the matmul.
-_CACHE_BYTES, _CACHE_OUTPUTS = 6 << 20, 256
+CPU_SCRATCH_BYTES = 12 << 20  # on a CPU it stays in the cache until it is multiplied
 
 # Partial sums of 8 groups stay below 8 * 128 * 127 * 127 < 2**24, where fp32 holds every integer.
 _EXACT_FP32_INPUTS = 8 * GROUP_SIZE
@@ -69,10 +68,8 @@ def _decoded(weight: TernaryWeight, dtype: torch.dtype) -> Iterator[tuple[slice,
     """(outputs, their rows of the weight, their decoded trits [G, 128, outputs]), in a scratch that is used again."""
     n, groups = weight.shape[0], weight.trits.shape[0]
     output_bytes = groups * GROUP_SIZE * dtype.itemsize
-    step = SCRATCH_BYTES // output_bytes
-    if weight.device.type == "cpu":
-        step = min(step, max(_CACHE_OUTPUTS, _CACHE_BYTES // output_bytes))
-    step = max(1, min(step, n))
+    limit = CPU_SCRATCH_BYTES if weight.device.type == "cpu" else SCRATCH_BYTES
+    step = max(1, min(limit // output_bytes, n))
     scratch = torch.empty(groups * GROUP_SIZE * step, dtype=dtype, device=weight.device)
     for start in range(0, n, step):
         stop = min(start + step, n)
