@@ -100,10 +100,10 @@ def _linear_int8(x: Tensor, weight: TernaryWeight) -> Tensor:
     for outputs, rows, integers in _decoded(weight, dtype):
         if dtype == torch.int8:
             integers.bitwise_right_shift_(6)  # a decoded 1 is 64
+            if rows.group is not None:
+                integers *= rows.group.to(dtype)[:, None]
         else:
-            integers *= 0.5
-        if rows.group is not None:
-            integers *= rows.group.to(dtype)[:, None]
+            integers *= 0.5 if rows.group is None else (0.5 * rows.group)[:, None]
         y[:, outputs] = multiply(codes, integers.view(-1, integers.shape[2])) * token_scale
     return y.mul_(weight.scale)
 
