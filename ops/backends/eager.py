@@ -18,7 +18,10 @@ from ..weight import TernaryWeight
 NAME = "eager"
 SCRATCH_BYTES = 64 << 20  # no temporary tensor of a weight exceeds this, whatever the layer
 
-CPU_SCRATCH_BYTES = 12 << 20  # on a CPU it stays in the cache until it is multiplied
+
+# On a CPU the scratch stays in the cache until it is multiplied. The more tokens, the less that is worth beside fewer,
+# larger operations: each ends with threads that wait for one another.
+CPU_SCRATCH_BYTES, CPU_SCRATCH_BYTES_PER_TOKEN = 12 << 20, 64 << 10
 
 # Partial sums of 8 groups stay below 8 * 128 * 127 * 127 < 2**24, where fp32 holds every integer.
 _EXACT_FP32_INPUTS = 8 * GROUP_SIZE
@@ -64,25 +67,34 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if fast else torch.float32
 
 
-def _decoded(weight: TernaryWeight, dtype: torch.dtype) -> Iterator[tuple[slice, TernaryWeight, Tensor]]:
-    """(outputs, their rows of the weight, their decoded trits [G, 128, outputs]), in a scratch that is used again."""
-    n, groups = weight.shape[0], weight.trits.shape[0]
-    output_bytes = groups * GROUP_SIZE * dtype.itemsize
-    limit = CPU_SCRATCH_BYTES if weight.device.type == "cpu" else SCRATCH_BYTES
-    step = max(1, min(limit // output_bytes, n))
+def _decoded(weight: TernaryWeight, dtype: torch.dtype, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """(outputs, their decoded trits [G, 128, outputs]) until all are done, in a scratch that is used again."""
+    groups, n, _ = weight.trits.shape
+    limit = SCRATCH_BYTES
+    if weight.device.type == "cpu":
+        limit = min(limit, CPU_SCRATCH_BYTES + CPU_SCRATCH_BYTES_PER_TOKEN * tokens)
+    step = _part(n, limit // (groups * GROUP_SIZE * dtype.itemsize))
     scratch = torch.empty(groups * GROUP_SIZE * step, dtype=dtype, device=weight.device)
     for start in range(0, n, step):
-        stop = min(start + step, n)
-        out = scratch[: groups * GROUP_SIZE * (stop - start)].view(groups, GROUP_SIZE, stop - start)
-        rows = weight.rows(start, stop)
-        yield slice(start, stop), rows, decode_planes32(rows.trits, out)
+        outputs = slice(start, min(start + step, n))
+        trits = weight.trits[:, outputs]
+        width = trits.shape[1]
+        yield outputs, decode_planes32(trits, scratch[: groups * GROUP_SIZE * width].view(groups, GROUP_SIZE, width))
+
+
+def _part(n: int, most: int) -> int:
+    """Into parts of how many, at most `most`, to divide n outputs: equal ones, of whole cache lines if they are wide."""
+    most = most // 64 * 64 or max(1, most)
+    parts = -(-n // most) or 1
+    return min(most, -(-n // (64 * parts)) * 64)
 
 
 def _linear_full(x: Tensor, weight: TernaryWeight) -> Tensor:
     n, k = weight.shape
+    scales = (0.5 * weight.group_scales()).to(x.dtype)  # a decoded 1 is 2.0
     y = x.new_empty(x.shape[0], n)
-    for outputs, rows, dense in _decoded(weight, x.dtype):
-        dense *= (0.5 * rows.group_scales()).to(x.dtype)[:, None]  # a decoded 1 is 2.0
+    for outputs, dense in _decoded(weight, x.dtype, x.shape[0]):
+        dense *= scales[:, None, outputs]
         dense = dense.view(weight.planes, -1, dense.shape[2])
         if weight.planes == 2:
             dense[0] += dense[1]
@@ -97,13 +109,13 @@ def _linear_int8(x: Tensor, weight: TernaryWeight) -> Tensor:
     codes = weight.repeat_inputs(codes)
     multiply, dtype = (_int_mm, torch.int8) if _int_mm_is_exact(x.device) else (_fp32_mm, torch.float32)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
-    for outputs, rows, integers in _decoded(weight, dtype):
+    for outputs, integers in _decoded(weight, dtype, x.shape[0]):
         if dtype == torch.int8:
             integers.bitwise_right_shift_(6)  # a decoded 1 is 64
-            if rows.group is not None:
-                integers *= rows.group.to(dtype)[:, None]
         else:
-            integers *= 0.5 if rows.group is None else (0.5 * rows.group)[:, None]
+            integers *= 0.5  # a decoded 1 is 2.0
+        if weight.group is not None:
+            integers *= weight.group[:, None, outputs].to(dtype)
         y[:, outputs] = multiply(codes, integers.view(-1, integers.shape[2])) * token_scale
     return y.mul_(weight.scale)
 
