@@ -34,9 +34,9 @@ test: $(SETUP)
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 
-$(SETUP): requirements.txt tests/requirements.txt tests/requirements-torch.txt tests/constraints.txt tests/host.py
+$(SETUP): requirements.txt tests/requirements.txt tests/requirements-torch.txt tests/constraints.txt benchmarks/comfyui.py
 	@test -x $(PYTHON) || (echo "creating .venv" && python3 -m venv .venv)
 	@$(PYTHON) -c "import torch, torchvision, torchaudio" 2>/dev/null || $(PIP) --requirement tests/requirements-torch.txt
-	comfyui=$$($(PYTHON) tests/host.py) && \
+	comfyui=$$($(PYTHON) benchmarks/comfyui.py) && \
 	$(PIP) --requirement $$comfyui/requirements.txt --requirement requirements.txt --requirement tests/requirements.txt
 	@mkdir -p .cache && touch $@

@@ -1,4 +1,4 @@
-"""Measurements of speed and quality; each module runs with `python -m benchmarks.NAME` from the pack's folder."""
+"""Measurements of speed and quality; run them from the pack's folder, as `python -m benchmarks.speed.kernels`."""
 
 if __name__ == "benchmarks":
     import _pack

@@ -22,10 +22,11 @@ _NAMES = {
     "comfy.model_management": ("get_torch_device", "unet_manual_cast", "throw_exception_if_processing_interrupted"),
     "comfy.model_detection": ("model_config_from_unet",),
     "comfy.sd": ("load_diffusion_model_state_dict",),
-    "comfy.utils": ("load_torch_file", "ProgressBar"),
-    "comfy.lora": ("calculate_weight",),
-    "comfy.weight_adapter": ("LoRAAdapter",),
+    "comfy.utils": ("get_attr", "load_torch_file", "ProgressBar"),
+    "comfy.lora": ("calculate_shape", "calculate_weight"),
+    "comfy.weight_adapter": ("LoRAAdapter", "WeightAdapterBase"),
     "comfy.hooks": ("EnumHookMode",),
+    "comfy.float": ("stochastic_rounding",),
 }
 _ARGUMENTS = {
     "comfy.ops.cast_bias_weight": ("offloadable", "compute_dtype", "want_requant"),

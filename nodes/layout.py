@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops import Choice, TernaryWeight, resolve, ternary_linear
-from ..quantizer.format import FORMAT
+from ..ops.registry import BACKENDS
+from ..quantizer.files.layer import FORMAT
 from .compat import core
 
 comfy = core()
@@ -23,12 +24,13 @@ class TernaryLayout(comfy.QuantizedLayout):
 
     @dataclass(frozen=True)
     class Params(comfy.BaseLayoutParams):
-        """`scale`, `group`, `down`, `up` as in `ops.TernaryWeight`; `activations` is the user's setting."""
+        """The tensors as in `ops.TernaryWeight`; `activations` and `backend` are the user's settings."""
 
         group: Tensor | None = None
         down: Tensor | None = None
         up: Tensor | None = None
         activations: str = "auto"
+        backend: str = "auto"
         transposed: bool = False
 
         def _tensor_fields(self) -> list[str]:
@@ -36,15 +38,23 @@ class TernaryLayout(comfy.QuantizedLayout):
 
     @classmethod
     def quantize(
-        cls, tensor: Tensor, scale=None, stochastic_rounding=0, inplace_ops=False, activations="auto", planes=1, **_
+        cls,
+        tensor: Tensor,
+        scale=None,
+        stochastic_rounding=0,
+        inplace_ops=False,
+        activations="auto",
+        backend="auto",
+        terms=1,
+        **_,
     ):
-        """Least-squares ternary of a dense weight [N, K], in one or two trit planes; `scale` is always recomputed."""
-        from ..quantizer.planes import two_planes  # numpy-heavy, and only merges of whole models come here
-        from ..quantizer.rounding import ternarize
+        """Least-squares ternary of a dense weight [N, K], in one or two ternary terms; `scale` is always recomputed."""
+        from ..quantizer.rounding.one_term import ternarize
+        from ..quantizer.rounding.two_terms import two_terms
 
-        weight, _ = ternarize(tensor) if planes == 1 else two_planes(tensor)
+        weight, _ = ternarize(tensor) if terms == 1 else two_terms(tensor)
         weight = weight.to(tensor.device)
-        return weight.trits, cls.params(weight, tensor.dtype, activations)
+        return weight.trits, cls.params(weight, tensor.dtype, activations, backend)
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: "TernaryLayout.Params") -> Tensor:
@@ -61,11 +71,14 @@ class TernaryLayout(comfy.QuantizedLayout):
 
     @classmethod
     def requantize_kwargs(cls, qtensor) -> dict:
-        planes = ternary_weight(qtensor._qdata, qtensor._params).planes
-        return {"activations": qtensor._params.activations, "planes": planes}
+        terms = ternary_weight(qtensor._qdata, qtensor._params).terms
+        params = qtensor._params
+        return {"activations": params.activations, "backend": params.backend, "terms": terms}
 
     @classmethod
-    def params(cls, weight: TernaryWeight, dtype: torch.dtype, activations: str) -> "TernaryLayout.Params":
+    def params(
+        cls, weight: TernaryWeight, dtype: torch.dtype, activations: str, backend: str
+    ) -> "TernaryLayout.Params":
         return cls.Params(
             scale=weight.scale,
             orig_dtype=dtype,
@@ -74,16 +87,32 @@ class TernaryLayout(comfy.QuantizedLayout):
             down=weight.down,
             up=weight.up,
             activations=activations,
+            backend=backend,
         )
 
 
-def wrap(weight: TernaryWeight, dtype: torch.dtype, activations: str = "auto"):
+def wrap(weight: TernaryWeight, dtype: torch.dtype, activations: str = "auto", backend: str = "auto"):
     """A QuantizedTensor of logical shape [N, K] and logical dtype `dtype`, sharing the weight's memory."""
-    return QuantizedTensor(weight.trits, LAYOUT, TernaryLayout.params(weight, dtype, activations))
+    return QuantizedTensor(weight.trits, LAYOUT, TernaryLayout.params(weight, dtype, activations, backend))
+
+
+def is_quantized(tensor) -> bool:
+    """Ternary, or fp8 or int8 in a file of mixed formats."""
+    return isinstance(tensor, QuantizedTensor)
 
 
 def is_ternary(tensor) -> bool:
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT
+
+
+def rewrap(tensor):
+    """The same quantized tensor, sharing its memory, as a tensor of the current inference mode."""
+    return QuantizedTensor(tensor._qdata, tensor._layout_cls, tensor._params)
+
+
+def parameter(tensor) -> torch.nn.Parameter:
+    """A quantized tensor as a Parameter, in inference mode or not, whichever it was made in."""
+    return torch.nn.Parameter(rewrap(tensor), requires_grad=False)
 
 
 def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight:
@@ -93,15 +122,26 @@ def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight
 
 
 @lru_cache(maxsize=64)
-def choose(device: torch.device, activations: str, integer_scales: bool = True) -> Choice:
-    """`ops.resolve`, remembered. int8 needs row x integer scales; weights without them use full precision."""
-    return resolve(device, activations if integer_scales else "full")
+def choice_for(device: torch.device, activations: str, backend: str = "auto", integer_scales: bool = True) -> Choice:
+    """`ops.resolve`, remembered, or the backend that the user chose. Raises ValueError where that one cannot run.
+
+    int8 needs row x integer scales; weights without them use full precision.
+    """
+    activations = activations if integer_scales else "full"
+    if backend == "auto":
+        return resolve(device, activations)
+    module = BACKENDS[backend]
+    if refusal := module.unavailable(device):
+        raise ValueError(f"the backend {backend} cannot run here: {refusal}. Choose auto")
+    formats = module.formats(device)
+    activations = formats[0] if activations == "auto" or activations not in formats else activations
+    return Choice(module, activations, "chosen in the node")
 
 
 def multiply(x: Tensor, tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times a ternary QuantizedTensor [N, K] transposed."""
     params = tensor._params
-    choice = choose(x.device, params.activations, params.scale.ndim == 1)
+    choice = choice_for(x.device, params.activations, params.backend, params.scale.ndim == 1)
     weight = ternary_weight(tensor._qdata, params)
     return ternary_linear(x, weight, bias, activations=choice.activations, backend=choice.backend.NAME)
 
@@ -141,22 +181,21 @@ def _dense(*tensors):
     return [tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor for tensor in tensors]
 
 
+class _OwnLoader(dict):
+    """A format as core's loaders look it up: they have no way to read it."""
+
+    def __missing__(self, key):
+        raise ValueError(f"this FLUX model is ternary ({FORMAT}): load it with the node Load Ternary FLUX")
+
+
 def register() -> None:
-    """Make the layout known. Core's own loader refuses our files with `Unsupported quantization format: ternary_v1`."""
+    """Make the layout known, and have core's own loaders refuse our files with the name of the node that loads them."""
     comfy.register_layout_class(LAYOUT, TernaryLayout)
     aten = torch.ops.aten
     handlers = {aten.linear.default: _linear, aten.t.default: _t, aten.mm.default: _mm, aten.addmm.default: _addmm}
     for operator, handler in handlers.items():
         comfy.register_layout_op(operator, TernaryLayout)(handler)
-    comfy.QUANT_ALGOS.setdefault(
-        FORMAT,
-        {
-            "storage_t": torch.uint8,
-            "parameters": {"weight_scale"},
-            "comfy_tensor_layout": LAYOUT,
-            "quantize_input": False,
-        },
-    )
+    comfy.QUANT_ALGOS.setdefault(FORMAT, _OwnLoader(quantize_input=False))
 
 
 register()

@@ -1,5 +1,6 @@
 """ComfyUI's Linear for mixed-precision checkpoints, taught the ternary format."""
 
+import copy
 import json
 from collections.abc import Callable
 
@@ -8,10 +9,11 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from ..ops import Choice, TernaryWeight, ternary_linear
-from ..quantizer.format import LayerPlan, planes32
+from ..ops.packing import pack_base3
+from ..quantizer.files.layer import PARTS, LayerPlan, read_plan, read_weight
 from . import layout
 from .compat import core
-from .lora import Branch
+from .lora import Branch, DensePatches, Effect
 
 comfy = core()
 
@@ -21,6 +23,7 @@ def operations(
     device: torch.device,
     activations: str = "auto",
     after_load: Callable[[], None] = lambda: None,
+    backend: str = "auto",
 ):
     """The operations class for `model_options["custom_operations"]`.
 
@@ -28,6 +31,7 @@ def operations(
     device         where it computes
     activations    "auto", "int8" or "full"; see `ops.ternary_linear`
     after_load     called after each loaded ternary layer, for progress and cancellation
+    backend        "auto" or a name of `ops.registry.BACKENDS`
 
     Layers without a ternary `comfy_quant` entry load as core loads them: dense, fp8, int8.
     """
@@ -36,6 +40,7 @@ def operations(
     class TernaryOps(base):
         class Linear(_TernaryLinear, base.Linear):
             _activations = activations
+            _backend = backend
             _load_device = device
             _after_load = staticmethod(after_load)
 
@@ -46,9 +51,10 @@ class _TernaryLinear:
     """Mixin before core's mixed-precision Linear."""
 
     branch: Branch | None = None  # LoRAs computed beside the quantized product
-    attached: tuple = (None, None)  # the patcher's: what identifies the loaded patches, and their effect
+    attached: tuple = (None, Effect())  # the patcher's: what identifies the loaded patches, and their effect
     hooked = False  # the patcher's: whether a hook's effect stands in for the attached one
 
+    packing = "planes32"  # in the file
     _choice: Choice | None = None
     _choice_device: torch.device | None = None
 
@@ -58,21 +64,43 @@ class _TernaryLinear:
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         configuration = read_configuration(state_dict, prefix)
         arguments = local_metadata, strict, missing, unexpected, errors
+        if not local_metadata.get("assign_to_params_buffers"):  # only dynamic VRAM reads the file later
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                state_dict[key] = state_dict[key].clone()
         if configuration.get("format") != layout.FORMAT:
             return super()._load_from_state_dict(state_dict, prefix, *arguments)
-        weight = take_weight(state_dict, prefix, configuration)
+        weight = take_weight(state_dict, prefix)
         if weight.shape != self._orig_shape:
             raise ValueError(f"{prefix}weight is {list(weight.shape)}; this model needs {list(self._orig_shape)}")
-        if weight.scale.ndim == 2 and layout.choose(self._load_device, self._activations).activations != "full":
+        if (
+            weight.scale.ndim == 2
+            and layout.choice_for(self._load_device, self._activations, self._backend).activations != "full"
+        ):
             weight, _ = weight.with_integer_groups()
         self._choose(self._load_device, weight.scale)
         device = self.factory_kwargs["device"] or weight.device
         self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
-        quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations)
-        self.weight = torch.nn.Parameter(quantized, requires_grad=False)
+        self.packing = configuration["packing"]
+        quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations, self._backend)
+        self.weight = layout.parameter(quantized)
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments)
         missing[:] = [key for key in missing if key != f"{prefix}weight"]
         self._after_load()
+
+    def _apply(self, fn, recurse=True):
+        """As in core, in inference mode or not: a wrapper of one mode cannot become a Parameter in the other."""
+        if layout.is_quantized(getattr(self, "weight", None)):
+            self.weight = layout.parameter(self.weight)
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo):
+        """As for any module; torch itself cannot copy a quantized weight."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        if layout.is_quantized(weight := self._parameters.get("weight")):
+            memo[id(weight)] = layout.parameter(weight.clone())
+        memo[id(self._choice)] = self._choice  # holds a module
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(self, input, *args, **kwargs):
         if layout.is_ternary(self.weight):
@@ -85,9 +113,10 @@ class _TernaryLinear:
 
     def _ternary_forward(self, input: Tensor) -> Tensor:
         comfy.run_every_op()
+        patched = any(isinstance(function, DensePatches) for function in self.weight_function)
         weight, bias, offloaded = comfy.cast_bias_weight(
             self,
-            dtype=self.weight.dtype,
+            dtype=torch.float32 if patched else self.weight.dtype,
             device=input.device,
             bias_dtype=input.dtype,
             offloadable=True,
@@ -98,6 +127,12 @@ class _TernaryLinear:
         comfy.uncast_bias_weight(self, weight, bias, offloaded)
         return y
 
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """As in core, which cannot update a dense weight in place, as hooks do."""
+        if not inplace_update or return_weight:
+            return super().set_weight(weight, seed=seed, return_weight=return_weight, **kwargs)
+        self.weight.data.copy_(comfy.stochastic_rounding(weight, self.weight.dtype, seed=seed))
+
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not layout.is_ternary(weight):  # a function in weight_function made it dense
             return dense_linear(x, weight.to(x.dtype), bias)
@@ -107,7 +142,7 @@ class _TernaryLinear:
         return ternary_linear(x, ternary, bias, self._choice.activations, self._choice.backend.NAME)
 
     def _choose(self, device: torch.device, scale: Tensor) -> None:
-        self._choice = layout.choose(device, self._activations, scale.ndim == 1)
+        self._choice = layout.choice_for(device, self._activations, self._backend, scale.ndim == 1)
         self._choice_device = device
 
     def state_dict(self, *args, destination=None, prefix="", **kwargs):
@@ -126,17 +161,19 @@ def read_configuration(state_dict: dict, prefix: str) -> dict:
     return {} if entry is None else json.loads(bytes(entry.tolist()))
 
 
-def take_weight(state_dict: dict, prefix: str, configuration: dict) -> TernaryWeight:
-    """Remove a ternary layer's entries from a state dict and return its weight, unpacked to planes32 if need be."""
-    state_dict.pop(f"{prefix}comfy_quant")
-    suffixes = ("", "_scale", "_group", "_down", "_up")
-    packed, scale, *rest = (state_dict.pop(f"{prefix}weight{suffix}", None) for suffix in suffixes)
-    planes = configuration.get("planes", 1)
-    plan = LayerPlan(tuple(configuration["shape"]), configuration["packing"], planes=planes)
-    return TernaryWeight(planes32(packed, plan), scale, plan.shape, *rest)
+def take_weight(state_dict: dict, prefix: str) -> TernaryWeight:
+    """Remove a ternary layer's entries from a state dict and return its weight, unpacked to planes32 if need be.
+
+    Raises FormatError where they do not fit each other.
+    """
+    parts = {suffix: state_dict.pop(f"{prefix}{suffix}", None) for suffix in PARTS}
+    return read_weight(parts.get, read_plan(parts.get, "the model's weights", prefix.removesuffix(".")))
 
 
-def entries(tensor, prefix: str) -> dict[str, Tensor]:
+def entries(tensor, prefix: str, packing: str = "planes32") -> dict[str, Tensor]:
     """The state-dict entries of a ternary QuantizedTensor: the inverse of `take_weight`."""
-    plan = LayerPlan.of(layout.ternary_weight(tensor._qdata, tensor._params))
-    return tensor.state_dict(f"{prefix}weight") | {f"{prefix}comfy_quant": plan.comfy_quant}
+    weight = layout.ternary_weight(tensor._qdata, tensor._params)
+    values = tensor.state_dict(f"{prefix}weight")
+    if packing == "base3":
+        values[f"{prefix}weight"] = pack_base3(weight.codes(), weight.terms)
+    return values | {f"{prefix}comfy_quant": LayerPlan.of(weight, packing).comfy_quant}

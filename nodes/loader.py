@@ -1,29 +1,39 @@
 """The node "Load Ternary FLUX", and the loading behind it."""
 
-import math
-import os
+import json
 from pathlib import Path
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..quantizer.checkpoint import kind_of
-from ..quantizer.container import FormatError, Header, read_header
-from ..quantizer.format import TernaryFile, open_ternary
-from . import layout
+from ..quantizer.files.checkpoint import file_kind
+from ..quantizer.files.container import FormatError, TensorFile
+from ..quantizer.files.summary import in_bytes, sizes, stated_errors
+from ..quantizer.files.ternary import TernaryFile, open_ternary
+from . import files, layout, origin
 from .compat import accepted, core
 from .linear import operations
 from .patcher import TernaryPatcher, TernaryPatcherDynamic
 
 comfy = core()
 
-FOLDER = "diffusion_models"
-EXTENSIONS = (".safetensors", ".sft")
 ACTIVATIONS = {
     "auto": "int8 where a kernel makes it fast, full precision elsewhere.",
     "int8": "8-bit activations (W1.58A8): fastest on NVIDIA GPUs.",
     "full": "activations in the model's own precision (W1.58A16), as in the 1.58-bit FLUX paper.",
+}
+
+
+BACKENDS = {
+    "auto": "the fastest that this machine can run.",
+    "triton": "the GPU kernels; refused, with the reason, where they cannot run.",
+    "eager": "plain PyTorch, slower: to compare, or where a kernel misbehaves.",
+}
+STAGES = {
+    "least-squares": "rounded only: expect noise",
+    "absmean": "rounded only: expect noise",
+    "calibrate": "calibrated",
+    "distill": "distilled",
 }
 
 
@@ -32,7 +42,6 @@ class LoadTernaryFlux(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        choices = "\n".join(f"{name}: {meaning}" for name, meaning in ACTIVATIONS.items())
         schema = {
             "node_id": "TernaryFluxLoader",
             "display_name": "Load Ternary FLUX",
@@ -42,14 +51,22 @@ class LoadTernaryFlux(io.ComfyNode):
             "inputs": [
                 io.Combo.Input(
                     "file",
-                    options=files(),
+                    options=files.names(),
                     tooltip="A ternary FLUX file in models/diffusion_models, made with this pack's quantizer.",
                 ),
                 io.Combo.Input(
                     "activations",
                     options=list(ACTIVATIONS),
                     default="auto",
-                    tooltip=f"How activations meet the ternary weights.\n{choices}",
+                    tooltip=f"How activations meet the ternary weights.\n{_listed(ACTIVATIONS)}",
+                    **accepted(io.Combo.Input, advanced=True),
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=list(BACKENDS),
+                    default="auto",
+                    optional=True,  # workflows saved before it was there do not name it
+                    tooltip=f"What multiplies by the ternary weights.\n{_listed(BACKENDS)}",
                     **accepted(io.Combo.Input, advanced=True),
                 ),
             ],
@@ -57,82 +74,103 @@ class LoadTernaryFlux(io.ComfyNode):
         }
         newer = accepted(
             io.Schema,
-            search_aliases=["1.58-bit", "ternary", "bitnet", "quantized flux", "unet loader"],
+            search_aliases=[
+                "load diffusion model",
+                "unet loader",
+                "1.58-bit",
+                "ternary",
+                "bitnet",
+                "quantized flux",
+                "low vram",
+            ],
             has_intermediate_output=True,  # the status text is shown again when the model comes from the cache
         )
         return io.Schema(**schema, **newer)
 
     @classmethod
-    def validate_inputs(cls, file: str):
-        """Refuse a wrong file when the workflow is queued, before anything else runs."""
+    def validate_inputs(cls, file: str | None = None):
+        """Refuse a wrong file when the workflow is queued, before anything else runs.
+
+        A name that comes from another node is not known yet (None) and is checked when the node runs.
+        """
+        if file is None:
+            return True
         try:
-            check(find(file))
+            check(files.find(file))
         except (OSError, ValueError) as error:
-            return str(error)
+            return explain(error, file)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, activations: str) -> str:
+    def fingerprint_inputs(cls, file: str | None = None, **settings) -> str:
         """A file that was converted again is loaded again."""
-        status = os.stat(find(file))
-        return f"{file} {status.st_size} {status.st_mtime_ns} {activations}"
+        try:
+            state = origin.changes() if file is None else files.stamp(files.find(file))
+        except OSError:
+            state = "missing"
+        return f"{file} {state} {settings}"
 
     @classmethod
-    def execute(cls, file: str, activations: str) -> io.NodeOutput:
-        path = find(file)
-        model = load(path, activations)
-        status = describe(check(path), model.load_device, activations)
-        return io.NodeOutput(model, ui=ui.PreviewText(status))
+    def execute(cls, file: str, activations: str, backend: str = "auto") -> io.NodeOutput:
+        try:
+            opened = check(files.find(str(file)), check_codes=True)
+        except FormatError as error:
+            raise ValueError(explain(error, file)) from None
+        model = load_file(opened, activations, backend)
+        return io.NodeOutput(model, ui=ui.PreviewText(status(opened, model.load_device, activations, backend)))
 
 
-def files() -> list[str]:
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(EXTENSIONS)]
+def _listed(choices: dict[str, str]) -> str:
+    return "\n".join(f"{name}: {meaning}" for name, meaning in choices.items())
 
 
-def find(file: str) -> str:
-    path = folder_paths.get_full_path(FOLDER, file)
-    if path is None:
-        raise FileNotFoundError(f"{file} is not in models/{FOLDER}; put it there and press R to refresh the node")
-    return path
+def explain(error: Exception, name: str) -> str:
+    """An error for people: the file by the name that they know, not by the server's path."""
+    path = getattr(error, "path", None)
+    return str(error) if path is None else str(error).replace(str(path), name)
 
 
 def check(path: str, check_codes: bool = False) -> TernaryFile:
     """Open a ternary FLUX file. Anything else raises FormatError saying what the file is and what to do with it."""
-    if problem := _not_ternary(read_header(path)):
+    opened = TensorFile(path)
+    if problem := _not_ternary(opened):
         raise FormatError(path, problem)
-    file = open_ternary(path, check_codes=check_codes)
+    file = open_ternary(opened, check_codes=check_codes)
     file.architecture  # noqa: B018 - raises where the file is not a whole FLUX transformer
     return file
 
 
-def _not_ternary(header: Header) -> str | None:
-    name = header.path.name
-    keys = header.entries
-    match kind_of(header):
+def _not_ternary(file: TensorFile) -> str | None:
+    match file_kind(file):
         case "ternary":
             return None
         case "flux":
             return (
-                "this FLUX model is not ternary. Load it with the node Load Diffusion Model, or convert it: "
-                f"python -m quantizer round {name} -o {header.path.stem}-ternary.safetensors"
+                "this FLUX model is not ternary. Load it with the node Load Diffusion Model, or make a ternary one "
+                "of it with `python -m quantizer convert` (hours on a GPU; see the README)"
             )
         case "quantized":
             return "this FLUX model is quantized in another format. Load it with the node Load Diffusion Model"
         case "lora":
             return "this is a LoRA. Move it to models/loras and apply it to this node's MODEL with the node Load LoRA"
-    if any(key.startswith(("decoder.", "first_stage_model.", "vae.", "taesd_")) for key in keys):
-        return "this is a VAE. Move it to models/vae and load it with the node Load VAE"
-    if any(".self_attn." in key or ".SelfAttention." in key or "text_model." in key for key in keys):
-        return "this is a text encoder. Move it to models/text_encoders and load it with the node Load CLIP"
+        case "vae":
+            return "this is a VAE. Move it to models/vae and load it with the node Load VAE"
+        case "text encoder":
+            return "this is a text encoder. Move it to models/text_encoders and load it with the node Load CLIP"
     return "this is not a ternary FLUX model. Choose a file made with this pack's quantizer"
 
 
-def load(path: str, activations: str = "auto", disable_dynamic: bool = False):
+def load(path: str, activations: str = "auto", backend: str = "auto", disable_dynamic: bool = False):
     """Load a ternary file as a ComfyUI model (a ModelPatcher). Raises FormatError, OSError.
 
     disable_dynamic  leaves out dynamic VRAM; ComfyUI asks for it where hooks or torch.compile need whole models.
     """
-    file = check(path, check_codes=True)
+    return load_file(check(path, check_codes=True), activations, backend, disable_dynamic)
+
+
+def load_file(file: TernaryFile, activations: str = "auto", backend: str = "auto", disable_dynamic: bool = False):
+    """`load` for a file that is open and checked. Raises ValueError where the backend cannot run."""
+    path = str(file.path)
     bar = comfy.ProgressBar(len(file.layers))
 
     def after_load():
@@ -147,36 +185,49 @@ def load(path: str, activations: str = "auto", disable_dynamic: bool = False):
     dtype = comfy.unet_manual_cast(None, device, config.supported_inference_dtypes)
     model = comfy.load_diffusion_model_state_dict(
         state_dict,
-        model_options={"custom_operations": operations(dtype, device, activations, after_load)},
+        # ComfyUI's options for dense weights, such as --fp8_e4m3fn-unet, would round the little that is dense here.
+        model_options={
+            "custom_operations": operations(dtype, device, activations, after_load, backend),
+            "dtype": dtype,
+        },
         metadata=metadata,
         disable_dynamic=disable_dynamic,
     )
     patcher = TernaryPatcherDynamic if model.is_dynamic() else TernaryPatcher
     model = patcher(model.model, model.load_device, model.offload_device)
-    model.cached_patcher_init = load, (path, activations)
+    model.model.ternary_origin = origin.Origin.of(file, mapped=model.is_dynamic())
+    model.cached_patcher_init = load, (path, activations, backend)
     return model
 
 
-def describe(file: TernaryFile, device: torch.device, activations: str) -> str:
-    """What was loaded and how it will run, for people."""
-    layers = file.layers.values()
-    weights = sum(n * k for n, k in (layer.shape for layer in layers))
-    bits = 8 * sum(layer.nbytes for layer in layers) / weights
-    size = file.path.stat().st_size
-    dense = sum(math.prod(shape) for shape in file.architecture.shapes.values()) * torch.bfloat16.itemsize
-    double = sum(layer.planes == 2 for layer in layers)
-    planes = f" ({double} of two trit planes)" if double else ""
+def status(file: TernaryFile, device: torch.device, activations: str, backend: str = "auto") -> str:
+    """What was loaded and how it will run, for people: short lines that fit into the node."""
+    layers, size = file.layers.values(), sizes(file)
+    double = sum(layer.terms == 2 for layer in layers)
+    terms = f" ({double} of two ternary terms)" if double else ""
     others = f" and {len(file.int8)} int8 layers" if file.int8 else ""
-    choice = layout.choose(device, activations)
+    choice = layout.choice_for(device, activations, backend)
     return "\n".join(
         [
             Path(file.path).name,
-            f"{file.architecture.name}, {len(layers)} ternary layers{planes}{others}, {bits:.2f} bits per weight",
-            f"{_bytes(size)}, {dense / size:.1f}x smaller than bf16",
+            f"{file.architecture.name}, {len(layers)} ternary layers{terms}{others}",
+            f"{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight, {size.ratio:.1f}x smaller than bf16",
+            stage(file),
             f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         ]
     )
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+def stage(file: TernaryFile) -> str:
+    """How far the conversion of a file went, and the error that it states."""
+    method = file.metadata.get("ternary.method")
+    name = STAGES.get(method, "the file does not say how it was made" if method is None else method)
+    try:
+        settings = json.loads(file.metadata.get("ternary.settings", "{}"))
+        velocity = settings.get("distill", {}).get("velocity_error")
+    except (ValueError, AttributeError):
+        velocity = None
+    if velocity is not None:
+        return f"{name}, velocity error {velocity:.3g}"
+    errors = stated_errors(file)
+    return f"{name}, weight error {sum(errors.values()) / len(errors):.2f}" if errors else name

@@ -6,7 +6,7 @@ therefore computed beside the quantized product, exactly: y = W x + up (down x).
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,31 @@ comfy = core()
 Patch = tuple
 
 
+class Effect:
+    """What a patch list does to one Linear. This one does nothing."""
+
+    nbytes = 0  # on the device of the Linear
+
+    def attach(self, module) -> None:
+        """Make the Linear act so, in place of what it did before."""
+        module.weight_function = _functions_of_others(module)
+        module.weight_lowvram_function = None
+        module.branch = None
+
+    def __deepcopy__(self, memo):
+        """Effects never change, so copies of a model share them."""
+        return self
+
+
+def _functions_of_others(module) -> list:
+    """The functions of a Linear's weight that are neither ours nor core's way of patching an offloaded weight."""
+    return [
+        function
+        for function in module.weight_function
+        if not (isinstance(function, Effect) or getattr(function, "is_lowvram_patch", False))
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """LoRAs that read the same inputs and write the same outputs, stacked along their ranks."""
@@ -32,7 +57,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Branch:
+class Branch(Effect):
     """The low-rank side branch of one Linear."""
 
     parts: tuple[Part, ...]
@@ -40,6 +65,10 @@ class Branch:
     @property
     def nbytes(self) -> int:
         return sum(part.down.nbytes + part.up.nbytes for part in self.parts)
+
+    def attach(self, module) -> None:
+        super().attach(module)
+        module.branch = self
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """Add the branch for inputs x [..., K] to y [..., N] in place."""
@@ -61,21 +90,59 @@ class Branch:
         return torch.cat(downs), torch.cat(ups, 1)
 
 
-class DensePatches:
+class DensePatches(Effect):
     """A patch list as a function of the dense weight, the form core's cast expects in `weight_function`."""
-
-    nbytes = 0
 
     def __init__(self, key: str, patches: Sequence[Patch]):
         self.key = key
         self.patches = list(patches)
+        self.moved: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: a tensor and its copy on the device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(copy) for _, copy in self.moved.values())
+
+    def attach(self, module) -> None:
+        super().attach(module)
+        module.weight_function = [self, *module.weight_function]
+
+    def to(self, device, before: Effect | None = None) -> None:
+        """Keep the patches' tensors on `device`, with the copies that the Linear's effect `before` has there."""
+        known = before.moved if isinstance(before, DensePatches) else {}
+
+        def move(tensor: Tensor) -> Tensor:
+            if tensor.device == device:
+                return tensor
+            original, copy = known.get(id(tensor), (None, None))
+            if original is not tensor or copy.device != device:
+                copy = tensor.to(device)
+            self.moved[id(tensor)] = tensor, copy
+            return copy
+
+        self.patches = [_map_tensors(patch, move) for patch in self.patches]
 
     def __call__(self, weight: Tensor) -> Tensor:
+        """The patched weight, computed in fp32 as core does, in the dtype of `weight`."""
+        dense = weight.to(torch.float32, copy=True)
         # Only a model used as a LoRA asks for the original weight, to take the difference from it.
-        original = {self.key: [(weight.clone(), None)]}
-        return comfy.calculate_weight(
-            self.patches, weight, self.key, intermediate_dtype=weight.dtype, original_weights=original
-        )
+        original = {self.key: [(weight, None)]}
+        patched = comfy.calculate_weight(self.patches, dense, self.key, original_weights=original)
+        return patched.to(weight.dtype)
+
+
+def _map_tensors(value, function):
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, comfy.WeightAdapterBase):
+        return type(value)(value.loaded_keys, _map_tensors(value.weights, function))
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(item, function) for item in value)
+    return value
+
+
+def _nbytes(tensor: Tensor) -> int:
+    state = getattr(tensor, "state_dict", None)
+    return tensor.nbytes if state is None else sum(part.nbytes for part in state().values())
 
 
 def refusal(patch: Patch) -> str | None:
@@ -95,19 +162,19 @@ def refusal(patch: Patch) -> str | None:
     return None
 
 
-def build(key: str, patches: Sequence[Patch], device, dtype: torch.dtype, dense: bool = False):
-    """What a patch list does to one ternary Linear: a Branch on `device`, DensePatches, or None for nothing.
+def build(key: str, patches: Sequence[Patch], device, dtype: torch.dtype, dense: bool = False) -> Effect:
+    """What a patch list does to one quantized Linear: a Branch on `device`, DensePatches, or nothing.
 
     dense    forces DensePatches, for a weight that is needed dense for another reason.
     """
     if not patches:
-        return None
+        return Effect()
     if dense or any(refusal(patch) for patch in patches):
         return DensePatches(key, patches)
     return _branch(patches, device, dtype)
 
 
-def _branch(patches: Iterable[Patch], device, dtype: torch.dtype) -> Branch | None:
+def _branch(patches: Iterable[Patch], device, dtype: torch.dtype) -> Effect:
     groups: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
     for strength, adapter, _, offset, _ in patches:
         up, down, alpha = adapter.weights[:3]
@@ -123,7 +190,38 @@ def _branch(patches: Iterable[Patch], device, dtype: torch.dtype) -> Branch | No
         Part(inputs, outputs, torch.cat([d for d, _ in pairs]).to(dtype), torch.cat([u for _, u in pairs], 1).to(dtype))
         for (inputs, outputs), pairs in groups.items()
     ]
-    return Branch(tuple(parts)) if parts else None
+    return Branch(tuple(parts)) if parts else Effect()
+
+
+def warn_misfits(model, patches: Mapping, dropped: Set) -> None:
+    """Say in one line which layers of a LoRA do not fit; once for a merge, whose layers core adds one by one."""
+    if isinstance(next(iter(patches.values())), list):
+        said = model.__dict__.setdefault("ternary_dense_reasons", set())
+        if "misfit" not in said:
+            said.add("misfit")
+            logging.warning(
+                "Ternary FLUX: layers of a merged model do not fit and are left out: made for another model"
+            )
+        return
+    first = min(str(key if isinstance(key, str) else key[0]) for key in dropped)
+    logging.warning(
+        "Ternary FLUX: %d of %d layers do not fit: made for another model. The LoRA acts without them (first: %s).",
+        len(dropped),
+        len(patches),
+        first,
+    )
+
+
+def warn_dense(dense: int, ternary: int) -> None:
+    """Say in one line that a saved model has dense weights where this one has trits, and what loads it."""
+    node = "Load Diffusion Model" if dense == ternary else "Load Ternary FLUX"
+    logging.warning(
+        "Ternary FLUX: %d of %d ternary layers are saved with dense weights, since their patches cannot be kept beside "
+        "trits. Load the file with the node %s.",
+        dense,
+        ternary,
+        node,
+    )
 
 
 def warn_once(model, patches: Iterable[Patch]) -> None:

@@ -7,8 +7,8 @@ planes32  A trit is 2-bit two's complement: 00 = 0, 01 = +1, 11 = -1; 10 is inva
           uint8 [ceil(K/128), N, 32], so that a tile of rows of one block is one contiguous run. K is padded with zeros.
 base3     Byte j of a row holds the inputs 5j..5j+4 as sum (trit + 1) * 3**i: uint8 [N, ceil(K/5)], values 0..242.
 
-The codes of a weight with two trit planes lie side by side, int8 [N, 2 * K]. Each plane is packed by itself: planes32
-has all blocks of the first plane, then all of the second; a base3 row has the bytes of one, then those of the other.
+The codes of a weight with two ternary terms lie side by side, int8 [N, 2 * K]. Each term is packed by itself: planes32
+has all groups of the first term, then all of the second; a base3 row has the bytes of one, then those of the other.
 """
 
 import functools
@@ -35,27 +35,27 @@ def _torch_or_numpy(function):
     return wrapper
 
 
-def blocks(inputs: int) -> int:
-    """Blocks of 128 that hold `inputs` inputs."""
+def groups_of(inputs: int) -> int:
+    """Groups of 128 that hold `inputs` inputs."""
     return -(-inputs // GROUP_SIZE)
 
 
-def packed_shape(shape: tuple[int, int], packing: str, planes: int = 1) -> tuple[int, ...]:
+def packed_shape(shape: tuple[int, int], packing: str, terms: int = 1) -> tuple[int, ...]:
     """Shape of the uint8 tensor that holds the trits of an [N, K] weight."""
     n, k = shape
     if packing == "planes32":
-        return (planes * blocks(k), n, 32)
+        return (terms * groups_of(k), n, 32)
     if packing == "base3":
-        return (n, planes * -(-k // 5))
+        return (n, terms * -(-k // 5))
     raise ValueError(f"unknown packing {packing!r}; known: {', '.join(PACKINGS)}")
 
 
 @_torch_or_numpy
-def pack_planes32(codes: Tensor, planes: int = 1) -> Tensor:
-    """int8 [N, planes * K] of -1, 0, +1 -> uint8 [planes * ceil(K/128), N, 32]."""
-    n, k = codes.shape[0], codes.shape[1] // planes
-    bits = pad(codes.contiguous().view(torch.uint8).view(n, planes, k) & 3, (0, blocks(k) * GROUP_SIZE - k))
-    bits = bits.view(torch.int64).view(n, planes * blocks(k), 4, 4)  # eight codes at a time: no shift leaves its byte
+def pack_planes32(codes: Tensor, terms: int = 1) -> Tensor:
+    """int8 [N, terms * K] of -1, 0, +1 -> uint8 [terms * ceil(K/128), N, 32]."""
+    n, k = codes.shape[0], codes.shape[1] // terms
+    bits = pad(codes.contiguous().view(torch.uint8).view(n, terms, k) & 3, (0, groups_of(k) * GROUP_SIZE - k))
+    bits = bits.view(torch.int64).view(n, terms * groups_of(k), 4, 4)  # eight codes at a time: no shift leaves its byte
     packed = bits[:, :, 0] << 6
     packed |= bits[:, :, 1] << 4
     packed |= bits[:, :, 2] << 2
@@ -65,14 +65,14 @@ def pack_planes32(codes: Tensor, planes: int = 1) -> Tensor:
 
 @_torch_or_numpy
 def unpack_planes32(trits: Tensor, inputs: int) -> Tensor:
-    """uint8 [planes * ceil(K/128), N, 32] -> int8 [N, planes * K] of -1, 0, +1, with K = `inputs`."""
-    blocks_, n, _ = trits.shape
+    """uint8 [terms * ceil(K/128), N, 32] -> int8 [N, terms * K] of -1, 0, +1, with K = `inputs`."""
+    groups, n, _ = trits.shape
     signed = trits.view(torch.int8)
-    codes = torch.empty(n, blocks_, 4, 32, dtype=torch.int8, device=trits.device)
+    codes = torch.empty(n, groups, 4, 32, dtype=torch.int8, device=trits.device)
     for quarter in range(4):
         codes[:, :, quarter] = ((signed << (2 * quarter)) >> 6).transpose(0, 1)
-    planes = blocks_ // blocks(inputs)
-    return codes.view(n, planes, blocks(inputs) * GROUP_SIZE)[:, :, :inputs].reshape(n, planes * inputs)
+    terms = groups // groups_of(inputs)
+    return codes.view(n, terms, groups_of(inputs) * GROUP_SIZE)[:, :, :inputs].reshape(n, terms * inputs)
 
 
 def decode_planes32(trits: Tensor, out: Tensor) -> Tensor:
@@ -86,20 +86,20 @@ def decode_planes32(trits: Tensor, out: Tensor) -> Tensor:
     if trits.storage_offset() % size:
         trits = trits.clone()
     words = trits.view(word).transpose(1, 2).contiguous()  # [G, 32 / size, N]
-    blocks_, count, n = words.shape
+    groups, count, n = words.shape
     quarter = torch.arange(4, dtype=word, device=out.device)[:, None, None, None]
     byte = torch.arange(size, dtype=word, device=out.device)[:, None]
-    lanes = out.view(word).view(blocks_, 4, count, size, n)
+    lanes = out.view(word).view(groups, 4, count, size, n)
     torch.bitwise_left_shift(words[:, None, :, None], 8 * (size - 1 - byte) + 2 * quarter, out=lanes)
     lanes.bitwise_and_(-1 << (8 * size - 2))
     return out
 
 
 @_torch_or_numpy
-def pack_base3(codes: Tensor, planes: int = 1) -> Tensor:
-    """int8 [N, planes * K] of -1, 0, +1 -> uint8 [N, planes * ceil(K/5)]."""
-    n, k = codes.shape[0], codes.shape[1] // planes
-    digits = pad((codes + 1).view(torch.uint8).view(n, planes, k), (0, -k % 5), value=1).view(n, -1, 5)
+def pack_base3(codes: Tensor, terms: int = 1) -> Tensor:
+    """int8 [N, terms * K] of -1, 0, +1 -> uint8 [N, terms * ceil(K/5)]."""
+    n, k = codes.shape[0], codes.shape[1] // terms
+    digits = pad((codes + 1).view(torch.uint8).view(n, terms, k), (0, -k % 5), value=1).view(n, -1, 5)
     packed = digits[:, :, 0].clone()
     for i in range(1, 5):
         packed += digits[:, :, i] * _POWERS_OF_3[i]
@@ -108,11 +108,11 @@ def pack_base3(codes: Tensor, planes: int = 1) -> Tensor:
 
 @_torch_or_numpy
 def unpack_base3(packed: Tensor, inputs: int) -> Tensor:
-    """uint8 [N, planes * ceil(K/5)] -> int8 [N, planes * K] of -1, 0, +1, with K = `inputs`."""
+    """uint8 [N, terms * ceil(K/5)] -> int8 [N, terms * K] of -1, 0, +1, with K = `inputs`."""
     values = torch.arange(256)[:, None] // torch.tensor(_POWERS_OF_3) % 3 - 1
     digits = values.to(torch.int8).to(packed.device).index_select(0, packed.flatten().int())
-    n, planes = packed.shape[0], packed.shape[1] // -(-inputs // 5)
-    return digits.view(n, planes, -1)[:, :, :inputs].reshape(n, planes * inputs)
+    n, terms = packed.shape[0], packed.shape[1] // -(-inputs // 5)
+    return digits.view(n, terms, -1)[:, :, :inputs].reshape(n, terms * inputs)
 
 
 @_torch_or_numpy

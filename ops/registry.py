@@ -5,7 +5,8 @@ from types import ModuleType
 
 import torch
 
-from .backends import eager, triton
+from .backends import eager
+from .backends.triton import backend as triton
 
 BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, eager)}
 ACTIVATIONS = ("auto", "int8", "e4m3", "full")

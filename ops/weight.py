@@ -18,8 +18,8 @@ class TernaryWeight:
     The scale of row n and group j is `scale[n] * group[j, n]`, or `scale[n]` without `group`, or `scale[j, n]` where
     `scale` has two dimensions (scales imported bit-exactly; see `with_integer_groups`).
 
-    With two trit planes W is the sum of two such products: a ternary weight for the inputs repeated twice, with the
-    groups of the first plane before those of the second. G below is planes * ceil(K/128).
+    With two ternary terms W is the sum of two such products: a ternary weight for the inputs repeated twice, with the
+    groups of the first term before those of the second. G below is terms * ceil(K/128).
     """
 
     trits: Tensor  # uint8 [G, N, 32], planes32
@@ -30,15 +30,15 @@ class TernaryWeight:
     up: Tensor | None = None  # bf16 [N, r]
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, group: Tensor | None = None, down=None, up=None, planes=1):
-        """Pack int8 codes [N, planes * K] of -1, 0, +1."""
-        shape = codes.shape[0], codes.shape[1] // planes
-        return cls(packing.pack_planes32(codes, planes), scale, shape, group, down, up)
+    def from_codes(cls, codes: Tensor, scale: Tensor, group: Tensor | None = None, down=None, up=None, terms=1):
+        """Pack int8 codes [N, terms * K] of -1, 0, +1."""
+        shape = codes.shape[0], codes.shape[1] // terms
+        return cls(packing.pack_planes32(codes, terms), scale, shape, group, down, up)
 
     @property
-    def planes(self) -> int:
-        """Trit planes: 1 or 2."""
-        return self.trits.shape[0] // packing.blocks(self.shape[1])
+    def terms(self) -> int:
+        """Ternary matrices whose sum W is: 1 or 2."""
+        return self.trits.shape[0] // packing.groups_of(self.shape[1])
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -70,11 +70,11 @@ class TernaryWeight:
         )
 
     def codes(self) -> Tensor:
-        """int8 [N, planes * K] of -1, 0, +1, the planes side by side."""
+        """int8 [N, terms * K] of -1, 0, +1, the terms side by side."""
         return packing.unpack_planes32(self.trits, self.shape[1])
 
     def group_scales(self) -> Tensor:
-        """fp32 [planes * ceil(K/128), N]."""
+        """fp32 [terms * ceil(K/128), N]."""
         if self.scale.ndim == 2:
             return self.scale.float()
         if self.group is None:
@@ -85,12 +85,12 @@ class TernaryWeight:
         """Trits times scales, [N, K] in `dtype`, without the low-rank part. The scales are rounded to `dtype` first."""
         n, k = self.shape
         codes = packing.unpack_planes32(self.trits, self.trits.shape[0] * GROUP_SIZE).view(n, -1, GROUP_SIZE)
-        dense = codes.to(dtype).mul_(self.group_scales().to(dtype).t()[:, :, None]).view(n, self.planes, -1)
-        return (dense[:, 0] if self.planes == 1 else dense.sum(1))[:, :k]
+        dense = codes.to(dtype).mul_(self.group_scales().to(dtype).t()[:, :, None]).view(n, self.terms, -1)
+        return (dense[:, 0] if self.terms == 1 else dense.sum(1))[:, :k]
 
     def repeat_inputs(self, x: Tensor) -> Tensor:
-        """x [M, K] as the packed trits meet it: padded with zeros, once for every plane, [M, 128 * G]."""
-        return pad(x, (0, -x.shape[1] % GROUP_SIZE)).repeat(1, self.planes)
+        """x [M, K] as the packed trits meet it: padded with zeros, once for every term, [M, 128 * G]."""
+        return pad(x, (0, -x.shape[1] % GROUP_SIZE)).repeat(1, self.terms)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [N, K] in `dtype`; the low-rank part is added in fp32."""

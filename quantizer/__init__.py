@@ -1,1 +1,11 @@
-"""Offline data-free conversion of FLUX checkpoints to 1.58-bit weights; run it with `python -m quantizer`."""
+"""Offline data-free conversion of FLUX checkpoints to 1.58-bit weights; run it with `python -m quantizer`.
+
+The rooms in their order; each uses itself and those above it:
+
+    files                        what lies on the disk
+    model, pictures, rounding    FLUX in torch; what the original paints; ternary weights from weights alone
+    calibration, distillation    ternary weights from activations; from velocities
+    pipeline                     all stages, within memory and minutes
+    report                       a page that compares files with their original
+    commands                     one module for each subcommand
+"""

@@ -7,11 +7,11 @@ line printed after Ctrl-C.
 """
 
 import argparse
-import contextlib
 import importlib
-import signal
 import sys
 from collections.abc import Sequence
+
+from .interrupts import Terminated, terminable
 
 # command -> (module within the quantizer, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -20,12 +20,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": (".commands.calibrate", "convert a FLUX checkpoint with its own activations (the second stage)"),
     "distill": (".commands.distill", "train a ternary file to give the original's velocities (the third stage)"),
     "convert": (".commands.convert", "round, calibrate and distill in one go"),
-    "mixed": (".commands.mixed", "give the most sensitive Linears of a ternary file two trit planes or 8 bits"),
+    "mixed": (".commands.mixed", "give the most sensitive Linears of a ternary file two ternary terms or 8 bits"),
     "report": (".commands.report", "write a page that compares ternary files with the original"),
     "inspect": (".commands.inspect", "say what a file is: layers, bits per weight, sizes"),
     "export": (".commands.export", "write a ternary file back as a dense checkpoint"),
 }
-
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -39,11 +38,11 @@ def run(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake, 130 for Ctrl-C, 143 for SIGTERM."""
     args = parse(argv)
     try:
-        with _terminable():
+        with terminable():
             return args.run(args) or 0
     except KeyboardInterrupt as interrupt:
         print(f"\n{args.command}: stopped; {args.interrupted}", file=sys.stderr)
-        return TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
+        return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"{args.command}: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -63,26 +62,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         else:
             subparsers.add_parser(name, help=summary)
     return parser.parse_args(argv)
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, unwound like Ctrl-C so that temporary files are removed."""
-
-
-@contextlib.contextmanager
-def _terminable():
-    def terminate(*_):
-        raise _Terminated
-
-    try:
-        previous = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,10 +1,12 @@
 """Makes the pack importable as `ternary_flux` in every test, and random numbers the same in every run."""
 
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -13,6 +15,18 @@ import _pack  # noqa: E402
 _pack.load()
 
 
+# A busy machine is slow, not wrong.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    """Fixtures of modules and sessions come before `seed`: their numbers depend on their names alone."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(zlib.crc32(fixturedef.argname.encode()))

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 from ternary_flux.ops import TernaryWeight
-from ternary_flux.quantizer.format import LayerPlan, create_ternary
+from ternary_flux.quantizer.files.layer import LayerPlan
+from ternary_flux.quantizer.files.ternary import create_ternary
 
 import _pack
 
@@ -13,14 +14,16 @@ import _pack
 @pytest.mark.parametrize("packing", ["planes32", "base3"])
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("k", [100, 300])
-@pytest.mark.parametrize("planes", [1, 2])
-def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k, planes):
-    (source,) = re.findall(r"```python\n(.*?)```", (_pack.ROOT / "docs" / "format.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("terms", [1, 2])
+def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k, terms):
+    (source,) = re.findall(
+        r"```python\n(.*?)```", (_pack.ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     namespace = {}
     exec(source, namespace)
-    codes = torch.randint(-1, 2, (6, planes * k), dtype=torch.int8)
-    group = torch.randint(1, 128, (planes * -(-k // 128), 6), dtype=torch.uint8) if grouped else None
-    weight = TernaryWeight.from_codes(codes, torch.rand(6), group, planes=planes)
+    codes = torch.randint(-1, 2, (6, terms * k), dtype=torch.int8)
+    group = torch.randint(1, 128, (terms * -(-k // 128), 6), dtype=torch.uint8) if grouped else None
+    weight = TernaryWeight.from_codes(codes, torch.rand(6), group, terms=terms)
     path = tmp_path / "one.safetensors"
     with create_ternary(path, {"layer": LayerPlan.of(weight, packing)}, {}, {}) as writer:
         writer.layer("layer", weight)

@@ -13,6 +13,19 @@ LAYERS = ("ops", "quantizer", "nodes")  # each may import itself and what stands
 SOURCES = [path for layer in LAYERS for path in sorted((_pack.ROOT / layer).rglob("*.py"))]
 
 
+# The quantizer's rooms: each may use itself and those on earlier floors, beside what all may use.
+FLOORS = (
+    {"files"},
+    {"model", "pictures", "rounding"},
+    {"calibration", "distillation"},
+    {"pipeline"},
+    {"report"},
+    {"commands"},
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | {"console": -1, "interrupts": -1}
+DOORS = {"files", "rounding"}  # the rooms that nodes may enter
+
+
 def imported(tree: ast.AST, module_level_only: bool):
     """(level, dotted name) of each import statement."""
     nodes = tree.body if module_level_only else ast.walk(tree)
@@ -27,15 +40,33 @@ def imported(tree: ast.AST, module_level_only: bool):
 def test_dependencies_point_one_way(path):
     parts = path.relative_to(_pack.ROOT).parts
     layer, depth = parts[0], len(parts)
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     for level, name in imported(tree, module_level_only=False):
         if level == 0:
             assert name.split(".")[0] not in ("ternary_flux", *LAYERS) or path.name == "__main__.py"
         elif level == depth:  # reaches the pack's root
+            if layer == "nodes" and name.startswith("quantizer."):
+                assert name.split(".")[1] in DOORS, f"nodes must not import {name}"
             assert LAYERS.index(name.split(".")[0]) <= LAYERS.index(layer), f"{layer} must not import {name}"
+        elif layer == "quantizer" and depth == 3 and level == 2:  # leaves its room
+            room, other = parts[1], name.split(".")[0]
+            assert FLOOR[other] < FLOOR[room], f"{room} must not import {other}"
     if layer != "nodes":
         roots = {name.split(".")[0] for level, name in imported(tree, module_level_only=True) if level == 0}
         assert not roots & {"comfy", "comfy_kitchen", "folder_paths", "comfy_api"}
+
+
+def test_the_rooms_are_the_folders():
+    folders = {path.name for path in (_pack.ROOT / "quantizer").iterdir() if (path / "__init__.py").is_file()}
+    assert set.union(*FLOORS) == folders
+
+
+@pytest.mark.parametrize(
+    "path", sorted((_pack.ROOT / "benchmarks").rglob("*.py")), ids=lambda path: str(path.relative_to(_pack.ROOT))
+)
+def test_benchmarks_import_no_tests(path):
+    names = [name for _, name in imported(ast.parse(path.read_text(encoding="utf-8")), module_level_only=False)]
+    assert not any({"tests"} & set(name.split(".")[:2]) for name in names)
 
 
 def after_loading(expression: str) -> str:
@@ -63,7 +94,7 @@ def test_the_command_runs_from_the_packs_folder():
 
 def test_every_package_is_installed():
     """pyproject.toml names each folder with an __init__.py, and the data files that stand beside the code."""
-    project = tomllib.loads((_pack.ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((_pack.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {path.parent.relative_to(_pack.ROOT) for path in SOURCES if path.name == "__init__.py"}
     expected = {"ternary_flux", *(".".join(("ternary_flux", *folder.parts)) for folder in folders)}
     assert set(project["tool"]["setuptools"]["packages"]) == expected

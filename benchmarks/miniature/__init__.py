@@ -22,7 +22,7 @@ from .sampling import sample
 from .scenes import CATEGORIES, prompts
 
 if TYPE_CHECKING:
-    from ...quantizer.flux import Flux
+    from ...quantizer.model.flux import Flux
     from .autoencoder import Autoencoder
     from .text import TextEncoder
 
@@ -42,8 +42,8 @@ NODE_PACK = Path(__file__).parent / "comfyui_node"  # to be linked into ComfyUI'
 
 def load_transformer(path: Path = TRANSFORMER, device: str | torch.device = "cpu") -> "Flux":
     """The transformer in fp32 from a dense checkpoint with BFL's names (default: the trained weights)."""
-    from ...quantizer.architecture import detect
-    from ...quantizer.flux import Flux
+    from ...quantizer.files.architecture import detect
+    from ...quantizer.model.flux import Flux
 
     state = load_file(path)
     model = Flux(detect({name: tuple(value.shape) for name, value in state.items()}))
@@ -88,7 +88,7 @@ def write_stock_autoencoder(path: Path) -> None:
 
 def write_conditioning(path: Path, count: int = 384, seed: int = 0, overwrite: bool = False) -> list[str]:
     """Write a conditioning file for the quantizer: training captions, as many of each category; returns them."""
-    from ...quantizer.conditioning import write
+    from ...quantizer.pictures.conditioning import write
 
     each = -(-count // len(CATEGORIES))
     columns = [prompts("train", category, each, seed) for category in CATEGORIES]

@@ -18,16 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-
-import _pack
-
-_pack.load()
-
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from ternary_flux.benchmarks import miniature  # noqa: E402
-from ternary_flux.quantizer.format import open_ternary  # noqa: E402
-from ternary_flux.quantizer.inspection import sizes  # noqa: E402
-from ternary_flux.tests import host  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont
+from ternary_flux.benchmarks import comfyui, miniature
+from ternary_flux.quantizer.files.summary import sizes
+from ternary_flux.quantizer.files.ternary import open_ternary
 
 HERE = Path(__file__).resolve().parent
 PACK = HERE.parents[1]
@@ -70,9 +64,9 @@ def main() -> None:
     prompts = [
         prompt for category in miniature.CATEGORIES for prompt in miniature.prompts("held_out", category, args.prompts)
     ]
-    with server(args.output / "comfyui", rows) as comfyui:
+    with server(args.output / "comfyui", rows) as host:
         print(f"4/4  painting {len(prompts) * BATCH} pictures with each model")
-        pictures = [[paint(comfyui, row, prompt, seed) for seed, prompt in enumerate(prompts, SEED)] for row in rows]
+        pictures = [[sample(host, row, prompt, seed) for seed, prompt in enumerate(prompts, SEED)] for row in rows]
 
     for row_, column in zip(rows, pictures, strict=True):
         judged = [(picture, prompt) for prompt, batch in zip(prompts, column, strict=True) for picture in batch]
@@ -122,7 +116,7 @@ def row(name: str, file: Path) -> Row:
     return Row(name, file, measured.bytes / 1e6, measured.ratio, measured.bits_per_weight)
 
 
-def server(base: Path, rows: list[Row]) -> host.Server:
+def server(base: Path, rows: list[Row]) -> comfyui.Server:
     """A ComfyUI with the pack, the miniature's text encoder node, and links to the models."""
     links = {f"diffusion_models/{row.file.name}": row.file for row in rows}
     for name, file in links.items():
@@ -131,10 +125,10 @@ def server(base: Path, rows: list[Row]) -> host.Server:
         link.unlink(missing_ok=True)
         link.symlink_to(file.resolve())
     miniature.write_stock_autoencoder(base / "models" / "vae" / "miniature-vae.safetensors")
-    return host.Server(base, {"comfyui-ternary-flux": PACK, "miniature-text-encoder": miniature.NODE_PACK})
+    return comfyui.Server(base, {"comfyui-ternary-flux": PACK, "miniature-text-encoder": miniature.NODE_PACK})
 
 
-def paint(comfyui: host.Server, row: Row, prompt: str, seed: int) -> list[np.ndarray]:
+def sample(host: comfyui.Server, row: Row, prompt: str, seed: int) -> list[np.ndarray]:
     """One run of the workflow: BATCH pictures, float [H, W, 3] in 0..1."""
     workflow = copy.deepcopy(json.loads((HERE / "workflow.json").read_text()))
     workflow["prompt"]["inputs"]["prompt"] = prompt
@@ -145,9 +139,9 @@ def paint(comfyui: host.Server, row: Row, prompt: str, seed: int) -> list[np.nda
         inputs = {"unet_name": row.file.name, "weight_dtype": "default"}
         workflow["model"] = {"class_type": "UNETLoader", "inputs": inputs}
     started = time.perf_counter()
-    images = comfyui.execute(workflow).outputs["save"]["images"]
+    images = host.execute(workflow).outputs["save"]["images"]
     row.seconds += time.perf_counter() - started
-    return [np.asarray(Image.open(io.BytesIO(comfyui.image(item))).convert("RGB")) / 255 for item in images]
+    return [np.asarray(Image.open(io.BytesIO(host.image(item))).convert("RGB")) / 255 for item in images]
 
 
 def sheet(rows: list[Row], prompts: list[str], pictures: list[list[np.ndarray]], side: int = 192) -> Image.Image:

@@ -3,10 +3,6 @@
 import argparse
 from pathlib import Path
 
-import _pack
-
-_pack.load()
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature.train", description=__doc__)

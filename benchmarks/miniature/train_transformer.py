@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...quantizer.architecture import Architecture
-from ...quantizer.flux import Flux
+from ...quantizer.files.architecture import Architecture
+from ...quantizer.model.flux import Flux
 from . import autoencoder, scenes
 from .checker import check
 from .sampling import sample

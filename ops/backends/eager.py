@@ -83,7 +83,7 @@ def _decoded(weight: TernaryWeight, dtype: torch.dtype, tokens: int) -> Iterator
 
 
 def _part(n: int, most: int) -> int:
-    """Into parts of how many, at most `most`, to divide n outputs: equal ones, of whole cache lines if they are wide."""
+    """How many of n outputs to decode at a time, at most `most`: equal parts, of whole cache lines if they are wide."""
     most = most // 64 * 64 or max(1, most)
     parts = -(-n // most) or 1
     return min(most, -(-n // (64 * parts)) * 64)
@@ -95,8 +95,8 @@ def _linear_full(x: Tensor, weight: TernaryWeight) -> Tensor:
     y = x.new_empty(x.shape[0], n)
     for outputs, dense in _decoded(weight, x.dtype, x.shape[0]):
         dense *= scales[:, None, outputs]
-        dense = dense.view(weight.planes, -1, dense.shape[2])
-        if weight.planes == 2:
+        dense = dense.view(weight.terms, -1, dense.shape[2])
+        if weight.terms == 2:
             dense[0] += dense[1]
         y[:, outputs] = x @ dense[0, :k]
     return y

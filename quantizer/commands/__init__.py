@@ -1,1 +1,1 @@
-"""The subcommands of `ternary-flux`; what they share with other code lives in the quantizer's own modules."""
+"""The subcommands of `ternary-flux`, a module each."""

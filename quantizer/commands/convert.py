@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from . import workshop
-from .numbers import natural, positive
+from . import options
+from .options import natural, positive
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("source", type=Path, metavar="IN", help="dense FLUX.1 or FLUX.2 checkpoint, .safetensors")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
-    workshop.add_arguments(parser)
+    options.add_arguments(parser)
     parser.add_argument(
         "--budget", type=positive, metavar="MINUTES", help="time for all of it (default: 15 for small models, else 240)"
     )
@@ -32,24 +32,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--growth",
         type=positive,
         default=0.0,
-        help="part by which the file may grow for the most sensitive Linears in two planes or 8 bits (default: none)",
+        help="part by which the file may grow for the most sensitive Linears in two terms or 8 bits (default: none)",
     )
     parser.add_argument("--packing", choices=("planes32", "base3"), default="planes32", help="(default: %(default)s)")
-    workshop.add_file_arguments(parser)
+    options.add_file_arguments(parser)
     parser.set_defaults(interrupted="give the same command again to go on")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..bars import Bars
-    from ..convert import Conversion, expectation
+    from ..console import Bars
+    from ..pipeline.convert import Run, expectation
 
-    work = workshop.work_folder(args)
+    folder = options.work_folder(args)
     with Bars() as bars:
-        shop = workshop.open_workshop(args, args.source, work, on_progress=bars.show)
+        work = options.open_workspace(args, args.source, folder, on_progress=bars.show)
         codes = {"auto": None, "train": True, "freeze": False}[args.codes]
-        conversion = Conversion(
-            shop, args.output, args.budget, args.rank, codes, args.packing, args.growth, args.force, bars.say
-        )
-        stages = conversion.run()
+        whole = Run(work, args.output, args.budget, args.rank, codes, args.packing, args.growth, args.force, bars.say)
+        stages = whole.run()
     print(expectation(stages))
-    print(f"{args.output} written; {work} can be deleted")
+    print(f"{args.output} written; {folder} can be deleted")

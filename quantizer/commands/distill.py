@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import workshop
-from .numbers import count, natural, positive
+from . import options
+from .options import count, natural, positive
 
 if TYPE_CHECKING:
-    from ..pipeline import Plan, Workshop
+    from ..pipeline.budget import Plan
+    from ..pipeline.workspace import Workspace
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round` or `calibrate`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
-    workshop.add_arguments(parser)
+    options.add_arguments(parser)
     parser.add_argument(
         "--rank",
         type=natural,
@@ -42,50 +43,51 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
     parser.add_argument("--rate", type=positive, default=1.0, help="factor on learning rates (default: %(default)s)")
     parser.add_argument("--evaluate-every", type=count, default=100, help="steps (default: %(default)s)")
-    parser.add_argument("--checkpoint-minutes", type=positive, default=5.0, help="(default: %(default)s)")
+    parser.add_argument("--snapshot-minutes", type=positive, default=5.0, help="(default: %(default)s)")
     parser.add_argument("--packing", choices=("planes32", "base3"), help="(default: as START)")
-    workshop.add_file_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the work folder")
+    options.add_file_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the snapshot in the work folder")
     parser.set_defaults(interrupted="give the same command with --resume to go on")
 
 
-def _choose(args: argparse.Namespace, shop: "Workshop", plan: "Plan", path: Path) -> int:
-    """Give the workshop its pictures and states and return the batch: as asked, else as fits the run and the machine.
+def _keep_amounts(args: argparse.Namespace, work: "Workspace", plan: "Plan", path: Path) -> int:
+    """Give the workspace its pictures and states and return the batch: as asked, else as fits the run and the machine.
 
     They are kept in `path`, so that a run that resumes has the same ones.
     """
-    from ..atomic import write_json
-    from ..pipeline import STATES_EACH
+    from ..files.atomic import write_json
+    from ..pipeline.budget import STATES_EACH
 
     kept = json.loads(path.read_text(encoding="utf-8")) if args.resume and path.exists() else {}
     batch = args.batch or kept.get("batch") or plan.batch
-    shop.pictures = args.pictures or kept.get("pictures")
-    if shop.pictures is None:
+    work.pictures = args.pictures or kept.get("pictures")
+    if work.pictures is None:
         # A trained state costs about four of the teacher's forwards.
-        timed = args.minutes and int(60 * args.minutes / (4 * shop.time_state()))
-        shop.pictures = shop.pictures_for(timed or args.steps * batch * args.accumulate)
-    shop.states = args.states or kept.get("states") or STATES_EACH * shop.pictures
+        timed = args.minutes and int(60 * args.minutes / (4 * work.time_state()))
+        work.pictures = work.pictures_for(timed or args.steps * batch * args.accumulate)
+    work.states = args.states or kept.get("states") or STATES_EACH * work.pictures
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"batch": batch, "pictures": shop.pictures, "states": shop.states})
+    write_json(path, {"batch": batch, "pictures": work.pictures, "states": work.states})
     return batch
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..bars import Bars
-    from ..blockwise import BlockSettings
-    from ..distill import RATES
-    from ..pipeline import distill_file, plan_for, settings_for
+    from ..console import Bars
+    from ..distillation.blockwise import BlockSettings
+    from ..distillation.schedule import RATES
+    from ..pipeline.budget import plan_for, settings_for
+    from ..pipeline.stages import distill_file
 
-    work = workshop.work_folder(args)
-    checkpoint = work / "distill.safetensors"
-    if checkpoint.exists() and not args.resume:
-        raise ValueError(f"{checkpoint} belongs to an unfinished run: give --resume to continue it, or delete it")
+    folder = options.work_folder(args)
+    snapshot = folder / "distill.safetensors"
+    if snapshot.exists() and not args.resume:
+        raise ValueError(f"{snapshot} belongs to an unfinished run: give --resume to continue it, or delete it")
     with Bars() as bars:
-        shop = workshop.open_workshop(args, args.teacher, work, held_out=args.held_out, on_progress=bars.show)
-        shop.check(args.output, args.force, args.start)
-        plan = plan_for(shop)
-        batch = _choose(args, shop, plan, work / "distill.json")
-        rates = {kind: args.rate * rate for kind, rate in RATES.items()}
+        work = options.open_workspace(args, args.teacher, folder, held_out=args.held_out, on_progress=bars.show)
+        work.check(args.output, args.force, args.start)
+        plan = plan_for(work)
+        batch = _keep_amounts(args, work, plan, folder / "distill.json")
+        rates = {group: args.rate * rate for group, rate in RATES.items()}
         settings = settings_for(
             plan,
             steps=None if args.minutes else args.steps,
@@ -93,14 +95,14 @@ def run(args: argparse.Namespace) -> None:
             batch=batch,
             accumulate=args.accumulate,
             evaluate_every=args.evaluate_every,
-            checkpoint_minutes=args.checkpoint_minutes,
+            snapshot_minutes=args.snapshot_minutes,
             seed=args.seed,
             rates=rates,
         )
         blocks = None
         if args.block_steps:
             blocks = BlockSettings(args.block_steps, settings.batch, rank=args.rank, codes=args.codes, rates=rates)
-        before = shop.quality(args.start)
+        before = work.quality(args.start)
         bars.say(f"start: velocity error {before.error:.4f} on held-out prompts")
 
         def step(row: dict) -> None:
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
                 )
 
         distiller = distill_file(
-            shop,
+            work,
             args.start,
             args.output,
             settings,
@@ -121,10 +123,10 @@ def run(args: argparse.Namespace) -> None:
             args.packing,
             blocks,
             args.force,
-            checkpoint,
+            snapshot,
             on_step=step,
             on_block=lambda result: bars.say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
-    checkpoint.unlink(missing_ok=True)
-    (work / "distill.json").unlink()
+    snapshot.unlink(missing_ok=True)
+    (folder / "distill.json").unlink()
     print(f"{args.output}: velocity error {before.error:.4f} -> {distiller.best_error:.4f} on held-out prompts")

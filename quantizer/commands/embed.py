@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .numbers import count
+from .options import count
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -31,16 +31,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..atomic import check_target
-    from ..embedding import embed
-    from ..progress import progress
-    from ..prompts import FILE
+    from ..console import progress
+    from ..files.atomic import check_target
+    from ..pictures.encode import PROMPTS, embed
 
-    check_target(args.output, 0, args.force, [*args.text_encoders, args.prompts or FILE])
-    lines = (args.prompts or FILE).read_text(encoding="utf-8").splitlines()
+    check_target(args.output, 0, args.force, [*args.text_encoders, args.prompts or PROMPTS])
+    lines = (args.prompts or PROMPTS).read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()][: args.count]
     if not prompts:
-        raise ValueError(f"{args.prompts or FILE}: there are no prompts; put one in each line")
+        raise ValueError(f"{args.prompts or PROMPTS}: there are no prompts; put one in each line")
     with progress(len(prompts), "encoding prompts", " prompts") as bar:
         tokens, channels, pooled = embed(prompts, args.text_encoders, args.output, args.force, bar.update)
     size = args.output.stat().st_size

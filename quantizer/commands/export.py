@@ -18,10 +18,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..atomic import check_target
-    from ..export import DTYPES, export_checkpoint
-    from ..format import open_ternary
-    from ..progress import progress
+    from ..console import progress
+    from ..files.atomic import check_target
+    from ..files.export import DTYPES, export_checkpoint
+    from ..files.ternary import open_ternary
 
     check_target(args.output, 0, args.force, [args.source])
     file = open_ternary(args.source)

@@ -15,6 +15,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..inspection import describe_file
+    from ..files.summary import summarize
 
-    print("\n".join(describe_file(args.file, args.layers)))
+    print("\n".join(summarize(args.file, args.layers)))

@@ -1,42 +1,42 @@
-"""`mixed`: give the most sensitive Linears of a ternary file two trit planes or 8 bits."""
+"""`mixed`: give the most sensitive Linears of a ternary file two ternary terms or 8 bits."""
 
 import argparse
 from collections import Counter
 from pathlib import Path
 
-from . import workshop
-from .numbers import count, positive
+from . import options
+from .options import count, positive
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "mixed",
-        help="give the most sensitive Linears of a ternary file two trit planes or 8 bits",
+        help="give the most sensitive Linears of a ternary file two ternary terms or 8 bits",
         description="Measure how much each ternary Linear alone costs the original in velocity error, and store those "
-        "that cost most for their bytes as two trit planes (4.1 bits per weight) or int8, until the file has grown by "
-        "--growth. Then `calibrate --like` the result, and `distill`: they fit the other Linears to these.",
+        "that cost most for their bytes as two ternary terms (4.1 bits per weight) or int8, until the file has grown "
+        "by --growth. Then `calibrate --like` the result, and `distill`: they fit the other Linears to these.",
     )
     parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the file to write")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
-    workshop.add_arguments(parser)
-    workshop.add_file_arguments(parser)
+    options.add_arguments(parser)
+    options.add_file_arguments(parser)
     parser.add_argument("--growth", type=positive, default=0.25, help="of the file (default: %(default)s: a quarter)")
     parser.add_argument(
-        "--kinds",
+        "--precisions",
         nargs="+",
-        choices=("planes", "int8"),
-        default=("planes", "int8"),
+        choices=("two-terms", "int8"),
+        default=("two-terms", "int8"),
         help="what they may become (default: both)",
     )
     parser.add_argument("--pictures", type=count, default=8, help="whose states are measured (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..bars import Bars
-    from ..format import open_ternary
-    from ..mixed import choose, sensitivities, write_mixed
-    from ..rounding import METHODS
+    from ..calibration.sensitivity import best_upgrades, sensitivities, write_mixed
+    from ..console import Bars
+    from ..files.ternary import open_ternary
+    from ..rounding.one_term import METHODS
 
     file = open_ternary(args.start)
     if (method := file.metadata.get("ternary.method")) not in (None, *METHODS):
@@ -45,17 +45,17 @@ def run(args: argparse.Namespace) -> None:
             "worse; give the file of `round`, then calibrate --like the result"
         )
     with Bars() as bars:
-        work = workshop.work_folder(args)
-        shop = workshop.open_workshop(args, args.teacher, work, held_out=args.pictures, on_progress=bars.show)
-        shop.check(args.output, args.force, args.start)
-        show = shop.counter("measured layers", len(file.layers))
-        measured = sensitivities(file, shop.teacher, shop.holdout, args.kinds, show)
-    chosen = choose(measured, int(args.growth * args.start.stat().st_size))
-    kinds = {name: result.kind for name, result in chosen.items()}
-    write_mixed(args.output, file, shop.teacher.checkpoint, kinds, args.force)
+        folder = options.work_folder(args)
+        work = options.open_workspace(args, args.teacher, folder, held_out=args.pictures, on_progress=bars.show)
+        work.check(args.output, args.force, args.start)
+        show = work.counter("measured layers", len(file.layers))
+        measured = sensitivities(file, work.teacher, work.holdout, args.precisions, show)
+    chosen = best_upgrades(measured, int(args.growth * args.start.stat().st_size))
+    precisions = {name: result.precision for name, result in chosen.items()}
+    write_mixed(args.output, file, work.teacher.checkpoint, precisions, args.force)
     for result in sorted(chosen.values(), key=lambda result: -result.gain):
-        print(f"  {result.name:<40} {result.kind:<6} alone costs {result.gain:.4f} less of the velocity error")
-    counts = Counter(kinds.values())
-    changed = f"{counts['planes']} in two trit planes, {counts['int8']} in 8 bits"
+        print(f"  {result.name:<40} {result.precision:<9} alone costs {result.gain:.4f} less of the velocity error")
+    counts = Counter(precisions.values())
+    changed = f"{counts['two-terms']} in two ternary terms, {counts['int8']} in 8 bits"
     print(f"{args.output}: of {len(file.layers)} Linears {changed}, {args.output.stat().st_size / 1e6:,.1f} MB")
     print(f"next: calibrate --like {args.output}, so that the ternary Linears are fitted to these")

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from . import workshop
-from .numbers import count
+from . import options
+from .options import count
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("files", nargs="*", metavar="NAME=FILE", help="ternary files, in the order of the stages")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the page is written")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="the original checkpoint")
-    workshop.add_arguments(parser)
+    options.add_arguments(parser)
     parser.add_argument(
         "--work", type=Path, help="the work folder of `convert`: its stages come first, its states are used"
     )
@@ -27,7 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..report import report, taesd_decoder
+    from ..report.decoders import taesd_decoder
+    from ..report.page import report
 
     files = {}
     for stage, name in (("round", "rounded"), ("calibrate", "calibrated")):
@@ -39,6 +40,6 @@ def run(args: argparse.Namespace) -> None:
         files[name if separator else Path(text).stem] = Path(path if separator else text)
     if not files:
         raise ValueError("give ternary files as NAME=FILE, or --work with the work folder of a conversion")
-    work = args.work or args.output / "work"
-    shop = workshop.open_workshop(args, args.teacher, work, held_out=args.held_out)
-    print(report(shop, files, args.output, args.pictures, args.vae and taesd_decoder(args.vae)))
+    folder = args.work or args.output / "work"
+    work = options.open_workspace(args, args.teacher, folder, held_out=args.held_out)
+    print(report(work, files, args.output, args.pictures, args.vae and taesd_decoder(args.vae)))

@@ -36,10 +36,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..atomic import check_target
-    from ..checkpoint import open_checkpoint
-    from ..conversion import round_checkpoint
-    from ..progress import progress
+    from ..console import progress
+    from ..files.atomic import check_target
+    from ..files.checkpoint import open_checkpoint
+    from ..rounding.round import round_checkpoint
 
     check_target(args.output, 0, args.force, [args.source])
     arch = open_checkpoint(args.source).architecture

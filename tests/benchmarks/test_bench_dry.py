@@ -25,7 +25,7 @@ def run(module, *arguments, **environment):
 
 def test_kernels(tmp_path):
     out = tmp_path / "kernels.json"
-    printed = run("kernels", "--dry", "--out", out)
+    printed = run("speed.kernels", "--dry", "--out", out)
     rows = json.loads(out.read_text())["rows"]
     assert {row["m"] for row in rows} == {20, 1}
     for row in rows:
@@ -43,7 +43,7 @@ def test_kernels(tmp_path):
 
 def test_fallback(tmp_path):
     out = tmp_path / "fallback.json"
-    printed = run("fallback", "--dry", "--out", out)
+    printed = run("speed.fallback", "--dry", "--out", out)
     report = json.loads(out.read_text())
     assert [row["tokens"] for row in report["rows"]] == [1, 20]
     for row in report["rows"]:
@@ -56,11 +56,11 @@ def test_fallback(tmp_path):
 
 @pytest.mark.parametrize("forward, modes", [("ComfyUI", ["int8"]), ("quantizer", ["bf16", "full"])])
 def test_transformer(tmp_path, forward, modes):
-    from ternary_flux.tests import host
+    from ternary_flux.benchmarks import comfyui
 
     out = tmp_path / "transformer.json"
     arguments = ("--dry", "--forward", forward, "--modes", ",".join(modes), "--out", out)
-    run("transformer", *arguments, COMFYUI_PATH=str(host.find()))
+    run("speed.transformer", *arguments, COMFYUI_PATH=str(comfyui.find()))
     report = json.loads(out.read_text())
     for mode in modes:
         result = report["modes"][mode]
@@ -71,12 +71,12 @@ def test_transformer(tmp_path, forward, modes):
 
 def test_tune(tmp_path):
     tiles = tmp_path / "tiles.json"
-    printed = run("tune", "--dry", "--kernels", "int8_group", TERNARY_FLUX_TILES=str(tiles))
+    printed = run("speed.tune", "--dry", "--kernels", "int8_group", TERNARY_FLUX_TILES=str(tiles))
     assert "int8_group, up to 16 tokens" in printed
     assert set(json.loads(tiles.read_text())["cpu"]) == {"int8_group"}
 
 
-@pytest.mark.parametrize("module", ["kernels", "transformer"])
+@pytest.mark.parametrize("module", ["speed.kernels", "speed.transformer"])
 def test_without_a_gpu_it_says_so(module):
     with pytest.raises(AssertionError, match="CUDA"):
         run(module, CUDA_VISIBLE_DEVICES="")

@@ -1,7 +1,7 @@
 """The memory benchmark runs, on a narrow model, and notices when it is over its limit."""
 
 import pytest
-from ternary_flux.benchmarks import calibration_memory
+from ternary_flux.benchmarks.speed import calibration_memory
 
 
 def run(monkeypatch, *arguments):

@@ -8,8 +8,8 @@ from ternary_flux.benchmarks import miniature
 from ternary_flux.benchmarks.miniature import autoencoder, scenes, text
 from ternary_flux.benchmarks.miniature.train_transformer import Painter, train
 from ternary_flux.benchmarks.miniature.trainer import Trainer
-from ternary_flux.quantizer import conditioning
-from ternary_flux.quantizer.architecture import Architecture
+from ternary_flux.quantizer.files.architecture import Architecture
+from ternary_flux.quantizer.pictures import conditioning
 
 TINY = Architecture(1, 128, 1, 1, 16, 16, context_dim=text.CHANNELS, vec_dim=text.CHANNELS, guidance=False)
 

@@ -4,16 +4,15 @@ import importlib.util
 
 import pytest
 import torch
-from ternary_flux.benchmarks import miniature
+from ternary_flux.benchmarks import comfyui, miniature
 from ternary_flux.benchmarks.miniature import scenes
-from ternary_flux.tests import host
 
 CAPTIONS = ["a red circle and a blue square", "three green crosses"]
 
 
 @pytest.fixture(scope="module")
 def comfy():
-    host.comfyui()
+    comfyui.make_importable()
     import comfy.sample
     import comfy.sd
     import comfy.utils

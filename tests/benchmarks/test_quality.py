@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from ternary_flux.benchmarks import quality, quality_chart
 from ternary_flux.benchmarks.miniature import autoencoder, scenes
 from ternary_flux.benchmarks.miniature.text import TextEncoder
-from ternary_flux.benchmarks.quality_models import dense_of, round_to_bits, rounded
-from ternary_flux.benchmarks.quality_scores import Stage, evaluate, interval
-from ternary_flux.quantizer.architecture import Architecture
-from ternary_flux.quantizer.conversion import round_checkpoint
-from ternary_flux.quantizer.flux import Flux
-from ternary_flux.quantizer.format import open_ternary
+from ternary_flux.benchmarks.quality import chart, run
+from ternary_flux.benchmarks.quality.models import dense_of, round_to_bits, rounded
+from ternary_flux.benchmarks.quality.scores import Stage, evaluate, interval
+from ternary_flux.quantizer.files.architecture import Architecture
+from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.rounding.round import round_checkpoint
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=32, guidance=False)
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_scores_of_the_teacher_and_of_another_model(teacher, stage):
         {"name": name, "accuracy": s.summary["accuracy"], "velocity": s.summary["velocity"]}
         for name, s in (("original", reference), ("other", scores))
     ]
-    picture = quality_chart.draw(rows, {"original": reference.examples, "other": scores.examples}, stage.examples)
+    picture = chart.draw(rows, {"original": reference.examples, "other": scores.examples}, stage.examples)
     assert picture.width > 600 and picture.height > 500
 
 
@@ -101,9 +101,9 @@ def test_a_whole_run(teacher, stage, tmp_path):
     for name, part in parts.items():
         state = {key: value.bfloat16().contiguous() for key, value in part.state_dict().items()}
         save_file(state, weights / f"{name}.safetensors", {"size": "32"})
-    scale = quality.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=14, calibration_states=16)
+    scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=14, calibration_states=16)
     outputs = tmp_path / "quality.json", tmp_path / "quality.png"
-    result = quality.run(scale, tmp_path / "work", *outputs, CPU, weights)
+    result = run.run(scale, tmp_path / "work", *outputs, CPU, weights)
     errors = {row["name"]: row["velocity"]["error"] for row in result["models"]}
     assert errors["original, bf16"] == 0
     assert errors["4-bit rounding"] < errors["3-bit rounding"] < errors["ternary, least squares"]

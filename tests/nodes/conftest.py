@@ -1,24 +1,26 @@
 """Fixtures on the real ComfyUI, in process on the CPU."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from ternary_flux.tests import host
-from ternary_flux.tests.nodes import tiny
+from safetensors.torch import load_file, save_file
+from ternary_flux.benchmarks import comfyui
+from ternary_flux.tests.nodes import adapters, tiny
 
 
 @pytest.fixture(scope="session")
 def comfy() -> SimpleNamespace:
     """ComfyUI's modules and this pack's node modules."""
-    host.comfyui()
+    comfyui.make_importable()
     import comfy.hooks
     import comfy.model_management
     import comfy.model_patcher
     import comfy.sd
     import comfy.utils
     import folder_paths
-    from ternary_flux.nodes import compat, layout, linear, loader, lora, patcher
+    from ternary_flux.nodes import compat, files, layout, linear, loader, lora, patcher
 
     return SimpleNamespace(
         hooks=comfy.hooks,
@@ -28,6 +30,7 @@ def comfy() -> SimpleNamespace:
         utils=comfy.utils,
         folder_paths=folder_paths,
         compat=compat,
+        files=files,
         layout=layout,
         linear=linear,
         loader=loader,
@@ -57,3 +60,19 @@ def twin(comfy, path):
 def reference(twin):
     """The dense twin's velocity."""
     return tiny.run(twin())
+
+
+@pytest.fixture(scope="session")
+def mixed(path, tmp_path_factory):
+    """The tiny file with one Linear in ComfyUI's int8 format, as the quantizer's mixed profile writes it."""
+    state = dict(load_file(path))
+    weight = tiny.dense_twin(path)[f"{adapters.QKV}.weight"]
+    del state[f"{adapters.QKV}.weight_group"]
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    state[f"{adapters.QKV}.weight"] = (weight / scale).round().to(torch.int8)
+    state[f"{adapters.QKV}.weight_scale"] = scale
+    configuration = json.dumps({"format": "int8_tensorwise"}).encode()
+    state[f"{adapters.QKV}.comfy_quant"] = torch.tensor(list(configuration), dtype=torch.uint8)
+    file = tmp_path_factory.mktemp("mixed") / "mixed.safetensors"
+    save_file(state, file)
+    return file

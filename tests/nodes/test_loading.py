@@ -1,12 +1,13 @@
 """Loading, moving, cloning, compiling and saving a ternary model in the real ComfyUI."""
 
-import json
+import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from ternary_flux.ops import resolve
-from ternary_flux.tests.nodes import tiny
+from ternary_flux.tests.nodes import adapters, tiny
 
 QKV = "double_blocks.0.img_attn.qkv"
 
@@ -30,7 +31,45 @@ def test_int8_activations_are_close(comfy, path, reference):
     assert (1e-4 if rounded else 0) < error < 0.05
 
 
-FORMS = [{"rank": 8}, {"float_groups": True}, {"packing": "base3"}, {"planes": 2}, {"planes": 2, "packing": "base3"}]
+@pytest.mark.parametrize("activations", ["auto", "int8", "full"])
+def test_the_backend_can_be_chosen(comfy, path, reference, activations):
+    model = comfy.loader.load(str(path), activations, "eager")
+    layer = model.quantized_linear(f"diffusion_model.{QKV}.weight")
+    assert layer._choice.backend.NAME == "eager" and layer.weight._params.backend == "eager"
+    assert tiny.distance(tiny.run(model), reference) < 0.05
+    make, arguments = model.cached_patcher_init
+    assert make(*arguments).quantized_linear(f"diffusion_model.{QKV}.weight").weight._params.backend == "eager"
+
+
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(comfy, path):
+    with pytest.raises(ValueError, match="the backend triton cannot run here: .*not on cpu. Choose auto"):
+        comfy.loader.load(str(path), "auto", "triton")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "line"),
+    [
+        (
+            {"ternary.method": "least-squares", "ternary.weight_errors": '{"a": 0.3, "b": 0.5}'},
+            "rounded only: expect noise, weight error 0.40",
+        ),
+        ({"ternary.method": "calibrate"}, "calibrated"),
+        (
+            {"ternary.method": "distill", "ternary.settings": '{"distill": {"velocity_error": 0.0345}}'},
+            "distilled, velocity error 0.0345",
+        ),
+        ({"ternary.method": "distill", "ternary.settings": "[broken"}, "distilled"),
+        ({"modelspec.title": "x"}, "the file does not say how it was made"),
+    ],
+)
+def test_the_status_says_how_far_the_conversion_went(comfy, tmp_path, metadata, line):
+    file = comfy.loader.check(tiny.write(tmp_path / "file.safetensors", metadata=metadata))
+    lines = comfy.loader.status(file, tiny.CPU, "auto").splitlines()
+    assert lines[0] == "file.safetensors" and lines[3] == line
+    assert len(lines) == 5
+
+
+FORMS = [{"rank": 8}, {"float_groups": True}, {"packing": "base3"}, {"terms": 2}, {"terms": 2, "packing": "base3"}]
 
 
 @pytest.mark.parametrize("variant", FORMS)
@@ -42,14 +81,12 @@ def test_every_form_of_the_format_loads(comfy, tmp_path, variant, activations):
     assert error < (1e-4 if activations == "full" else 0.05)
 
 
-def test_a_file_of_two_planes_takes_loras_and_is_saved_as_it_was(comfy, tmp_path):
-    from ternary_flux.tests.nodes import test_lora
-
-    path, saved = tiny.write(tmp_path / "two.safetensors", planes=2), tmp_path / "saved.safetensors"
+def test_a_file_of_two_terms_takes_loras_and_is_saved_as_it_was(comfy, tmp_path):
+    path, saved = tiny.write(tmp_path / "two.safetensors", terms=2), tmp_path / "saved.safetensors"
     model = comfy.loader.load(str(path), "full")
     assert model.model_size() < 1.05 * path.stat().st_size
-    status = comfy.loader.describe(comfy.loader.check(path), tiny.CPU, "auto")
-    assert "13 ternary layers (13 of two trit planes), 4." in status
+    status = comfy.loader.status(comfy.loader.check(path), tiny.CPU, "auto")
+    assert "13 ternary layers (13 of two ternary terms)" in status and ", 4." in status
     comfy.sd.save_checkpoint(str(saved), model)
     before, after = load_file(path), load_file(saved)
     for part in ("weight", "weight_scale", "weight_group", "comfy_quant"):
@@ -60,10 +97,10 @@ def test_a_file_of_two_planes_takes_loras_and_is_saved_as_it_was(comfy, tmp_path
         return comfy.sd.load_diffusion_model_state_dict(tiny.dense_twin(path), model_options=options)
 
     for name in ("stacked", "dora"):
-        loras = test_lora.COMBINATIONS[name]
-        patched = test_lora.with_loras(comfy, model, loras)
+        loras = adapters.COMBINATIONS[name]
+        patched = adapters.apply(comfy, model, loras)
         comfy.model_management.load_models_gpu([patched])
-        assert tiny.distance(tiny.run(patched), test_lora.merged(comfy, twin, loras)) < 1e-5
+        assert tiny.distance(tiny.run(patched), adapters.merged(comfy, twin, loras)) < 1e-5
         patched.unpatch_model(tiny.CPU)
 
 
@@ -115,6 +152,20 @@ def test_clones_stay_ternary_without_dynamic_vram(comfy, path):
     assert type(make(*arguments, disable_dynamic=True)) is comfy.patcher.TernaryPatcher
 
 
+@pytest.mark.parametrize("kind", [None, "lora", "dora"])
+def test_a_copy_of_a_model_is_a_model(comfy, path, kind):
+    loras = [(adapters.KINDS[kind](1), 1.0)] if kind else []
+    model = adapters.apply(comfy, comfy.loader.load(str(path), "full"), loras)
+    comfy.model_management.load_models_gpu([model])
+    before = tiny.run(model)
+    with torch.inference_mode():
+        copied = copy.deepcopy(model.model.diffusion_model)  # core's configuration around it cannot be copied
+    model.unpatch_model(tiny.CPU)
+    layer, original = (m.double_blocks[0].img_attn.qkv for m in (copied, model.model.diffusion_model))
+    assert layer.weight._qdata.data_ptr() != original.weight._qdata.data_ptr()
+    assert tiny.distance(tiny.run(SimpleNamespace(model=SimpleNamespace(diffusion_model=copied))), before) < 1e-5
+
+
 @pytest.mark.parametrize("activations", ["full", "int8"])
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_torch_compile_sees_one_graph(comfy, path, activations, mode):
@@ -144,29 +195,21 @@ def test_saving_and_loading_gives_the_same_file_contents(comfy, path, tmp_path, 
         assert tiny.distance(tiny.run(comfy.loader.load(str(saved), "full")), reference) < 1e-5
 
 
-@pytest.fixture(scope="module")
-def mixed(path, tmp_path_factory):
-    """The tiny file with one Linear in ComfyUI's int8 format, as the quantizer's mixed profile writes it."""
-    state = dict(load_file(path))
-    weight = tiny.dense_twin(path)[f"{QKV}.weight"]
-    del state[f"{QKV}.weight_group"]
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    state[f"{QKV}.weight"] = (weight / scale).round().to(torch.int8)
-    state[f"{QKV}.weight_scale"] = scale
-    configuration = json.dumps({"format": "int8_tensorwise"}).encode()
-    state[f"{QKV}.comfy_quant"] = torch.tensor(list(configuration), dtype=torch.uint8)
-    file = tmp_path_factory.mktemp("mixed") / "mixed.safetensors"
-    save_file(state, file)
-    return file
+def int8_parts(path):
+    return {part: load_file(path)[f"{QKV}.{part}"] for part in ("weight", "weight_scale")}
 
 
 def test_files_with_int8_layers_load_and_save(comfy, mixed, reference, tmp_path):
     model = comfy.loader.load(str(mixed), "full")
     assert 1e-5 < tiny.distance(tiny.run(model), reference) < 0.05
-    assert "12 ternary layers and 1 int8 layers" in comfy.loader.describe(comfy.loader.check(mixed), tiny.CPU, "auto")
+    assert "12 ternary layers and 1 int8 layers" in comfy.loader.status(comfy.loader.check(mixed), tiny.CPU, "auto")
     comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model)
+    saved = load_file(tmp_path / "saved.safetensors")
+    stored = {f"model.diffusion_model.{QKV}.{part}": tensor for part, tensor in int8_parts(mixed).items()}
+    assert all(torch.equal(saved[key], tensor) for key, tensor in stored.items())
     again = comfy.loader.load(str(tmp_path / "saved.safetensors"), "full")
-    assert torch.equal(tiny.run(again), tiny.run(model))
+    # Sums over other buffers may round otherwise, and such a rounding may move an activation to the next int8.
+    assert tiny.distance(tiny.run(again), tiny.run(model)) < 1e-3
 
 
 def test_loras_run_beside_int8_layers_too(comfy, mixed):
@@ -180,12 +223,15 @@ def test_loras_run_beside_int8_layers_too(comfy, mixed):
     comfy.model_management.load_models_gpu([model])
     torch.testing.assert_close(layer(x) - before, x @ (up @ down).t() * 0.001, rtol=1e-3, atol=1e-5)
     model.unpatch_model(tiny.CPU)
-    assert torch.equal(layer(x), before)
+    torch.testing.assert_close(layer(x), before)
 
 
-def test_the_stock_loader_names_the_format(comfy, path):
-    with pytest.raises(ValueError, match="Unsupported quantization format: ternary_v1"):
+def test_the_stock_loaders_name_the_node(comfy, path, tmp_path):
+    with pytest.raises(ValueError, match="load it with the node Load Ternary FLUX"):
         comfy.sd.load_diffusion_model(str(path))
+    checkpoint = tiny.write(tmp_path / "checkpoint.safetensors", prefix="model.diffusion_model.")
+    with pytest.raises(ValueError, match="load it with the node Load Ternary FLUX"):
+        comfy.sd.load_checkpoint_guess_config(str(checkpoint))
 
 
 def test_interrupting_stops_the_load(comfy, path):
@@ -231,7 +277,7 @@ def test_other_models_are_refused_with_a_remedy(comfy, tmp_path, make, message):
 def test_a_dense_flux_is_refused_with_a_remedy(comfy, path, tmp_path):
     dense = tmp_path / "dense.safetensors"
     save_file(tiny.dense_twin(path), dense)
-    with pytest.raises(ValueError, match="not ternary.*Load Diffusion Model.*quantizer round dense.safetensors"):
+    with pytest.raises(ValueError, match="not ternary.*Load Diffusion Model.*quantizer convert"):
         comfy.loader.load(str(dense))
 
 

@@ -1,12 +1,13 @@
 """The pack in a real headless ComfyUI server, driven over its API as a browser drives it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from ternary_flux.tests import host
+from ternary_flux.benchmarks import comfyui
 from ternary_flux.tests.nodes import tiny
 
 PACK = "comfyui-ternary-flux"
@@ -25,12 +26,14 @@ def server(tmp_path_factory):
     (folder / "truncated.safetensors").write_bytes(path.read_bytes()[:-1000])
     save_file({"lora_unet_single_blocks_0_linear1.lora_up.weight": torch.zeros(2)}, folder / "style.safetensors")
     (folder / "notes.txt").write_text("not a model")
-    host.comfyui()
+    comfyui.make_importable()
     from comfy.taesd.taesd import TAESD
 
     save_file(TAESD(latent_channels=16).state_dict(), models / "vae" / "tiny-vae.safetensors")
-    helpers = Path(__file__).with_name("conditioning_pack.py")
-    with host.Server(base, {PACK: host.ROOT, helpers.name: helpers}) as running:
+    (folder / "flux").mkdir()
+    shutil.copy(path, folder / "flux")
+    helpers = {name: Path(__file__).with_name(name) for name in ("conditioning_pack.py", "name_pack.py")}
+    with comfyui.Server(base, {PACK: comfyui.ROOT, **helpers}) as running:
         yield running
 
 
@@ -74,20 +77,35 @@ def test_the_node_is_listed_with_its_inputs(server):
     required = node["input"]["required"]
     kind, file = required["file"]
     names = file["options"] if kind == "COMBO" else kind
-    assert set(names) == {"tiny.safetensors", "truncated.safetensors", "style.safetensors"}
+    assert set(names) == {"tiny.safetensors", "flux/tiny.safetensors", "truncated.safetensors", "style.safetensors"}
+    assert set(names[:2]) == {"flux/tiny.safetensors", "tiny.safetensors"}  # those that Run accepts
     kind, activations = required["activations"]
     assert (activations["options"] if kind == "COMBO" else kind) == ["auto", "int8", "full"]
     assert activations["advanced"] and "W1.58A8" in activations["tooltip"]
-    assert "1.58-bit" in node["search_aliases"]
+    kind, backend = node["input"]["optional"]["backend"]
+    assert (backend["options"] if kind == "COMBO" else kind) == ["auto", "triton", "eager"]
+    assert backend["advanced"] and "PyTorch" in backend["tooltip"]
+    assert {"1.58-bit", "load diffusion model", "low vram"} <= set(node["search_aliases"])
 
 
 def test_help_and_translations_are_served(server):
     page = server.get(f"/extensions/{PACK}/docs/{NODE}.md").decode()
     assert page.startswith("# Load Ternary FLUX")
+    node = server.get_json(f"/object_info/{NODE}")[NODE]
+    inputs = node["input"]["required"] | node["input"]["optional"]
+    assert all(f"**{name}**" in page for name in inputs)
     translations = server.get_json("/i18n")
+    english = translations["en"]["nodeDefs"][NODE]
+    assert english["description"] == node["description"]
+    for name, (_, options) in inputs.items():
+        assert english["inputs"][name]["tooltip"] == options["tooltip"]
     for language in ("en", "zh", "ja", "ko", "de", "fr"):
-        inputs = translations[language]["nodeDefs"][NODE]["inputs"]
-        assert set(inputs) == {"file", "activations"}
+        translated = translations[language]["nodeDefs"][NODE]
+        assert translated.keys() == english.keys() and translated["inputs"].keys() == inputs.keys()
+        for name, texts in translated["inputs"].items():
+            assert texts["name"] and texts["tooltip"]
+            choices = [line.split(":")[0] for line in english["inputs"][name]["tooltip"].splitlines()[1:]]
+            assert all(choice in texts["tooltip"] for choice in choices)
 
 
 def test_a_picture_is_sampled_with_progress(server):
@@ -112,7 +130,49 @@ def test_a_converted_again_file_is_loaded_again(server):
     assert "model" not in cached_nodes(server.execute(workflow()))
 
 
-def cached_nodes(execution: host.Execution) -> set[str]:
+def test_unloading_and_running_again(server):
+    """The button Unload Models, which the server handles outside inference mode."""
+    for seed in (11, 12, 13):
+        graph = workflow()
+        graph["sampler"]["inputs"]["seed"] = seed
+        server.execute(graph)
+        server.post_json("/free", {"unload_models": True, "free_memory": seed == 12})
+
+
+def test_cancelling_and_running_again(server):
+    graph = workflow()
+    graph["sampler"]["inputs"] |= {"steps": 2000, "seed": 21}
+
+    def cancel(kind, data):
+        if kind == "progress" and data["node"] == "sampler":
+            server.post_json("/interrupt", {})
+
+    with pytest.raises(comfyui.WorkflowError) as stopped:
+        server.execute(graph, on_event=cancel)
+    assert stopped.value.details["node_id"] == "sampler"
+    assert server.execute(workflow()).outputs["save"]["images"]
+
+
+@pytest.mark.parametrize("name", ["flux/tiny.safetensors", "flux\\tiny.safetensors"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_names_from_other_systems_and_other_nodes(server, name, linked):
+    graph = workflow(name)
+    if linked:
+        graph["name"] = {"class_type": "TestAnyName", "inputs": {"value": name}}
+        graph["model"]["inputs"]["file"] = ["name", 0]
+    assert server.execute(graph).outputs["save"]["images"]
+
+
+def test_a_linked_name_is_checked_when_it_runs(server):
+    graph = workflow()
+    graph["name"] = {"class_type": "TestAnyName", "inputs": {"value": "style.safetensors"}}
+    graph["model"]["inputs"]["file"] = ["name", 0]
+    with pytest.raises(comfyui.WorkflowError) as failed:
+        server.execute(graph)
+    assert failed.value.details["exception_message"].startswith("style.safetensors: this is a LoRA")
+
+
+def cached_nodes(execution: comfyui.Execution) -> set[str]:
     return {node for kind, data in execution.events if kind == "execution_cached" for node in data["nodes"]}
 
 
@@ -126,17 +186,18 @@ def cached_nodes(execution: host.Execution) -> set[str]:
     ],
 )
 def test_bad_files_are_refused_when_queued(server, file, message):
-    with pytest.raises(host.WorkflowError, match=message) as refused:
+    with pytest.raises(comfyui.WorkflowError, match=message) as refused:
         server.execute(workflow(file))
     (error,) = refused.value.details["node_errors"]["model"]["errors"]
     assert error["type"] == "custom_validation_failed"
     assert error["extra_info"]["input_name"] == "file"
 
 
-def test_the_stock_loader_names_the_format(server):
-    with pytest.raises(host.WorkflowError) as failed:
+def test_the_stock_loader_names_the_node(server):
+    with pytest.raises(comfyui.WorkflowError) as failed:
         server.execute(workflow(loader="UNETLoader"))
-    assert failed.value.details["exception_message"].strip() == "Unsupported quantization format: ternary_v1"
+    message = failed.value.details["exception_message"]
+    assert "this FLUX model is ternary (ternary_v1): load it with the node Load Ternary FLUX" in message
 
 
 def test_the_log_has_no_complaints_about_the_pack(server):
@@ -145,13 +206,13 @@ def test_the_log_has_no_complaints_about_the_pack(server):
     assert not [line for line in log.splitlines() if PACK in line and ("rror" in line or "arning" in line)]
 
 
-WORKFLOWS = sorted((host.ROOT / "workflows").glob("*.json"))
+WORKFLOWS = sorted((comfyui.ROOT / "workflows").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_example_workflows_fit_this_comfyui(server, path):
     """Every node, input and link of an example exists here, and the template browser serves it with its picture."""
-    graph, known = json.loads(path.read_text()), server.get_json("/object_info")
+    graph, known = json.loads(path.read_text(encoding="utf-8")), server.get_json("/object_info")
     nodes = {node["id"]: node for node in graph["nodes"] if node["type"] != "MarkdownNote"}
     assert NODE in {node["type"] for node in nodes.values()}
     for node in nodes.values():

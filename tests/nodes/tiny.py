@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 from ternary_flux.ops import TernaryWeight
-from ternary_flux.ops.packing import blocks
-from ternary_flux.quantizer.architecture import Architecture
-from ternary_flux.quantizer.format import LayerPlan, create_ternary, open_ternary
+from ternary_flux.ops.packing import groups_of
+from ternary_flux.quantizer.files.architecture import Architecture
+from ternary_flux.quantizer.files.layer import LayerPlan
+from ternary_flux.quantizer.files.ternary import create_ternary, open_ternary
 
 HIDDEN = 256
 FLUX1 = Architecture(
@@ -27,38 +28,47 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def dense_tensors(arch: Architecture, g: torch.Generator) -> dict[str, torch.Tensor]:
+def dense_tensors(arch: Architecture, g: torch.Generator, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """Random parameters under BFL names, scaled so that activations keep their size."""
     tensors = {}
     for name, shape in arch.shapes.items():
         spread = shape[1] ** -0.5 if len(shape) == 2 else 0.1
-        tensors[name] = torch.randn(shape, generator=g) * spread + float(name.endswith("norm.scale"))
+        tensors[name] = (torch.randn(shape, generator=g) * spread + float(name.endswith("norm.scale"))).to(dtype)
     return tensors
 
 
-def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, planes=1) -> TernaryWeight:
+def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, terms=1) -> TernaryWeight:
     n, k = shape
-    codes = torch.randint(-1, 2, (n, planes * k), generator=g, dtype=torch.int8)
+    codes = torch.randint(-1, 2, (n, terms * k), generator=g, dtype=torch.int8)
     row = (torch.rand(n, generator=g) + 0.5) * k**-0.5 / 100
-    group = torch.randint(60, 128, (planes * blocks(k), n), generator=g, dtype=torch.uint8)
+    group = torch.randint(60, 128, (terms * groups_of(k), n), generator=g, dtype=torch.uint8)
     scales = ((row * group).to(torch.bfloat16), None) if float_groups else (row, group)
     down = up = None
     if rank:
         down = (torch.randn(rank, k, generator=g) * k**-0.5).to(torch.bfloat16)
         up = (torch.randn(n, rank, generator=g) * 0.3).to(torch.bfloat16)
-    return TernaryWeight.from_codes(codes, *scales, down, up, planes)
+    return TernaryWeight.from_codes(codes, *scales, down, up, terms)
 
 
-def write(path: Path, arch: Architecture = FLUX1, packing="planes32", seed=0, prefix="", **weights) -> Path:
-    """Write a random ternary FLUX."""
+def write(
+    path: Path,
+    arch: Architecture = FLUX1,
+    packing="planes32",
+    seed=0,
+    prefix="",
+    dtype=torch.float32,
+    metadata=None,
+    **weights,
+) -> Path:
+    """Write a random ternary FLUX; `dtype` of what is dense."""
     g = generator(seed)
-    dense = dense_tensors(arch, g)
+    dense = dense_tensors(arch, g, dtype)
     for name in arch.linears:
         del dense[f"{name}.weight"]
     layers = {f"{prefix}{name}": ternary_weight(shape, g, **weights) for name, shape in arch.linear_shapes.items()}
     plans = {name: LayerPlan.of(weight, packing) for name, weight in layers.items()}
     specs = {f"{prefix}{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
-    with create_ternary(path, plans, specs, {"modelspec.title": "tiny"}, overwrite=True) as writer:
+    with create_ternary(path, plans, specs, metadata or {"modelspec.title": "tiny"}, overwrite=True) as writer:
         for name, tensor in dense.items():
             writer.dense(f"{prefix}{name}", tensor)
         for name, weight in layers.items():
@@ -73,13 +83,14 @@ def dense_twin(path: Path) -> dict[str, torch.Tensor]:
     return state | {f"{name}.weight": file.weight(name).dequantize() for name in file.layers}
 
 
-def run(patcher, mode=torch.inference_mode) -> torch.Tensor:
-    """The velocity for fixed random inputs."""
+def run(patcher, mode=torch.inference_mode, dtype=torch.float32) -> torch.Tensor:
+    """The velocity for fixed random inputs, computed in `dtype`."""
     latent = torch.randn(1, 16, 16, 16, generator=generator(1))
     context = torch.randn(1, 8, 128, generator=generator(2))
     pooled = torch.randn(1, 64, generator=generator(3))
+    inputs = [tensor.to(dtype) for tensor in (latent, torch.tensor([0.5]), context, pooled, torch.tensor([3.5]))]
     with mode():
-        return patcher.model.diffusion_model(latent, torch.tensor([0.5]), context, pooled, torch.tensor([3.5])).clone()
+        return patcher.model.diffusion_model(*inputs).float().clone()
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -9,9 +9,10 @@ import math
 import pytest
 import torch
 from ternary_flux.ops import TernaryWeight, ternary_linear
-from ternary_flux.ops.backends import eager, triton
-from ternary_flux.ops.kernels import configs, dispatch
-from ternary_flux.ops.kernels.quantize_rows import quantize_rows
+from ternary_flux.ops.backends import eager
+from ternary_flux.ops.backends.triton import backend as triton
+from ternary_flux.ops.backends.triton import configs, dispatch
+from ternary_flux.ops.backends.triton.quantize_rows import quantize_rows
 
 SCALES = ("row", "integer", "float")
 
@@ -24,11 +25,11 @@ def chip(request, monkeypatch):
     monkeypatch.setattr(configs, "chip", lambda device: chip)
 
 
-def make(n, k, scales="integer", rank=0, seed=0, planes=1):
+def make(n, k, scales="integer", rank=0, seed=0, terms=1):
     """(weight, its float64 dense form)"""
     g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-1, 2, (n, planes * k), dtype=torch.int8, generator=g)
-    blocks = planes * math.ceil(k / 128)
+    codes = torch.randint(-1, 2, (n, terms * k), dtype=torch.int8, generator=g)
+    blocks = terms * math.ceil(k / 128)
     scale, group = torch.rand(n, generator=g) * 0.01 + 1e-3, None
     per_block = scale.double().expand(blocks, n)
     if scales == "integer":
@@ -39,11 +40,11 @@ def make(n, k, scales="integer", rank=0, seed=0, planes=1):
         per_block = scale.double()
     down = torch.randn(rank, k, generator=g).bfloat16() * 0.1 if rank else None
     up = torch.randn(n, rank, generator=g).bfloat16() * 0.1 if rank else None
-    per_input = [plane.t().repeat_interleave(128, 1)[:, :k] for plane in per_block.chunk(planes)]
-    dense = (codes.double() * torch.cat(per_input, 1)).view(n, planes, k).sum(1)
+    per_input = [term.t().repeat_interleave(128, 1)[:, :k] for term in per_block.chunk(terms)]
+    dense = (codes.double() * torch.cat(per_input, 1)).view(n, terms, k).sum(1)
     if rank:
         dense += up.double() @ down.double()
-    return TernaryWeight.from_codes(codes, scale, group, down, up, planes), dense
+    return TernaryWeight.from_codes(codes, scale, group, down, up, terms), dense
 
 
 def error(y, expected):
@@ -85,11 +86,11 @@ def test_quantize_rows_e4m3():
 @pytest.mark.parametrize("activations", ["int8", "e4m3"])
 @pytest.mark.parametrize("scales", SCALES[:2])
 @pytest.mark.parametrize(
-    "m, n, k, rank, planes", [(1, 72, 1100, 0, 1), (20, 40, 384, 3, 1), (70, 136, 300, 0, 1), (20, 40, 300, 3, 2)]
+    "m, n, k, rank, terms", [(1, 72, 1100, 0, 1), (20, 40, 384, 3, 1), (70, 136, 300, 0, 1), (20, 40, 300, 3, 2)]
 )
-def test_eight_bit(chip, activations, scales, m, n, k, rank, planes):
+def test_eight_bit(chip, activations, scales, m, n, k, rank, terms):
     """Against the float64 product of the kernel's own codes: int8 is exact up to the fp32 epilogue."""
-    weight, dense = make(n, k, scales, rank, planes=planes)
+    weight, dense = make(n, k, scales, rank, terms=terms)
     # the interpreter multiplies bf16 wrongly, which is the low-rank branch's dtype where activations are fp32
     x, bias = torch.randn(m, k, dtype=torch.float16 if rank else torch.float32), torch.randn(n)
     dtype = torch.int8 if activations == "int8" else torch.float8_e4m3fn
@@ -105,10 +106,10 @@ def test_eight_bit(chip, activations, scales, m, n, k, rank, planes):
 
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize(
-    "m, n, k, rank, planes", [(1, 72, 1100, 0, 1), (20, 40, 384, 3, 1), (70, 136, 300, 2, 1), (20, 40, 300, 3, 2)]
+    "m, n, k, rank, terms", [(1, 72, 1100, 0, 1), (20, 40, 384, 3, 1), (70, 136, 300, 2, 1), (20, 40, 300, 3, 2)]
 )
-def test_full(chip, scales, m, n, k, rank, planes):
-    weight, dense = make(n, k, scales, rank, planes=planes)
+def test_full(chip, scales, m, n, k, rank, terms):
+    weight, dense = make(n, k, scales, rank, terms=terms)
     x, bias = torch.randn(m, k).half(), torch.randn(n).half()
     y = triton.linear(x, weight, bias, "full")
     assert y.dtype == torch.float16 and y.is_contiguous()
@@ -129,22 +130,22 @@ def test_dense(monkeypatch, scales, scratch, dtype, bound):
         assert error(y, x.double() @ dense.t() + (0 if b is None else b.double())) < bound
 
 
-@pytest.mark.parametrize("rank, planes", [(0, 1), (5, 2)])
+@pytest.mark.parametrize("rank, terms", [(0, 1), (5, 2)])
 @pytest.mark.parametrize("dtype, bound", [(torch.float16, 1e-3), (torch.bfloat16, 3e-3), (torch.float32, 1e-6)])
-def test_turing(monkeypatch, dtype, bound, rank, planes):
+def test_turing(monkeypatch, dtype, bound, rank, terms):
     """No product in a kernel; bf16 is rounded once, at the end."""
     turing = configs.Chip("interpreter", "sm_75", 8, False, (), ("full",), products=False)
     monkeypatch.setattr(configs, "chip", lambda device: turing)
-    weight, dense = make(300, 392, "integer", rank, planes=planes)
+    weight, dense = make(300, 392, "integer", rank, terms=terms)
     x, bias = torch.randn(3, 392).to(dtype), torch.randn(300).to(dtype)
     y = triton.linear(x, weight, bias, "full")
     assert y.dtype == dtype and error(y, x.double() @ dense.t() + bias.double()) < bound
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-def test_dense_with_low_rank(monkeypatch, planes):
+@pytest.mark.parametrize("terms", [1, 2])
+def test_dense_with_low_rank(monkeypatch, terms):
     monkeypatch.setattr(dispatch, "SCRATCH_BYTES", 1 << 17)
-    weight, dense = make(300, 392, "integer", rank=5, planes=planes)
+    weight, dense = make(300, 392, "integer", rank=5, terms=terms)
     x = torch.randn(300, 392).half()
     assert error(triton.linear(x, weight, None, "full"), x.double() @ dense.t()) < 1e-3
 
@@ -167,9 +168,9 @@ def test_splits_do_not_change_int8_results(monkeypatch, activations):
 
 
 def test_int8_sums_are_exact_at_the_extremes():
-    """The largest sum a FLUX layer with two planes can meet, 127 * 127 * 49152, and the largest of the +-64 form."""
+    """The largest sum a FLUX layer with two terms can meet, 127 * 127 * 49152, and the largest of the +-64 form."""
     for group in (torch.full((384, 16), 127, dtype=torch.uint8), None):
-        weight = TernaryWeight.from_codes(torch.ones(16, 49152, dtype=torch.int8), torch.ones(16), group, planes=2)
+        weight = TernaryWeight.from_codes(torch.ones(16, 49152, dtype=torch.int8), torch.ones(16), group, terms=2)
         x = torch.full((1, 24576), 127.0)
         y = triton.linear(x, weight, None, "int8")
         expected = torch.full_like(y, 127 * 49152 * (1 if group is None else 127))

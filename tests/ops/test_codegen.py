@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from ternary_flux.benchmarks import codegen
+from ternary_flux.benchmarks.speed import codegen
 
-# (compute capability, case of benchmarks.codegen, matrix instruction, most loop instructions for each of them)
+# (compute capability, case of benchmarks.speed.codegen, matrix instruction, most loop instructions for each of them)
 EXPECTED = [
     (80, "a8 row", "IMMA.16832.S8", 2.3),
     (80, "a16 group, 16 tokens", "HMMA.16816.F32.BF16", 12),
@@ -64,7 +64,7 @@ def test_compiled_kernels_are_few():
 @pytest.mark.parametrize("dtype, conversion", [(torch.int8, ""), (torch.float8_e4m3fn, "cvt.rn.satfinite.e4m3x2.f32")])
 def test_quantize_rows(dtype, conversion):
     """16-byte loads and stores, no local memory, and hardware rounding to e4m3."""
-    from ternary_flux.ops.kernels.quantize_rows import quantize_rows
+    from ternary_flux.ops.backends.triton.quantize_rows import quantize_rows
 
     chip = codegen.configs.nvidia("", 90, 132)
     target = codegen.GPUTarget("cuda", 90, 32)
@@ -77,7 +77,7 @@ def test_quantize_rows(dtype, conversion):
 
 
 def test_dequantize():
-    from ternary_flux.ops.kernels.dequantize import dequantize
+    from ternary_flux.ops.backends.triton.dequantize import dequantize
 
     chip, weight = codegen.configs.nvidia("", 90, 132), codegen.sample_weight(3072, 3072, rank=16)
     target = codegen.GPUTarget("cuda", 90, 32)

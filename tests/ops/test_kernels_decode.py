@@ -1,10 +1,10 @@
-"""The inline PTX of ops/kernels/decode.py, run by an emulator of its five instructions, against the packing."""
+"""The inline PTX of ops/backends/triton/decode.py, run by an emulator of its five instructions, against the packing."""
 
 import re
 
 import pytest
 import torch
-from ternary_flux.ops.kernels import decode
+from ternary_flux.ops.backends.triton import decode
 from ternary_flux.ops.packing import pack_planes32
 
 MASK = 0xFFFFFFFF

@@ -7,8 +7,8 @@ import pytest
 import torch
 from ternary_flux.ops import resolve
 from ternary_flux.ops.backends import eager
-from ternary_flux.ops.backends import triton as backend
-from ternary_flux.ops.kernels import configs
+from ternary_flux.ops.backends.triton import backend as backend
+from ternary_flux.ops.backends.triton import configs
 
 CUDA = torch.device("cuda", 0)
 

@@ -17,10 +17,10 @@ import _pack
 DIMENSIONS = st.tuples(st.integers(0, 20), st.integers(1, 70), st.integers(1, 520))
 
 
-def random_weight(n, k, scales="integer", rank=0, seed=0, planes=1):
+def random_weight(n, k, scales="integer", rank=0, seed=0, terms=1):
     g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-1, 2, (n, planes * k), dtype=torch.int8, generator=g)
-    groups = planes * -(-k // 128)
+    codes = torch.randint(-1, 2, (n, terms * k), dtype=torch.int8, generator=g)
+    groups = terms * -(-k // 128)
     row, group = torch.rand(n, generator=g) * 0.01 + 1e-3, None
     if scales == "integer":
         group = torch.randint(1, 128, (groups, n), dtype=torch.uint8, generator=g)
@@ -28,7 +28,7 @@ def random_weight(n, k, scales="integer", rank=0, seed=0, planes=1):
         row = (torch.rand(groups, n, generator=g) * 0.01 + 1e-3).to(torch.bfloat16)
     down = torch.randn(rank, k, generator=g).bfloat16() if rank else None
     up = torch.randn(n, rank, generator=g).bfloat16() if rank else None
-    return TernaryWeight.from_codes(codes, row, group, down, up, planes)
+    return TernaryWeight.from_codes(codes, row, group, down, up, terms)
 
 
 def reference(x, weight, bias=None):
@@ -39,8 +39,8 @@ def reference(x, weight, bias=None):
         scale = scale.expand(weight.trits.shape[0], n)
         if weight.group is not None:
             scale = scale * weight.group.double()
-    planes = zip(weight.codes().double().split(k, 1), scale.chunk(weight.planes), strict=True)
-    dense = sum(codes * plane.t().repeat_interleave(128, 1)[:, :k] for codes, plane in planes)
+    terms = zip(weight.codes().double().split(k, 1), scale.chunk(weight.terms), strict=True)
+    dense = sum(codes * term.t().repeat_interleave(128, 1)[:, :k] for codes, term in terms)
     if weight.up is not None:
         dense = dense + weight.up.double() @ weight.down.double()
     return torch.nn.functional.linear(x.double(), dense, bias)
@@ -52,11 +52,11 @@ def relative_error(y, expected):
 
 @pytest.mark.parametrize("scales", ["row", "integer", "float"])
 @pytest.mark.parametrize("rank", [0, 3])
-@given(dims=DIMENSIONS, seed=st.integers(0, 1000), with_bias=st.booleans(), planes=st.integers(1, 2))
-@settings(max_examples=20, deadline=None)
-def test_full(scales, rank, dims, seed, with_bias, planes):
+@given(dims=DIMENSIONS, seed=st.integers(0, 1000), with_bias=st.booleans(), terms=st.integers(1, 2))
+@settings(max_examples=20)
+def test_full(scales, rank, dims, seed, with_bias, terms):
     m, n, k = dims
-    weight = random_weight(n, k, scales, rank, seed, planes)
+    weight = random_weight(n, k, scales, rank, seed, terms)
     x = torch.randn(m, k)
     bias = torch.randn(n).double() if with_bias else None
     # bf16 group scales are exact in fp32, so only the summation order differs
@@ -66,12 +66,12 @@ def test_full(scales, rank, dims, seed, with_bias, planes):
 
 
 @pytest.mark.parametrize("scales", ["row", "integer"])
-@given(dims=DIMENSIONS, seed=st.integers(0, 1000), planes=st.integers(1, 2))
-@settings(max_examples=25, deadline=None)
-def test_int8_is_exact_integer_arithmetic(scales, dims, seed, planes):
+@given(dims=DIMENSIONS, seed=st.integers(0, 1000), terms=st.integers(1, 2))
+@settings(max_examples=25)
+def test_int8_is_exact_integer_arithmetic(scales, dims, seed, terms):
     """int8 equals the float64 product of the quantized tokens: the only error is the epilogue's fp32 rounding."""
     m, n, k = dims
-    weight = random_weight(n, k, scales, seed=seed, planes=planes)
+    weight = random_weight(n, k, scales, seed=seed, terms=terms)
     x = torch.randn(m, k)
     scale = (x.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
     quantized = (x / scale).round().double() * scale.double()
@@ -89,7 +89,7 @@ def int8_products(request, monkeypatch):
 
 @pytest.mark.parametrize("m, k", [(5, 15360), (5, 2 * 24576), (40, 1024)])
 def test_int8_accumulates_exactly_at_the_extremes(int8_products, m, k):
-    """All products +127*127: FLUX.1's and twice (two planes) FLUX.2's longest row, beyond what fp32 holds exactly."""
+    """All products +127*127: FLUX.1's and twice (two terms) FLUX.2's longest row, beyond what fp32 holds exactly."""
     groups = torch.full((k // 128, 16), 127, dtype=torch.uint8)
     weight = TernaryWeight.from_codes(torch.ones(16, k, dtype=torch.int8), torch.ones(16), groups)
     x = torch.full((m, k), 127.0)  # a token scale of 1
@@ -98,10 +98,10 @@ def test_int8_accumulates_exactly_at_the_extremes(int8_products, m, k):
     assert torch.equal(y, torch.full((m, 16), 127 * (127 * k - 1)).float())
 
 
-@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("scales", ["row", "integer"])
-def test_int8_equals_the_integer_product(int8_products, scales, planes):
-    weight = random_weight(24, 3000, scales, planes=planes)
+def test_int8_equals_the_integer_product(int8_products, scales, terms):
+    weight = random_weight(24, 3000, scales, terms=terms)
     codes = torch.randint(-127, 128, (9, 3000))
     codes[:, 0] = 127
     y = ternary_linear(codes.float(), weight, activations="int8", backend="eager")
@@ -126,7 +126,7 @@ def test_dtypes_and_leading_dimensions(dtype, bound, activations):
 
 @pytest.mark.parametrize("m", [1, 70])
 @pytest.mark.parametrize(
-    "activations, scales, planes, rank",
+    "activations, scales, terms, rank",
     [
         ("full", "row", 1, 0),
         ("full", "integer", 2, 3),
@@ -136,11 +136,11 @@ def test_dtypes_and_leading_dimensions(dtype, bound, activations):
         ("int8", "integer", 2, 3),
     ],
 )
-def test_outputs_in_several_parts(monkeypatch, activations, scales, planes, rank, m):
+def test_outputs_in_several_parts(monkeypatch, activations, scales, terms, rank, m):
     """The last part is smaller and K ends within a group."""
-    weight, x, bias = random_weight(333, 500, scales, rank, planes=planes), torch.randn(m, 500), torch.randn(333)
+    weight, x, bias = random_weight(333, 500, scales, rank, terms=terms), torch.randn(m, 500), torch.randn(333)
     whole = ternary_linear(x, weight, bias, activations)
-    monkeypatch.setattr(eager, "SCRATCH_BYTES", 100 * 4 * planes * 512)
+    monkeypatch.setattr(eager, "SCRATCH_BYTES", 100 * 4 * terms * 512)
     y = ternary_linear(x, weight, bias, activations)
     torch.testing.assert_close(y, whole, rtol=1e-5, atol=1e-5)
     assert relative_error(y, reference(x, weight, bias.double())) < (0.012 if activations == "int8" else 1e-6)
@@ -199,10 +199,10 @@ def test_scratch_is_bounded(monkeypatch):
     assert 32 << 20 < max(sizes) <= eager.SCRATCH_BYTES == 64 << 20
 
 
-@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("activations", ["full", "int8"])
-def test_compiles_to_one_node(activations, planes):
-    weight, bias = random_weight(24, 256, rank=2, planes=planes), torch.randn(24)
+def test_compiles_to_one_node(activations, terms):
+    weight, bias = random_weight(24, 256, rank=2, terms=terms), torch.randn(24)
     nodes = []
 
     def backend(graph, inputs):
@@ -255,12 +255,12 @@ def test_every_backend_has_the_same_interface():
         assert callable(backend.linear)
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-def test_integer_groups_from_float_scales(planes):
+@pytest.mark.parametrize("terms", [1, 2])
+def test_integer_groups_from_float_scales(terms):
     """fp16 group scales survive the conversion to row x integer to 46-52 dB (research figures: Gaussian 51.9 dB)."""
-    weight = random_weight(64, 1024, "float", planes=planes)
+    weight = random_weight(64, 1024, "float", terms=terms)
     converted, error = weight.with_integer_groups()
-    assert converted.planes == planes
+    assert converted.terms == terms
     assert converted.scale.shape == (64,) and converted.group.dtype == torch.uint8
     assert 0 < error < 10 ** (-46 / 20)
     assert relative_error(converted.dequantize(), weight.dequantize().double()) < 10 ** (-46 / 20)
@@ -268,7 +268,7 @@ def test_integer_groups_from_float_scales(planes):
 
 
 @given(n=st.integers(1, 20), groups=st.integers(1, 9), seed=st.integers(0, 10_000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_fit_integer_groups(n, groups, seed):
     scales = torch.rand(groups, n, generator=torch.Generator().manual_seed(seed)) ** 3
     scales[:, 0] = 0
@@ -279,9 +279,9 @@ def test_fit_integer_groups(n, groups, seed):
         fit_integer_groups(-scales - 1)
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-def test_rows_are_views_of_the_same_weight(planes):
-    weight = random_weight(20, 300, rank=2, planes=planes)
+@pytest.mark.parametrize("terms", [1, 2])
+def test_rows_are_views_of_the_same_weight(terms):
+    weight = random_weight(20, 300, rank=2, terms=terms)
     part = weight.rows(5, 12)
     assert torch.equal(part.dequantize(), weight.dequantize()[5:12])
     assert part.trits.untyped_storage().data_ptr() == weight.trits.untyped_storage().data_ptr()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from ternary_flux.quantizer.architecture import Architecture
+from ternary_flux.quantizer.files.architecture import Architecture
 
 FLUX1 = Architecture(
     version=1,

@@ -1,0 +1,33 @@
+"""The picture of the quality benchmark: example pictures, accuracy, velocity error by timestep."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from ...quantizer.pictures.quality import BINS
+from ...quantizer.report import charts
+
+# Stages before a row that is shown: there are no more colours than ten that everyone can tell apart.
+_WITHOUT_LINE = ("calibrated, rank 16", "mixed, calibrated")
+
+
+def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Image.Image:
+    """`pictures`: name -> [6, H, W, 3] for the six prompts, in the order of the rows."""
+    names = [row["name"] for row in rows]
+    sheet = charts.grid([list(pictures[name]) for name in names], names, list(prompts), 112)
+    accuracy = charts.bars(
+        "Right pictures of held-out compositions (95 % interval)",
+        {row["name"]: tuple(row["accuracy"]["overall"]) for row in rows},
+        1.0,
+        True,
+        sheet.width // 2,
+    )
+    series = {
+        row["name"]: [((i + 0.5) / BINS, e) for i, e in enumerate(row["velocity"]["by_timestep"]) if e]
+        for row in rows
+        if row["velocity"]["error"] > 0 and row["name"] not in _WITHOUT_LINE
+    }
+    size = (sheet.width - accuracy.width, max(accuracy.height, 340))
+    velocity = charts.lines("Velocity error by timestep (0: picture, 1: noise)", "t", series, True, *size)
+    return charts.stack([sheet, charts.stack([accuracy, velocity], 2)])

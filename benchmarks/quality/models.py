@@ -1,0 +1,65 @@
+"""The models of the quality benchmark as plain dense ones, and ordinary 4- and 3-bit rounding to compare with."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...quantizer.files.checkpoint import file_kind, open_checkpoint
+from ...quantizer.files.container import TensorFile
+from ...quantizer.files.summary import sizes
+from ...quantizer.files.ternary import open_ternary
+from ...quantizer.model.flux import Flux
+
+GROUP = 128
+_CLIPS = torch.linspace(0.5, 1.0, 26)
+
+
+def dense_of(path: Path, device: torch.device) -> tuple[Flux, int, float]:
+    """The model of a dense or ternary file in fp32, the bytes it takes, and bits per weight of its block Linears."""
+    opened = TensorFile(path)
+    if file_kind(opened) == "ternary":
+        file = open_ternary(opened)
+        extra = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
+        state = {name: file.parameter(name).float() for name in file.dense.keys() - extra}
+        state |= {f"{name}.weight": file.weight(name).dequantize() for name in file.layers}
+        return _model(file.architecture, state, device), path.stat().st_size, sizes(file).bits_per_quantized_weight
+    checkpoint = open_checkpoint(opened)
+    state = {name: checkpoint.tensor(name).float() for name in checkpoint.names}
+    count = int(checkpoint.metadata.get("benchmark.bits", 16))
+    if count == 16:
+        return _model(checkpoint.architecture, state, device), path.stat().st_size, 16.0
+    each = count + 16 / GROUP
+    weights = sum(n * k for n, k in checkpoint.architecture.linear_shapes.values())
+    size = path.stat().st_size - 2 * weights + round(weights * each / 8)
+    return _model(checkpoint.architecture, state, device), size, each
+
+
+def _model(arch, state: dict[str, Tensor], device: torch.device) -> Flux:
+    model = Flux(arch)
+    model.load_state_dict(state)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def round_to_bits(source: Path, target: Path, count: int) -> None:
+    """Round every block Linear to `count` bits in groups of 128 with the best clipped scale, and write it in bf16."""
+    checkpoint = open_checkpoint(source)
+    state = {name: checkpoint.tensor(name).clone() for name in checkpoint.names}
+    for name in checkpoint.architecture.linears:
+        state[f"{name}.weight"] = rounded(state[f"{name}.weight"].float(), count).bfloat16()
+    save_file(state, target, {"benchmark.bits": str(count)})
+
+
+def rounded(weight: Tensor, count: int) -> Tensor:
+    """Rounding of [N, K] to 2^count levels, evenly spaced around zero; the clip of each group is the best of 26."""
+    n, k = weight.shape
+    groups = torch.nn.functional.pad(weight, (0, -k % GROUP)).view(n, -1, GROUP)
+    top, last = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12), 2 ** (count - 1) - 0.5
+    best, least = groups, torch.full_like(top, torch.inf)
+    for clip in _CLIPS:
+        scale = top * clip / last
+        candidate = ((groups / scale).floor() + 0.5).clamp(-last, last) * scale
+        error = (candidate - groups).square().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
+    return best.reshape(n, -1)[:, :k]

@@ -1,0 +1,190 @@
+"""Quality on the miniature: `python -m benchmarks.quality [--quick]` compares ways to make it ternary.
+
+Every model paints the same held-out compositions from the same noise, and an exact checker judges the pictures. The
+miniature shows that the pipeline works and ranks recipes; it does not measure FLUX's own quality. Results go to
+benchmarks/results/quality.json and docs/quality.png. A run that is interrupted goes on where it stopped.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from ternary_flux.benchmarks.quality import chart
+from ternary_flux.benchmarks.quality.models import dense_of, round_to_bits
+from ternary_flux.benchmarks.quality.scores import Scores, Stage, evaluate
+from ternary_flux.quantizer.calibration import calibrate
+from ternary_flux.quantizer.calibration.sensitivity import best_upgrades, sensitivities
+from ternary_flux.quantizer.distillation.distill import DistillSettings
+from ternary_flux.quantizer.files.atomic import write_json
+from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.pictures import conditioning
+from ternary_flux.quantizer.pipeline.stages import distill_file
+from ternary_flux.quantizer.pipeline.workspace import Workspace
+from ternary_flux.quantizer.rounding.round import round_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = ROOT / "benchmarks" / "miniature" / "weights"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much to do."""
+
+    prompts: int  # of each category
+    seeds: int
+    pictures: int  # that the teacher paints for training
+    states: int
+    steps: int  # of each distillation
+    calibration_states: int
+
+
+FULL = Scale(prompts=16, seeds=8, pictures=3072, states=36864, steps=1800, calibration_states=4096)
+QUICK = Scale(prompts=6, seeds=4, pictures=192, states=2304, steps=80, calibration_states=128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the same recipes with less data and fewer steps")
+    parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: output/quality)")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.png", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of each distillation")
+    parser.add_argument("--seeds", type=int, help="pictures of each prompt")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    scale = QUICK if args.quick else FULL
+    changes = {name: value for name in ("steps", "seeds") if (value := getattr(args, name))}
+    scale = replace(scale, **changes)
+    work = args.work or ROOT / "output" / ("quality-quick" if args.quick else "quality")
+    name = "quality-quick.json" if args.quick else "quality.json"
+    picture = args.picture.with_stem("quality-quick") if args.quick else args.picture
+    run(scale, work, args.results / name, picture, torch.device(args.device))
+
+
+def run(
+    scale: Scale, folder: Path, results: Path, picture: Path, device: torch.device, weights: Path = WEIGHTS
+) -> dict:
+    """Make every model that is missing in `work`, score all, write the JSON and the picture."""
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Stage.load(weights, scale.prompts, scale.seeds, device)
+    work = workspace(scale, folder, stage, device, weights)
+    say(f"teacher's {scale.pictures} pictures and {scale.states} states")
+    work.pool, work.swapped  # noqa: B018  made before anything is timed
+    rows: list[dict] = []
+    pictures: dict[str, np.ndarray] = {}
+    reference: Scores | None = None
+    for label, make in recipes(scale, work).items():
+        path, seconds = timed(folder / "models", label, make)
+        model, size, bits = dense_of(path, device)
+        scores = evaluate(model, stage, work.teacher, reference)
+        reference = reference or scores
+        pictures[label] = scores.examples
+        rows.append({"name": label, "megabytes": size / 1e6, "bits": bits, "cpu_seconds": seconds, **scores.summary})
+        error, accuracy = scores.summary["velocity"]["error"], scores.summary["accuracy"]["overall"][0]
+        say(f"{label:<34} accuracy {accuracy:.3f}   velocity error {error:.4f}   {seconds:.0f} CPU seconds to make")
+    result = {
+        "note": "Measured on the miniature; it ranks recipes and does not measure FLUX's own quality.",
+        "scale": vars(scale),
+        "machine": {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "seconds": time.perf_counter() - started,
+        "models": rows,
+    }
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_json(results, result)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    chart.draw(rows, pictures, stage.examples).save(picture, optimize=True)
+    say(f"{results} and {picture} written, {result['seconds']:.0f} s in all")
+    return result
+
+
+def workspace(scale: Scale, folder: Path, stage: Stage, device: torch.device, weights: Path) -> Workspace:
+    """Training on seen compositions only; what is held out there is for the choice of the best step."""
+    path = folder / "training-prompts.safetensors"
+    if not path.exists():
+        prompts = stage.training_prompts()
+        conditioning.write(path, prompts, *stage.encode(prompts))
+    return Workspace(
+        weights / "flux-miniature.safetensors",
+        path,
+        folder / "work",
+        (stage.size,),
+        scale.pictures,
+        scale.states,
+        held_out=24,
+        sampler_steps=stage.steps,
+        device=device,
+    )
+
+
+def recipes(scale: Scale, work: Workspace) -> dict[str, Callable[[Path], object]]:
+    """Name -> what makes the file, in the order of the table; the original comes first."""
+
+    def distilled(start: str, rank: int = 0, codes: bool = False) -> Callable[[Path], object]:
+        def make(path: Path) -> None:
+            settings = DistillSettings(steps=scale.steps, batch=32, evaluate_every=max(1, scale.steps // 8))
+            state = path.with_suffix(".state")
+            distill_file(work, path.with_name(f"{start}.safetensors"), path, settings, rank, codes, snapshot=state)
+            state.unlink(missing_ok=True)
+
+        return make
+
+    return {
+        "original, bf16": lambda path: link(work.dense, path),
+        "4-bit rounding": lambda path: round_to_bits(work.dense, path, 4),
+        "3-bit rounding": lambda path: round_to_bits(work.dense, path, 3),
+        "ternary, absmean": lambda path: round_checkpoint(work.dense, path, method="absmean"),
+        "ternary, least squares": lambda path: round_checkpoint(work.dense, path),
+        "calibrated": lambda path: calibrated(scale, work, path),
+        "calibrated, rank 16": lambda path: calibrated(scale, work, path, 16),
+        "distilled: scales": distilled("calibrated"),
+        "distilled: scales, rank 16": distilled("calibrated-rank-16", 16),
+        "distilled: codes": distilled("calibrated", codes=True),
+        "distilled: codes, rank 16": distilled("calibrated-rank-16", 16, codes=True),
+        "mixed, calibrated": lambda path: mixed(scale, work, path),
+        "mixed, distilled: codes": distilled("mixed-calibrated", codes=True),
+    }
+
+
+def calibrated(
+    scale: Scale, work: Workspace, path: Path, rank: int = 0, precisions: Mapping[str, str] | None = None
+) -> None:
+    states = work.trajectories.states(work.training_pictures, scale.calibration_states, 1)
+    folder = path.with_suffix(".work")
+    settings = calibrate.CalibrationSettings(rank=rank, batch=64, precisions=precisions or {})
+    calibrate.calibrate(work.teacher, states, work.conditioning, path, folder, settings)
+
+
+def mixed(scale: Scale, work: Workspace, path: Path) -> None:
+    """Calibrated with the most sensitive Linears in two terms or 8 bits, in a file that is a quarter larger."""
+    start = path.with_name("ternary-least-squares.safetensors")
+    ranking = sensitivities(open_ternary(start), work.teacher, work.holdout[::4])
+    chosen = best_upgrades(ranking, start.stat().st_size // 4)
+    calibrated(scale, work, path, precisions={name: option.precision for name, option in chosen.items()})
+
+
+def link(source: Path, path: Path) -> None:
+    path.symlink_to(source.resolve())
+
+
+def timed(folder: Path, label: str, make: Callable[[Path], object]) -> tuple[Path, float]:
+    """The model's file, made where it is missing, and the CPU seconds that took (of all threads)."""
+    folder.mkdir(exist_ok=True)
+    name = label.replace(",", "").replace(":", "").replace(" ", "-")
+    path, note = folder / f"{name}.safetensors", folder / f"{name}.json"
+    if not path.exists():
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        make(path)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        note.write_text(json.dumps({"cpu_seconds": after.ru_utime - before.ru_utime}))
+    return path, json.loads(note.read_text())["cpu_seconds"] if note.exists() else 0.0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

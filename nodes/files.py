@@ -1,0 +1,53 @@
+"""The files that Load Ternary FLUX offers, by the names that ComfyUI gives them."""
+
+import functools
+import os
+
+import folder_paths
+
+from ..quantizer.files.checkpoint import file_kind
+from ..quantizer.files.container import TensorFile
+
+FOLDERS = ("diffusion_models", "checkpoints")  # Save Checkpoint writes into the second
+EXTENSIONS = (".safetensors", ".sft")
+
+
+def names() -> list[str]:
+    """Ternary files first, then the other files of the first folder."""
+    first, *others = ([name for name in folder_paths.get_filename_list(f) if _offered(name)] for f in FOLDERS)
+    ternary = [name for name in first if _is_ternary(FOLDERS[0], name)]
+    for folder, listed in zip(FOLDERS[1:], others, strict=True):
+        ternary += [name for name in listed if name not in first and _is_ternary(folder, name)]
+    return ternary + [name for name in first if name not in set(ternary)]
+
+
+def find(name: str) -> str:
+    """The path of a file; its name may come from a system with the other separator of folders."""
+    for spelling in (name, name.replace("\\", "/")):
+        for folder in FOLDERS:
+            if _offered(spelling) and (path := folder_paths.get_full_path(folder, spelling)):
+                return path
+    raise FileNotFoundError(f"{name} is not in models/{FOLDERS[0]}; put it there and press R to refresh the node")
+
+
+def stamp(path: str) -> tuple[int, int, int]:
+    """What changes with a file: its number on the disk, size and time."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _offered(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _is_ternary(folder: str, name: str) -> bool:
+    try:
+        path = folder_paths.get_full_path(folder, name)
+        return path is not None and _header_is_ternary(path, stamp(path))
+    except (OSError, ValueError):
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _header_is_ternary(path: str, stamp: tuple) -> bool:
+    return file_kind(TensorFile(path)) == "ternary"

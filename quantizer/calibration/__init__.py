@@ -1,0 +1,1 @@
+"""Ternary weights from what the model computes."""

@@ -1,0 +1,227 @@
+"""Calibration: ternary codes and scales that do well on the model's own activations, block after block.
+
+Two streams of the same states run through the model: one through the teacher's blocks, one through the blocks that are
+ternary already. Each Linear is quantized on the inputs it really gets in the second stream, towards its outputs in the
+first. Only one block, its two copies and one pair of second moments are in memory; activations lie in mapped files.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import TernaryWeight
+from ..files import metadata, precision
+from ..files.architecture import Architecture
+from ..files.atomic import check_target, write_json
+from ..files.checkpoint import Checkpoint
+from ..files.container import TensorFile, create
+from ..files.layer import LayerPlan
+from ..files.precision import int8_tensors
+from ..files.ternary import create_ternary
+from ..files.work_folder import keep_settings
+from ..model.teacher import Teacher
+from ..pictures.conditioning import Conditioning
+from ..pictures.states import States
+from . import gptq
+from .gptq import LayerFit
+from .sensitivity import rounded
+from .streams import Streams
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How to quantize. `batch` states run at a time; `rank` > 0 adds low-rank factors to every ternary Linear.
+
+    `precisions`: name -> "two-terms" or "int8" of Linears that are not to be ternary (see `mixed`).
+    """
+
+    rank: int = 0
+    damping: float = gptq.DAMPING
+    sweeps: int = gptq.SWEEPS
+    batch: int = 8
+    packing: str = "planes32"
+    seed: int = 0
+    precisions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """One block. `drift`: relative difference (not squared) of image and text tokens to the teacher's after it."""
+
+    layers: dict[str, LayerFit]
+    img_drift: float
+    txt_drift: float
+
+
+def calibrate(
+    teacher: Teacher,
+    states: Sequence[States],
+    conditioning: Conditioning,
+    target: str | os.PathLike,
+    work: str | os.PathLike,
+    settings: CalibrationSettings | None = None,
+    identity: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+    on_block: Callable[[str, BlockFit], object] = lambda name, fit: None,
+    sha256: str | None = None,
+) -> dict[str, BlockFit]:
+    """Quantize all block Linears of the teacher and write a ternary file.
+
+    `states` are noisy states of the teacher's pictures (`Trajectories.states`). Finished blocks are kept in the folder
+    `work`, and a run that was interrupted continues with the next one and writes the same file; `identity` tells runs
+    apart (ValueError where the folder belongs to another). `on_block` is called after every block. The fits, by block,
+    are also written to `fits.json` there. `sha256` of the teacher's file saves reading it once more.
+    """
+    settings = settings or CalibrationSettings()
+    check_target(target, 0, overwrite, [teacher.checkpoint.path])
+    work = Path(work)
+    keep_settings(work, asdict(settings) | dict(identity or {}))
+    fits: dict[str, BlockFit] = {}
+    with torch.inference_mode():
+        streams = Streams(teacher, states, conditioning, work / "activations", settings.batch)
+        for name in teacher.arch.block_names:
+            fits[name] = _calibrate_block(name, teacher, streams, work / f"{name}.safetensors", settings)
+            on_block(name, fits[name])
+    blocks = {name: asdict(block) for name, block in fits.items()}
+    write_json(work / "fits.json", blocks)
+    write(teacher.checkpoint, work, target, settings, fits, overwrite, sha256)
+    streams.remove()
+    return fits
+
+
+def enough_states(arch: Architecture, tokens: int) -> int:
+    """States with `tokens` tokens each that give the largest Linear 32 tokens for each of its inputs; at least 256."""
+    inputs = max(k for _, k in arch.linear_shapes.values())
+    return max(256, -(-32 * inputs // tokens))
+
+
+def stages(arch: Architecture, block: str) -> list[list[str]]:
+    """The Linears of a block in the order of quantization; those of a stage do not depend on each other."""
+    if block.startswith("single_blocks."):
+        return [[name] for name in arch.block_linears(block)]
+    parts = ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+    present = arch.block_linears(block)
+    return [pair for part in parts if (pair := [f"{s}_{part}" for s in ("img", "txt") if f"{s}_{part}" in present])]
+
+
+def _calibrate_block(
+    name: str, teacher: Teacher, streams: Streams, path: Path, settings: CalibrationSettings
+) -> BlockFit:
+    dense = teacher.block(name)
+    student = deepcopy(dense)
+    precisions = {
+        linear: settings.precisions.get(f"{name}.{linear}", "ternary") for linear in teacher.arch.block_linears(name)
+    }
+    for linear, chosen in precisions.items():
+        if chosen == "int8":
+            weight = student.get_submodule(linear).weight
+            weight.copy_(rounded(weight, chosen))
+    if path.exists():
+        layers = _load_block(path, student)
+    else:
+        results = {}
+        for stage in stages(teacher.arch, name):
+            stage = [linear for linear in stage if precisions[linear] != "int8"]
+            if not stage:
+                continue
+            collected = streams.moments(dense, student, stage)
+            for linear in stage:
+                module = student.get_submodule(linear)
+                rank, terms = (0, 2) if precisions[linear] == "two-terms" else (settings.rank, 1)
+                solution = gptq.solve(
+                    module.weight, module.bias, collected.pop(linear), rank, settings.damping, settings.sweeps, terms
+                )
+                results[linear] = solution
+                _apply(module, solution.weight, solution.bias)
+        layers = {linear: solution.fit for linear, solution in results.items()}
+        _save_block(path, results)
+    img_drift, txt_drift = streams.advance(dense, student)
+    return BlockFit(layers, img_drift, txt_drift)
+
+
+def _apply(linear: nn.Module, weight: TernaryWeight, bias: Tensor | None) -> None:
+    """Give a dense Linear the values it will have as a ternary one."""
+    linear.weight.copy_(weight.dequantize(torch.float32))
+    if bias is not None:
+        linear.bias.copy_(bias.bfloat16())
+
+
+def _save_block(path: Path, results: Mapping[str, gptq.Solution]) -> None:
+    tensors = {}
+    for linear, solution in results.items():
+        tensors |= {f"{linear}.{part}": tensor for part, tensor in solution.weight.tensors.items()}
+        if solution.bias is not None:
+            tensors[f"{linear}.bias"] = solution.bias.bfloat16()
+    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    fits = json.dumps({linear: asdict(solution.fit) for linear, solution in results.items()})
+    with create(path, plan, {"fits": fits}, overwrite=True) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+
+
+def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
+    file = TensorFile(path)
+    fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
+    for linear in fits:
+        module = student.get_submodule(linear)
+        weight, bias = _read_layer(file, linear, tuple(module.weight.shape))
+        _apply(module, weight.to(module.weight.device), bias)
+    return fits
+
+
+def _read_layer(file: TensorFile, linear: str, shape: tuple[int, int]) -> tuple[TernaryWeight, Tensor | None]:
+    fields = ("trits", "scale", "group", "down", "up")
+    parts = {part: file.tensor(key) for part in fields if (key := f"{linear}.{part}") in file.entries}
+    bias = file.tensor(f"{linear}.bias") if f"{linear}.bias" in file.entries else None
+    return TernaryWeight(shape=shape, **parts), bias
+
+
+def write(
+    checkpoint: Checkpoint,
+    work: Path,
+    target: str | os.PathLike,
+    settings: CalibrationSettings,
+    fits: dict[str, BlockFit],
+    overwrite: bool = False,
+    sha256: str | None = None,
+) -> None:
+    """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
+    arch = checkpoint.architecture
+    int8 = int8_tensors(checkpoint, settings.precisions)
+    plan = {}
+    for name, shape in arch.linear_shapes.items():
+        if settings.precisions.get(name) == "two-terms":
+            plan[name] = LayerPlan(shape, settings.packing, terms=2)
+        elif name not in settings.precisions:
+            plan[name] = LayerPlan(shape, settings.packing, rank=min(settings.rank, *shape))
+    weights = {f"{name}.weight" for name in arch.linears}
+    dense = {name: (torch.bfloat16, checkpoint.entry(name).shape) for name in checkpoint.names if name not in weights}
+    dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
+    errors = {f"{block}.{name}": r.weight_error for block, b in fits.items() for name, r in b.layers.items()}
+    shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
+    sha256 = sha256 or checkpoint.sha256()
+    header = metadata.build(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, sha256)
+    header |= precision.metadata(settings.precisions)
+    started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, timezone.utc)
+    header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
+    with create_ternary(target, plan, dense, header, metadata.header_room(arch), overwrite) as writer:
+        for block in arch.block_names:
+            file = TensorFile(work / f"{block}.safetensors")
+            for linear, shape in arch.block_linears(block).items():
+                if f"{block}.{linear}" not in plan:
+                    continue
+                weight, bias = _read_layer(file, linear, shape)
+                writer.layer(f"{block}.{linear}", weight)
+                if bias is not None:
+                    writer.dense(f"{block}.{linear}.bias", bias)
+                    del dense[f"{block}.{linear}.bias"]
+        for name in dense:
+            tensor = int8.get(name)
+            writer.dense(name, checkpoint.tensor(name).bfloat16() if tensor is None else tensor)

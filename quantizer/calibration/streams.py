@@ -1,0 +1,218 @@
+"""Activations of the teacher and of the partly ternary model side by side, before the next block, in mapped files."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..model.flux import Flux, Tokens
+from ..model.teacher import Teacher
+from ..pictures.conditioning import Conditioning
+from ..pictures.states import States
+from .moments import Moments
+
+TEACHER, STUDENT = 0, 1
+_VECTORS = 8192  # inputs of modulation Linears cost no forward: they depend on time, prompt and guidance alone
+
+
+@dataclass(frozen=True, eq=False)
+class _TokenFile:
+    """States of one size. Image and text tokens of both models lie in files that are mapped into memory."""
+
+    img: Tensor  # [2, S, I, hidden]: teacher, student
+    txt: Tensor  # [2, S, T, hidden]
+    vec: Tensor  # [S, hidden]
+    grid: tuple[int, int]
+
+    @classmethod
+    def allocate(cls, path: Path, count: int, tokens: Tokens) -> "_TokenFile":
+        def mapped(suffix: str, like: Tensor) -> Tensor:
+            shape = (2, count, *like.shape[1:])
+            size = torch.Size(shape).numel()
+            return torch.from_file(f"{path}-{suffix}", shared=True, size=size, dtype=like.dtype).view(shape)
+
+        vec = torch.empty(count, tokens.vec.shape[1], dtype=tokens.vec.dtype, device=tokens.vec.device)
+        return cls(mapped("img", tokens.img), mapped("txt", tokens.txt), vec, tokens.grid)
+
+    def rows(self, batch: int) -> Iterator[slice]:
+        return slices(len(self.vec), batch)
+
+    def tokens(self, stem: Flux, rows: slice, model: int) -> Tokens:
+        vec = self.vec[rows]
+        img, txt = (part[model, rows].to(vec.device) for part in (self.img, self.txt))
+        return stem.tokens(img, txt, vec, self.grid)
+
+    def put(self, rows: slice, model: int, tokens: Tokens) -> None:
+        self.img[model, rows] = tokens.img.cpu()
+        self.txt[model, rows] = tokens.txt.cpu()
+
+
+class Streams:
+    """Both models' tokens at all states; `advance` takes them through one more block."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        states: Sequence[States],
+        conditioning: Conditioning,
+        folder: str | os.PathLike,
+        batch: int = 8,
+    ):
+        """`folder` is emptied; it needs 4 x states x tokens x hidden x (2 or 4) bytes. `batch` states run at a time."""
+        self.teacher, self.folder, self.batch = teacher, Path(folder), batch
+        shutil.rmtree(folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.groups = [self._prepare(str(i), group, conditioning) for i, group in enumerate(states)]
+        self.vectors = many_vectors(teacher, states, conditioning) if teacher.arch.version == 1 else None
+
+    def moments(self, dense: nn.Module, student: nn.Module, linears: Sequence[str]) -> dict[str, Moments]:
+        """Second moments of the inputs of some Linears of a block, over all states; `dense` is the teacher's block."""
+        device = self.teacher.device
+        modules = {name: student.get_submodule(name) for name in linears}
+        moments = {name: Moments(m.out_features, m.in_features, device) for name, m in modules.items()}
+        if linears[0].endswith(".lin"):
+            for vectors in self.vectors.split(1024):
+                for name in linears:
+                    moments[name].add(nn.functional.silu(vectors)[:, None])
+            return moments
+        for group in self.groups:
+            for rows in group.rows(self.batch):
+                theirs, ours = (group.tokens(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
+                gates = branch_gates(student, ours)
+                weights = {name: gates[name].float().square().mean((1, 2)) for name in linears}
+                if linears[0] in student.gates(ours):
+                    self._add_residuals(moments, dense, student, theirs, ours, weights)
+                else:
+                    teacher_inputs, inputs = inputs_of(dense, linears, theirs), inputs_of(student, linears, ours)
+                    for name in linears:
+                        moments[name].add(inputs[name], weights[name])
+                        moments[name].add_drift(inputs[name], teacher_inputs[name], weights[name])
+        return moments
+
+    @staticmethod
+    def _add_residuals(
+        moments: Mapping[str, Moments],
+        dense: nn.Module,
+        student: nn.Module,
+        theirs: Tokens,
+        ours: Tokens,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """What the student's tokens miss of the teacher's after these Linears, while they are still dense."""
+        linears = list(moments)
+        half = "attend" if linears[0].endswith("attn.proj") else "forward"
+        wanted = getattr(dense, half)(theirs)
+        captured = {}
+        handles = [
+            student.get_submodule(name).register_forward_pre_hook(
+                lambda _, arguments, name=name: captured.__setitem__(name, arguments[0])
+            )
+            for name in linears
+        ]
+        found = getattr(student, half)(ours)
+        for handle in handles:
+            handle.remove()
+        missing = {"img": wanted.img.float() - found.img.float(), "txt": wanted.txt.float() - found.txt.float()}
+        gates = student.gates(ours)
+        for name in linears:
+            part = missing[name[:3]] if name[:3] in missing else torch.cat((missing["txt"], missing["img"]), dim=1)
+            moments[name].add(captured[name], weights[name])
+            moments[name].add_residual(captured[name], part, gates[name])
+
+    def advance(self, dense: nn.Module, student: nn.Module) -> tuple[float, float]:
+        """Run both models through a block; returns the relative drift of image and of text tokens."""
+        difference, power = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        for group in self.groups:
+            for rows in group.rows(self.batch):
+                theirs = dense(group.tokens(self.teacher.stem, rows, TEACHER))
+                ours = student(group.tokens(self.teacher.stem, rows, STUDENT))
+                for i, (a, b) in enumerate(((theirs.img, ours.img), (theirs.txt, ours.txt))):
+                    difference[i] += (a.float() - b.float()).square().sum().cpu()
+                    power[i] += a.float().square().sum().cpu()
+                group.put(rows, TEACHER, theirs)
+                group.put(rows, STUDENT, ours)
+        img, txt = (difference / power.clamp_min(1e-30)).sqrt().tolist()
+        return img, txt
+
+    def remove(self) -> None:
+        """Delete the activations."""
+        self.groups = []
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _prepare(self, name: str, states: States, conditioning: Conditioning) -> _TokenFile:
+        group = None
+        for rows in slices(len(states), self.batch):
+            latent, t, context, pooled, guidance = self.teacher.cast(*states.inputs(rows, conditioning))
+            tokens = self.teacher.stem.prepare(latent, t, context, pooled, guidance)
+            if group is None:
+                group = _TokenFile.allocate(self.folder / name, len(states), tokens)
+            group.vec[rows] = tokens.vec
+            group.put(rows, TEACHER, tokens)
+            group.put(rows, STUDENT, tokens)
+        return group
+
+
+def many_vectors(
+    teacher: Teacher, states: Sequence[States], conditioning: Conditioning, count: int = _VECTORS
+) -> Tensor:
+    """Modulation vectors [count, hidden] of times as the states have them, with their prompts and guidance values."""
+    t, prompt = (torch.cat([getattr(group, name) for group in states]) for name in ("t", "prompt"))
+    t = t.sort().values
+    guided = states[0].guidance is not None
+    guidance = torch.cat([group.guidance for group in states]) if guided else None
+    generator = torch.Generator().manual_seed(0)
+    vectors = []
+    for rows in slices(count, 1024):
+        size = (rows.stop - rows.start,)
+        after, between = torch.randint(len(t), size, generator=generator), torch.rand(size, generator=generator)
+        times = torch.lerp(t[(after - 1).clamp_min(0)], t[after], between)
+        pick, other = (torch.randint(len(t), size, generator=generator) for _ in range(2))
+        pooled = None if conditioning.pooled is None else conditioning.pooled[prompt[pick]]
+        _, times, _, pooled, values = teacher.cast(None, times, None, pooled, guidance[other] if guided else None)
+        vectors.append(teacher.stem.vector(times, pooled, values, teacher.dtype))
+    return torch.cat(vectors)
+
+
+class _Captured(Exception):
+    """Every wanted input has been seen: the rest of the block need not run."""
+
+
+def inputs_of(block: nn.Module, linears: Sequence[str], tokens: Tokens) -> dict[str, Tensor]:
+    """The inputs [B, L, K] that some Linears of a block get from these tokens."""
+    captured: dict[str, Tensor] = {}
+
+    def hook(name: str):
+        def capture(_, arguments: tuple[Tensor, ...]) -> None:
+            captured[name] = arguments[0]
+            if len(captured) == len(linears):
+                raise _Captured
+
+        return capture
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in linears]
+    try:
+        block(tokens)
+    except _Captured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return captured
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def branch_gates(block: nn.Module, tokens: Tokens) -> dict[str, Tensor]:
+    """For each Linear of a block's branches, the gate [B, 1, hidden] through which its errors reach the tokens."""
+    gates = block.gates(tokens)
+    inner = {"linear1": "linear2"} if "linear2" in gates else {}
+    if not inner:
+        for stream in ("img", "txt"):
+            inner |= {f"{stream}_attn.qkv": f"{stream}_attn.proj", f"{stream}_mlp.0": f"{stream}_mlp.2"}
+    return gates | {name: gates[output] for name, output in inner.items()}

@@ -1,0 +1,1 @@
+"""Training a ternary model on the velocities of the original."""

@@ -1,0 +1,196 @@
+"""The block-wise pass: every ternary block learns its teacher's outputs, from inputs that crossed the ternary prefix.
+
+Memory holds one block of the student, one of the teacher, and the tokens between blocks (in main memory), so that codes
+of a model far larger than the device can be trained. The idea is that of BRECQ (arXiv 2102.05426) and EfficientQAT
+(2407.11062).
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..files.checkpoint import Checkpoint
+from ..files.layer import LayerPlan
+from ..files.ternary import TernaryFile, create_ternary, open_ternary
+from ..model.flux import Flux, Tokens
+from ..model.student import (
+    add_low_rank,
+    input_power,
+    load_block,
+    load_stem,
+    rate_groups,
+    stored_dense,
+    stored_layers,
+    ternary_linears,
+    train_codes,
+)
+from ..model.teacher import Teacher
+from ..model.ternary_linear import TernaryLinear
+from ..pictures.pool import Pool
+from .optimizer import Adam
+from .schedule import RATES, learning_rates, schedule
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    steps: int = 100  # of each block
+    batch: int = 8
+    states: int = 64  # that cross the model together; rounded down to whole batches
+    rank: int = 0
+    codes: bool = True
+    eight_bit: bool = False
+    warmup: int = 10
+    seed: int = 0
+    stream: torch.dtype = torch.float32  # of the tokens between blocks
+    rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """Squared error of a block's outputs relative to what the teacher's block changes, before and after training."""
+
+    name: str
+    before: float
+    after: float
+
+
+def train_blocks(
+    start: TernaryFile,
+    teacher: Teacher,
+    pool: Pool,
+    target: str | os.PathLike,
+    work: Path,
+    settings: BlockSettings,
+    device: torch.device | str = "cpu",
+    on_block: Callable[[BlockResult], None] = lambda result: None,
+    overwrite: bool = False,
+) -> None:
+    """Train block after block and write a ternary file; finished blocks are kept in `work` and not trained again."""
+    work.mkdir(parents=True, exist_ok=True)
+    ours = _prepare(load_stem(start, device), pool, settings, device)
+    theirs = _prepare(teacher.stem, pool, settings, device)
+    parts = []
+    for name in start.architecture.block_names:
+        part = work / f"{name}.safetensors"
+        targets = _through(teacher.block(name), theirs, settings.stream)
+        if not part.exists():
+            block = load_block(start, name, start.architecture, device)
+            layers = ternary_linears(block, f"{name}.")
+            on_block(train_block(name, block, layers, teacher.checkpoint, ours, theirs, targets, settings))
+            _write_part(part, name, block, layers, start)
+            del block, layers
+        parts.append(open_ternary(part))
+        ours = _through(load_block(parts[-1], name, start.architecture, device), ours, settings.stream)
+        theirs = targets
+    _assemble(target, start, parts, overwrite)
+
+
+def train_block(
+    name: str,
+    block: nn.Module,
+    layers: Mapping[str, TernaryLinear],
+    teacher: Checkpoint,
+    inputs: Sequence[Tokens],
+    before: Sequence[Tokens],
+    targets: Sequence[Tokens],
+    settings: BlockSettings,
+) -> BlockResult:
+    """Train one student block so that `inputs` give `targets`; `before` are the teacher's tokens ahead of its block."""
+    power = {stream: _power(before, targets, stream) for stream in ("img", "txt")}
+
+    def loss(index: int) -> Tensor:
+        out, wanted = block(_onto(block, inputs[index])), _onto(block, targets[index])
+        return sum((getattr(out, s) - getattr(wanted, s)).square().mean() / power[s] for s in power) / len(power)
+
+    def mean_loss() -> float:
+        with torch.no_grad():
+            return float(sum(loss(index) for index in range(len(inputs))) / len(inputs))
+
+    first = mean_loss()
+    if settings.rank:
+        with torch.no_grad(), input_power(layers) as power_of_inputs:
+            block(_onto(block, inputs[0]))
+        add_low_rank(layers, teacher, settings.rank, power_of_inputs)
+    if settings.codes:
+        train_codes(layers, teacher)
+    parameters = {name: p for name, p in block.named_parameters() if p.requires_grad}
+    groups, rates = rate_groups(parameters), learning_rates(block, settings.rates)
+    optimizer = Adam(parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    for step in range(settings.steps):
+        for parameter in parameters.values():
+            parameter.grad = None
+        loss(int(torch.randint(len(inputs), (), generator=generator))).backward()
+        optimizer.step(schedule(groups, step, settings.steps, settings.warmup))
+    for parameter in parameters.values():
+        parameter.grad = None
+    return BlockResult(name, first, mean_loss())
+
+
+@torch.no_grad()
+def _prepare(stem: Flux, pool: Pool, settings: BlockSettings, device) -> list[Tokens]:
+    """The tokens before the first block of a model, in main memory."""
+    dtype, batches = stem.img_in.weight.dtype, []
+    for index in range(max(1, settings.states // settings.batch)):
+        latent, t, context, pooled, guidance = pool.draw(index, settings.batch, settings.seed, device).inputs
+        pooled = None if pooled is None else pooled.to(dtype)
+        tokens = stem.prepare(latent.to(dtype), t, context.to(dtype), pooled, guidance)
+        batches.append(_to(tokens, "cpu", settings.stream))
+    return batches
+
+
+@torch.no_grad()
+def _through(block: nn.Module, batches: Sequence[Tokens], dtype: torch.dtype) -> list[Tokens]:
+    return [_to(block(_onto(block, tokens)), "cpu", dtype) for tokens in batches]
+
+
+def _onto(block: nn.Module, tokens: Tokens) -> Tokens:
+    """Tokens where a block's parameters are, in their dtype."""
+    parameter = next(block.parameters())
+    return _to(tokens, parameter.device, parameter.dtype)
+
+
+def _to(tokens: Tokens, device, dtype: torch.dtype) -> Tokens:
+    """Tokens elsewhere and in another dtype; positions stay fp32."""
+    modulation = tokens.modulation
+    if modulation is not None:
+        modulation = tuple(tuple(x.to(device, dtype) for x in stream) for stream in modulation)
+    moved = {name: getattr(tokens, name).to(device, dtype) for name in ("img", "txt", "vec")}
+    return replace(tokens, **moved, pe=tokens.pe.to(device), modulation=modulation)
+
+
+def _power(before: Sequence[Tokens], after: Sequence[Tokens], stream: str) -> float:
+    """Mean square of what the teacher's block adds to a stream."""
+    pairs = [(getattr(b, stream).float(), getattr(a, stream).float()) for b, a in zip(before, after, strict=True)]
+    return max(float(sum((a - b).square().mean() for b, a in pairs) / len(pairs)), 1e-20)
+
+
+def _write_part(
+    path: Path, name: str, block: nn.Module, layers: Mapping[str, TernaryLinear], start: TernaryFile
+) -> None:
+    weights = stored_layers(start, layers, f"{name}.")
+    parameters = {f"{name}.{leaf}": p for leaf, p in block.named_parameters()}
+    dense = {key: t for key, t in stored_dense(start, parameters).items() if key.startswith(f"{name}.")}
+    plans = {layer: LayerPlan.of(weight) for layer, weight in weights.items()}
+    _write(path, plans, weights.__getitem__, dense, {}, False)
+
+
+def _assemble(target, start: TernaryFile, parts: Sequence[TernaryFile], overwrite: bool) -> None:
+    origin = {name: part for part in parts for name in part.layers}
+    plans = {name: replace(part.layers[name], packing=start.layers[name].packing) for name, part in origin.items()}
+    dense = {name: start.tensor(name) for name in start.dense}
+    dense |= {name: part.tensor(name) for part in parts for name in part.dense}
+    _write(target, plans, lambda name: origin[name].weight(name), dense, start.metadata, overwrite)
+
+
+def _write(path, plans: dict[str, LayerPlan], weight: Callable, dense: dict[str, Tensor], metadata, overwrite) -> None:
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
+    with create_ternary(path, plans, specs, metadata, overwrite=overwrite) as writer:
+        for name in plans:
+            writer.layer(name, weight(name))
+        for name, tensor in dense.items():
+            writer.dense(name, tensor)

@@ -1,0 +1,232 @@
+"""Velocity self-distillation: a ternary model learns the teacher's velocities at states of the teacher's pictures.
+
+Trained are, at every level, scales, biases, norms and the layers that are not ternary; with a rank the low-rank
+factors; and, if asked, the codes themselves through a straight-through estimator. Every step depends on its number
+alone, so that an interrupted run that resumes ends in the same bits.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files.container import TensorFile, create
+from ..files.ternary import TernaryFile
+from ..interrupts import whole_steps
+from ..model.flux import Flux
+from ..model.student import as_stored, rate_groups, stored_dtypes
+from ..pictures.pool import Pool
+from ..pictures.quality import Quality, measure
+from ..pictures.states import Batch
+from .optimizer import Adam
+from .schedule import RATES, TIMED_STEPS, learning_rates, schedule
+
+_FREE = ("snapshot_minutes", "steps", "seconds")  # settings that do not change what a step does
+_COLLAPSED = 0.5  # of the best following seen
+
+
+class Collapse(ValueError):
+    """The student stopped following its prompts."""
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How long and how to train; `steps` or `seconds` (with evaluations) ends the run."""
+
+    steps: int | None = None
+    seconds: float | None = None
+    batch: int = 32
+    accumulate: int = 1  # batches of which gradients are summed for one step
+    warmup: int = 20
+    average: float = 0.99  # of the exponential moving average that is evaluated and written
+    evaluate_every: int = 100
+    snapshot_minutes: float = 5.0
+    recompute: bool = False  # recompute every block in the backward pass instead of keeping its activations
+    eight_bit: bool = False
+    autocast: torch.dtype | None = None
+    seed: int = 0
+    rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
+
+
+class Distiller:
+    """One run: the student, its optimizer, its average, and what was best so far on held-out prompts."""
+
+    def __init__(
+        self,
+        model: Flux,
+        start: TernaryFile,
+        pool: Pool,
+        holdout: Sequence[Batch],
+        swapped: Sequence[Tensor],
+        settings: DistillSettings,
+    ):
+        self.model, self.pool, self.holdout, self.swapped, self.settings = model, pool, holdout, swapped, settings
+        self.start, self.dtypes = start, stored_dtypes(model, start)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.rate_groups, rates = rate_groups(self.parameters), learning_rates(model, settings.rates)
+        self.optimizer = Adam(self.parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.best = {name: p.clone() for name, p in self.average.items()}
+        self.power = pool.power().to(next(model.parameters()).device)
+        self.step, self.total, self.used, self.evaluation_seconds = 0, settings.steps, 0.0, 0.0
+        self.log: list[dict] = []
+
+    @property
+    def best_error(self) -> float:
+        return min((row["error"] for row in self.log), default=math.inf)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Squared velocity error relative to the teacher's mean square at that timestep, mean over the batch."""
+        device = batch.latent.device
+        with torch.autocast(device.type, self.settings.autocast, enabled=self.settings.autocast is not None):
+            velocity = forward(self.model, batch, self.settings.recompute)
+        error = (velocity.float() - batch.velocity.float()).square().mean((1, 2, 3))
+        return (error / self.power[self.pool.bin(batch.t)]).mean()
+
+    def advance(self) -> float:
+        """One step; returns its loss."""
+        started, total = time.perf_counter(), 0.0
+        device = next(iter(self.parameters.values())).device
+        factors = schedule(self.rate_groups, self.step, self.total, self.settings.warmup)
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            # Timed steps must cost what later ones do; Adam's moments of the codes settle meanwhile.
+            parameter.requires_grad_(factors[name] > 0 or self.step < TIMED_STEPS)
+        for part in range(self.settings.accumulate):
+            index = self.step * self.settings.accumulate + part
+            loss = self.loss(self.pool.draw(index, self.settings.batch, self.settings.seed, device))
+            (loss / self.settings.accumulate).backward()
+            total += float(loss.detach()) / self.settings.accumulate
+        if not math.isfinite(total):
+            raise Collapse(f"the loss is {total} at step {self.step}; lower the learning rates and start again")
+        self.optimizer.step(factors)
+        weight = 1 - min(self.settings.average, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            # Parameters in bf16 have averages in bf16, which would not move: those follow the parameters.
+            for name, parameter in self.parameters.items():
+                exact = parameter.dtype == torch.float32
+                self.average[name].lerp_(parameter, weight if exact else 1.0)
+        self.step += 1
+        self.used += time.perf_counter() - started
+        if self.total is None and self.step == TIMED_STEPS:
+            timed = self.used / TIMED_STEPS
+            each = timed + self.evaluation_seconds / self.settings.evaluate_every
+            # Besides the regular evaluations: that of the start, of the end and of the written file.
+            left = self.settings.seconds - 3 * self.evaluation_seconds
+            self.total = max(TIMED_STEPS + 1, int(left / each))
+        return total
+
+    def evaluate(self) -> Quality:
+        """Quality of what would be written now; the best is kept. Raises Collapse where prompts lost influence."""
+        started = time.perf_counter()
+        with as_stored(self.model, self.dtypes, self.average):
+            quality = measure(self.model, self.holdout, self.swapped)
+        self.evaluation_seconds = time.perf_counter() - started
+        best = self.best_error
+        self.log.append({"step": self.step, **asdict(quality)})
+        if quality.error < best:
+            for name, value in self.average.items():
+                self.best[name].copy_(value)
+        peak = max(row["response"] * row["alignment"] for row in self.log)
+        latest = [row["response"] * row["alignment"] for row in self.log[-2:]]
+        if len(self.log) > 2 and max(latest) < _COLLAPSED * peak:
+            raise Collapse(
+                f"conditioning collapse at step {self.step}: prompts have {latest[-1]:.0%} of the influence they have "
+                f"on the teacher, after {peak:.0%}. Use more and more diverse prompts, or lower learning rates"
+            )
+        return quality
+
+    def take_best(self) -> None:
+        """Put the best average into the model's parameters."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.best[name])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything a later run needs to go on, atomically."""
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        tensors |= {f"adam.{name}": value for name, value in self.optimizer.state_dict().items()}
+        progress = {"step": self.step, "total": self.total, "used": self.used, "log": self.log}
+        plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        metadata = {"progress": json.dumps(progress), "settings": self.fingerprint()}
+        with create(path, plan, metadata, overwrite=True) as file:
+            for name, tensor in tensors.items():
+                file.write(name, tensor)
+
+    def resume(self, path: str | os.PathLike) -> bool:
+        """Go on from a snapshot if there is one that fits. Raises ValueError for one of other settings."""
+        if not Path(path).exists():
+            return False
+        file = TensorFile(path)
+        if file.header.metadata.get("settings") != self.fingerprint():
+            raise ValueError(f"{path} comes from a run with other settings; delete it, or use those settings again")
+        progress = json.loads(file.header.metadata["progress"])
+        if self.settings.steps not in (None, progress["total"]):
+            raise ValueError(f"{path} comes from a run of {progress['total']} steps; delete it, or give that number")
+        self.step, self.total, self.used, self.log = (progress[key] for key in ("step", "total", "used", "log"))
+        adam = {}
+        with torch.no_grad():
+            for key in file.entries:
+                kind, _, name = key.partition(".")
+                if kind == "adam":
+                    adam[name] = file.tensor(key)
+                else:
+                    target = {"parameter": self.parameters, "average": self.average, "best": self.best}[kind]
+                    target[name].copy_(file.tensor(key))
+        self.optimizer.load_state_dict(adam)
+        return True
+
+    def fingerprint(self) -> str:
+        """What must be equal for a snapshot to be continued."""
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
+        shapes = {name: list(p.shape) for name, p in self.parameters.items()}
+        start = {key: value for key, value in self.start.metadata.items() if key != "modelspec.date"}
+        values = {"settings": settings, "parameters": shapes, "pool": self.pool.fingerprint, "start": start}
+        return json.dumps(values, default=str)
+
+
+def distill(
+    distiller: Distiller, snapshot: str | os.PathLike | None = None, on_step: Callable[[dict], None] = lambda row: None
+) -> None:
+    """Run to the end, from `snapshot` if it exists, and leave the best student in the model.
+
+    `on_step` gets a dict with step, total, loss, seconds, and after an evaluation the fields of `Quality`.
+    """
+    settings = distiller.settings
+    if snapshot is not None:
+        distiller.resume(snapshot)
+    if not distiller.log:  # the start is a candidate too: training never makes a file worse
+        distiller.evaluate()
+    saved = time.monotonic()
+    with whole_steps() as interrupted:
+        while distiller.total is None or distiller.step < distiller.total:
+            loss = distiller.advance()
+            row = {"step": distiller.step, "total": distiller.total, "loss": loss, "seconds": distiller.used}
+            if distiller.step % settings.evaluate_every == 0 or distiller.step == distiller.total:
+                row |= asdict(distiller.evaluate())
+            on_step(row)
+            due = interrupted() or time.monotonic() - saved > 60 * settings.snapshot_minutes
+            if due and snapshot is not None and distiller.total is not None:
+                distiller.save(snapshot)
+                saved = time.monotonic()
+            if interrupted():
+                raise KeyboardInterrupt
+    distiller.take_best()
+
+
+def forward(model: Flux, batch: Batch, recompute: bool) -> Tensor:
+    """A FLUX forward, optionally with every block recomputed in the backward pass."""
+    if not recompute:
+        return model(*batch.inputs)
+    tokens = model.prepare(*batch.inputs)
+    for block in model.blocks:
+        tokens = torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
+    return model.finish(tokens)

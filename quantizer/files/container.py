@@ -1,0 +1,271 @@
+"""The safetensors container: a validated header, a memory map of the tensors, and a streaming writer.
+
+Layout: 8 bytes little-endian header length, the JSON header, the tensors' bytes without holes. The header precedes the
+data and holds every shape, so a writer plans all tensors first and can then write them in any order and in pieces.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .atomic import atomic_file
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# dtypes that a header may hold and torch need not know
+_OTHER_BITS = {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+_BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | _OTHER_BITS
+_MAX_HEADER = 100_000_000
+_ALIGNMENT = 64
+_FOREIGN = {
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a PyTorch checkpoint (a zip of pickles)",
+    b"\x80\x02": "a PyTorch checkpoint (a pickle)",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: download the file",
+    b"<!": "a web page: the download failed",
+    b"<h": "a web page: the download failed",
+}
+
+
+class FormatError(ValueError):
+    """A file is not what it should be. The message names the file, the key where there is one, and the remedy."""
+
+    def __init__(self, path: str | os.PathLike, problem: str, key: str | None = None):
+        self.path = Path(path)
+        self.key = key
+        super().__init__(f"{path}: {key}: {problem}" if key else f"{path}: {problem}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: its dtype as the header names it, and its bytes, `start` to `stop` of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    path: Path
+    size: int
+    metadata: dict[str, str]
+    entries: dict[str, Entry]  # in file order
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """Read and check a safetensors header: the tensors lie within the file, without holes or overlaps, and fill it.
+
+    Raises FormatError, OSError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a .safetensors file")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(24)
+        length = int.from_bytes(start[:8], "little")
+        if start[8:9] != b"{" or length > _MAX_HEADER:
+            raise FormatError(path, _what_else(start, size))
+        if 8 + length > size:
+            raise FormatError(path, "the file is truncated within its header; download or convert it again")
+        file.seek(8)
+        header = _parse(path, file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(path, "the header's metadata is not a map of strings", "__metadata__")
+    entries = {key: _entry(path, key, value, 8 + length) for key, value in header.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+    _check_contiguous(path, entries, 8 + length, size)
+    return Header(path, size, metadata, entries)
+
+
+def _what_else(start: bytes, size: int) -> str:
+    if size < 10:
+        return f"the file is truncated ({size} bytes); download or convert it again"
+    what = next((what for magic, what in _FOREIGN.items() if start.startswith(magic)), "no safetensors file")
+    return f"this is {what}; a .safetensors file is needed"
+
+
+def _parse(path: Path, text: bytes) -> dict:
+    def unique(pairs):
+        keys = dict(pairs)
+        if len(keys) != len(pairs):
+            raise FormatError(path, "a key occurs twice in the header")
+        return keys
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(path, f"the header is not valid JSON ({error}); download or convert the file again") from None
+    return header
+
+
+def _entry(path: Path, key: str, value: object, data_start: int) -> Entry:
+    match value:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
+            pass
+        case _:
+            raise FormatError(path, "the header's entry is not a dtype, shape and data_offsets", key)
+    if dtype not in _BITS:
+        raise FormatError(path, f"unknown dtype {dtype}", key)
+    if not all(type(length) is int and length >= 0 for length in shape):
+        raise FormatError(path, f"invalid shape {shape}", key)
+    if start < 0 or (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise FormatError(path, f"{stop - start} bytes do not hold {dtype} {shape}", key)
+    return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def _check_contiguous(path: Path, entries: Mapping[str, Entry], position: int, size: int) -> None:
+    for key, entry in entries.items():
+        if entry.start != position:
+            raise FormatError(path, "the tensor overlaps another or leaves a hole", key)
+        position = entry.stop
+    if position > size:
+        short = next(key for key, entry in entries.items() if entry.stop > size)
+        message = f"the file is truncated: it has {size:,} of {position:,} bytes; download or convert it again"
+        raise FormatError(path, message, short)
+    if position < size:
+        raise FormatError(path, f"{size - position:,} bytes follow the last tensor; download or convert the file again")
+
+
+class TensorFile:
+    """A safetensors file, memory-mapped. Tensors share the map's memory, are read-only, and keep it alive."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.header = read_header(path)
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        return self.header.entries
+
+    def bytes(self, key: str) -> np.ndarray:
+        """The tensor's bytes, uint8."""
+        entry = self.entries[key]
+        return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.start)
+
+    def tensor(self, key: str) -> Tensor:
+        entry = self.entries[key]
+        if entry.dtype not in DTYPES:
+            raise FormatError(self.path, f"dtype {entry.dtype} is not supported", key)
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(self._map, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
+        if entry.start % DTYPES[entry.dtype].itemsize:
+            flat = flat.clone()
+        return flat.view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+@dataclass
+class TensorWriter:
+    """Writes the planned tensors of a safetensors file, in any order; made by `create`."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: dict[str, str]  # may be completed until the end, within the room that `create` was given
+    file: BinaryIO
+    written: dict[str, int] = field(default_factory=dict)
+
+    def write(self, key: str, data: Tensor | np.ndarray) -> None:
+        """Write a whole tensor; its dtype and shape must be the planned ones."""
+        entry = self.entries[key]
+        tensor = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+        if tensor.dtype != DTYPES[entry.dtype] or tuple(tensor.shape) != entry.shape:
+            given, planned = f"{tensor.dtype} {list(tensor.shape)}", f"{entry.dtype} {list(entry.shape)}"
+            raise ValueError(f"{key}: {given} where {planned} was planned")
+        self.write_bytes(key, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+    def write_bytes(self, key: str, data, offset: int = 0) -> None:
+        """Write a piece of a tensor, `offset` bytes from its start. Each byte must be written once."""
+        entry = self.entries[key]
+        self.file.seek(entry.start + offset)
+        self.file.write(data)
+        self.written[key] = self.written.get(key, 0) + len(data)
+
+
+def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
+
+
+@contextlib.contextmanager
+def create(
+    path: str | os.PathLike,
+    plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    header_room: int = 0,
+    overwrite: bool = False,
+) -> Iterator[TensorWriter]:
+    """Create a safetensors file atomically; the planned tensors must all be written before the block ends.
+
+    Tensors start at multiples of 64 bytes as far as their sizes allow. `header_room` bytes are for metadata that is
+    only known at the end. Raises OSError where there is no space, or where the file exists and `overwrite` is false.
+    """
+    order = sorted(plan, key=lambda key: -math.gcd(size_of(*plan[key]), _ALIGNMENT))
+    offsets, position = {}, 0
+    for key in order:
+        dtype, shape = plan[key]
+        offsets[key] = Entry(DTYPE_NAMES[dtype], tuple(shape), position, position + size_of(dtype, shape))
+        position = offsets[key].stop
+    header = _header_bytes(offsets, metadata, header_room)
+    data_start = len(header)
+    entries = {key: Entry(e.dtype, e.shape, e.start + data_start, e.stop + data_start) for key, e in offsets.items()}
+    with atomic_file(path, data_start + position, overwrite) as file:
+        file.truncate(data_start + position)
+        writer = TensorWriter(Path(path), entries, dict(metadata), file)
+        yield writer
+        for key, entry in entries.items():
+            if writer.written.get(key, 0) != entry.nbytes:
+                raise ValueError(f"{path}: {key}: {writer.written.get(key, 0)} of {entry.nbytes} bytes were written")
+        header = _header_bytes(offsets, writer.metadata, 0)
+        if len(header) > data_start:
+            raise ValueError(f"{path}: the metadata outgrew its room by {len(header) - data_start} bytes")
+        file.seek(0)
+        file.write(struct.pack("<Q", data_start - 8) + header[8:].ljust(data_start - 8))
+
+
+def _header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], header_room: int) -> bytes:
+    tensors = {
+        key: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.start, entry.stop)}
+        for key, entry in entries.items()
+    }
+    text = json.dumps({"__metadata__": dict(metadata), **tensors}, separators=(",", ":")).encode() + b" " * header_room
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text

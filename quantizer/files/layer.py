@@ -1,0 +1,173 @@
+"""One ternary Linear as it is stored: which tensors it has, the JSON that says how to decode them, and reading both.
+
+Files and state dicts are read by the same functions, from a `Get`: what gives the Linear's tensor for a suffix of its
+key ("weight", "weight_scale", ..., "comfy_quant"), or None where there is none.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...ops import GROUP_SIZE, TernaryWeight
+from ...ops.packing import PACKINGS, groups_of, pack_planes32, packed_shape, unpack_base3
+from .container import DTYPE_NAMES, FormatError
+
+FORMAT = "ternary_v1"
+INT8 = "int8_tensorwise"  # ComfyUI's name of its 8-bit format
+TERMS = (1, 2)
+SCALES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Field of TernaryWeight -> suffix of its key
+SUFFIXES = {
+    "trits": "weight",
+    "scale": "weight_scale",
+    "group": "weight_group",
+    "down": "weight_down",
+    "up": "weight_up",
+}
+PARTS = (*SUFFIXES.values(), "comfy_quant")
+REDO = "download or convert the file again"
+ROWS = 1024  # rows converted at a time between the packings
+
+Get = Callable[[str], Tensor | None]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which tensors a ternary Linear has in the file.
+
+    scales: "integer" (row x integer group), "row" (row scales alone), or "bf16" / "fp16" / "fp32" (float group scales).
+    rank: of the low-rank part, 0 for none. terms: ternary matrices that are added, 1 or 2.
+    """
+
+    shape: tuple[int, int]
+    packing: str = "planes32"
+    scales: str = "integer"
+    rank: int = 0
+    terms: int = 1
+
+    @classmethod
+    def of(cls, weight: TernaryWeight, packing: str = "planes32") -> "LayerPlan":
+        names = {dtype: name for name, dtype in SCALES.items()}
+        per_row = "row" if weight.group is None else "integer"
+        scales = per_row if weight.scale.ndim == 1 else names[weight.scale.dtype]
+        return cls(weight.shape, packing, scales, 0 if weight.up is None else weight.up.shape[1], weight.terms)
+
+    @property
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Suffix -> dtype and shape, without comfy_quant."""
+        n, k = self.shape
+        groups = (self.terms * groups_of(k), n)
+        parts = {"weight": (torch.uint8, packed_shape(self.shape, self.packing, self.terms))}
+        parts["weight_scale"] = (SCALES[self.scales], groups) if self.scales in SCALES else (torch.float32, (n,))
+        if self.scales == "integer":
+            parts["weight_group"] = (torch.uint8, groups)
+        if self.rank:
+            parts |= {"weight_down": (torch.bfloat16, (self.rank, k)), "weight_up": (torch.bfloat16, (n, self.rank))}
+        return parts
+
+    @property
+    def comfy_quant(self) -> Tensor:
+        """The JSON that says how to decode, uint8, padded with blanks to a multiple of 8 bytes."""
+        fields = {"format": FORMAT, "packing": self.packing, "group_size": GROUP_SIZE, "shape": self.shape}
+        text = json.dumps(fields if self.terms == 1 else fields | {"terms": self.terms})
+        return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 8) * 8).encode()), dtype=torch.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        parts = self.tensors.values()
+        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in parts) + self.comfy_quant.numel()
+
+
+def read_plan(get: Get, where: str | os.PathLike, key: str) -> LayerPlan:
+    """How a ternary Linear is stored, after every tensor and JSON field was checked (not the values of tensors).
+
+    Raises FormatError, which names `where` and the tensor below `key`.
+    """
+    packing, shape, terms = _read_json(get("comfy_quant"), where, f"{key}.comfy_quant")
+    for suffix in ("weight", "weight_scale"):
+        if get(suffix) is None:
+            raise FormatError(where, f"the tensor is missing; {REDO}", f"{key}.{suffix}")
+    scale = get("weight_scale")
+    scales = next((name for name, dtype in SCALES.items() if scale.dtype == dtype), None)
+    if scales is None:
+        problem = f"scales of dtype {_named(scale.dtype)}; fp32, fp16 or bf16 is expected; {REDO}"
+        raise FormatError(where, problem, f"{key}.weight_scale")
+    if scale.ndim == 1:
+        scales = "row" if get("weight_group") is None else "integer"
+    down = get("weight_down")
+    rank = 0 if down is None or not down.ndim else down.shape[0]
+    plan = LayerPlan(shape, packing, scales, rank, terms)
+    for suffix in SUFFIXES.values():
+        tensor, expected = get(suffix), plan.tensors.get(suffix)
+        if tensor is None and expected is None:
+            continue
+        if tensor is None or expected is None:
+            problem = "is missing beside" if tensor is None else "does not belong beside"
+            raise FormatError(where, f"the tensor {problem} the layer's other tensors; {REDO}", f"{key}.{suffix}")
+        if (tensor.dtype, tuple(tensor.shape)) != expected:
+            found, wanted = (f"{_named(dtype)} {list(s)}" for dtype, s in ((tensor.dtype, tensor.shape), expected))
+            raise FormatError(where, f"{found} where {wanted} is expected; {REDO}", f"{key}.{suffix}")
+    return plan
+
+
+def read_weight(get: Get, plan: LayerPlan) -> TernaryWeight:
+    """The weight of a Linear stored as planned; it shares its tensors' memory, except that base3 trits are unpacked."""
+    parts = {field: get(suffix) for field, suffix in SUFFIXES.items() if suffix in plan.tensors}
+    return TernaryWeight(planes32(parts.pop("trits"), plan), shape=plan.shape, **parts)
+
+
+def stored(weight: TernaryWeight) -> dict[str, Tensor]:
+    """What a weight is stored as, in planes32, by suffix: the inverse of `read_plan` and `read_weight`."""
+    tensors = {SUFFIXES[field]: tensor for field, tensor in weight.tensors.items()}
+    return tensors | {"comfy_quant": LayerPlan.of(weight).comfy_quant}
+
+
+def _named(dtype: torch.dtype) -> str:
+    return DTYPE_NAMES.get(dtype, str(dtype))
+
+
+def _read_json(entry: Tensor, where: str | os.PathLike, key: str) -> tuple[str, tuple[int, int], int]:
+    """Packing, logical shape and number of terms."""
+    if entry.dtype != torch.uint8:
+        raise FormatError(where, f"dtype {_named(entry.dtype)} where uint8 JSON is expected; {REDO}", key)
+    try:
+        fields = json.loads(entry.cpu().numpy().tobytes())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(where, f"the JSON cannot be read ({error}); {REDO}", key) from None
+    if not isinstance(fields, dict):
+        raise FormatError(where, f"the JSON is no object; {REDO}", key)
+    version = fields.get("format")
+    if version != FORMAT:
+        newer = isinstance(version, str) and version.startswith("ternary_v")
+        remedy = "update this pack, or convert the checkpoint again" if newer else "load it with ComfyUI's own loader"
+        raise FormatError(where, f"format {version!r}, and this version reads {FORMAT!r}; {remedy}", key)
+    if fields.get("packing") not in PACKINGS:
+        problem = f"packing {fields.get('packing')!r}; known: {', '.join(PACKINGS)}; update this pack"
+        raise FormatError(where, problem, key)
+    if fields.get("group_size") != GROUP_SIZE:
+        problem = f"group size {fields.get('group_size')!r}, and this version reads {GROUP_SIZE}; {REDO}"
+        raise FormatError(where, problem, key)
+    terms = fields.get("terms", 1)
+    if type(terms) is not int or terms not in TERMS:
+        problem = f"{terms!r} terms, and this version reads {' and '.join(map(str, TERMS))}; update this pack"
+        raise FormatError(where, problem, key)
+    match fields.get("shape"):
+        case [int(n), int(k)] if n > 0 and k > 0:
+            return fields["packing"], (n, k), terms
+    raise FormatError(where, f"shape {fields.get('shape')!r} is not [outputs, inputs]; {REDO}", key)
+
+
+def planes32(packed: Tensor, layer: LayerPlan) -> Tensor:
+    """A layer's packed trits as planes32, uint8 [terms * ceil(K/128), N, 32]."""
+    if layer.packing == "planes32":
+        return packed
+    n, k = layer.shape
+    trits = torch.empty(packed_shape(layer.shape, "planes32", layer.terms), dtype=torch.uint8)
+    for start in range(0, n, ROWS):
+        rows = slice(start, start + ROWS)
+        trits[:, rows] = pack_planes32(unpack_base3(packed[rows], k), layer.terms)
+    return trits

@@ -1,0 +1,69 @@
+"""The header metadata of ternary files: what a person wants to know about where a file came from. Strings only."""
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata as installed
+from pathlib import Path
+
+from .architecture import Architecture
+from .layer import FORMAT
+
+UNKNOWN_SHA256 = "0" * 64
+
+
+@functools.cache
+def version() -> str:
+    """This pack's version, installed or not."""
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if pyproject.is_file() and (match := re.search(r'^version = "(.+)"', pyproject.read_text("utf-8"), re.MULTILINE)):
+        return match[1]
+    return installed.version("comfyui-ternary-flux")
+
+
+def build(
+    architecture: Architecture,
+    source: Path,
+    source_metadata: Mapping[str, str],
+    method: str,
+    settings: Mapping[str, object],
+    errors: Mapping[str, float],
+    sha256: str = UNKNOWN_SHA256,
+) -> dict[str, str]:
+    """The metadata of a ternary file made from `source`.
+
+    errors: ternary Linear -> relative error of its weight, ||W - W'|| / ||W||. sha256: of the source file. The source's
+    own modelspec fields (author, licence, ...) are kept, because they hold for the converted model too.
+    """
+    title = source_metadata.get("modelspec.title", source.stem)
+    kept = {key: value for key, value in source_metadata.items() if key.startswith("modelspec.")}
+    kept.pop("modelspec.hash_sha256", None)
+    implementation = "flux2" if architecture.version == 2 else "flux"
+    return kept | {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": kept.get("modelspec.architecture", architecture.name.lower()),
+        "modelspec.implementation": f"https://github.com/black-forest-labs/{implementation}",
+        "modelspec.title": f"{title} (ternary, 1.58-bit)",
+        "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "ternary.format": FORMAT,
+        "ternary.quantizer": f"comfyui-ternary-flux {version()}",
+        "ternary.base_model": architecture.name,
+        "ternary.source": source.name,
+        "ternary.source_sha256": sha256,
+        "ternary.method": method,
+        "ternary.settings": json.dumps(dict(settings)),
+        "ternary.weight_errors": json.dumps({name: round(error, 4) for name, error in errors.items()}),
+    }
+
+
+def header_room(architecture: Architecture) -> int:
+    """Bytes to keep in the header for errors that are only known at the end."""
+    return 16 * len(architecture.linears)
+
+
+def after_distillation(start: Mapping[str, str], done: Mapping[str, object]) -> dict[str, str]:
+    """The metadata of the file that a distillation started from, with what was `done` added to its settings."""
+    stages = json.loads(start.get("ternary.settings", "{}")) | {"distill": dict(done)}
+    return dict(start) | {"ternary.method": "distill", "ternary.settings": json.dumps(stages)}

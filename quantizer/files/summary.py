@@ -1,0 +1,182 @@
+"""What a file is, in words and numbers."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .architecture import Architecture
+from .checkpoint import file_kind, open_checkpoint
+from .container import FormatError, Header, TensorFile
+from .layer import INT8, LayerPlan
+from .ternary import TernaryFile, open_ternary
+
+_SCALES = {"integer": "row x integer group", "row": "row"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a ternary file. Bytes are of the tensors, without the header."""
+
+    ternary_weights: int
+    ternary_bytes: int  # trits, scales and low-rank parts
+    int8_weights: int  # of the 8-bit Linears, which count among the dense ones too
+    int8_bytes: int
+    dense_weights: int  # everything else: biases, norms, dense and 8-bit Linears
+    dense_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the ternary Linears, with scales, multipliers and low-rank factors."""
+        return self.ternary_bytes * 8 / max(self.ternary_weights, 1)
+
+    @property
+    def bits_per_quantized_weight(self) -> float:
+        """Of the ternary and 8-bit Linears."""
+        size, weights = self.ternary_bytes + self.int8_bytes, self.ternary_weights + self.int8_weights
+        return size * 8 / max(weights, 1)
+
+    @property
+    def bytes(self) -> int:
+        return self.ternary_bytes + self.dense_bytes
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Of the same model in bf16."""
+        return 2 * (self.ternary_weights + self.dense_weights)
+
+    @property
+    def ratio(self) -> float:
+        return self.bf16_bytes / self.bytes
+
+
+def sizes(file: TernaryFile) -> Sizes:
+    beside = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
+    dense = {name: file.file.entries[key] for name, key in file.dense.items()}
+    eight_bit = [file.shapes[f"{name}.weight"] for name in file.int8]
+    return Sizes(
+        ternary_weights=sum(math.prod(layer.shape) for layer in file.layers.values()),
+        ternary_bytes=sum(layer.nbytes for layer in file.layers.values()),
+        int8_weights=sum(n * k for n, k in eight_bit),
+        int8_bytes=sum(n * (k + 4) for n, k in eight_bit),
+        dense_weights=sum(math.prod(entry.shape) for name, entry in dense.items() if name not in beside),
+        dense_bytes=sum(entry.nbytes for entry in dense.values()),
+    )
+
+
+def summarize(path: str | os.PathLike, layers: bool = False) -> list[str]:
+    """Lines that say what a file is; `layers` adds one for every Linear. Raises FormatError for a damaged file."""
+    file = TensorFile(path)
+    kind = file_kind(file)
+    if kind == "ternary":
+        return list(_ternary(open_ternary(file), layers))
+    if kind == "flux":
+        try:
+            return list(_dense(open_checkpoint(file).architecture, file.header, layers))
+        except FormatError as error:
+            kind, reason = "other", str(error).removeprefix(f"{error.path}: ")
+            return [*_other(kind, file.header), _row("not usable", reason)]
+    return list(_other(kind, file.header))
+
+
+def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
+    size = sizes(file)
+    plans = file.layers.values()
+    packings = ", ".join(sorted({plan.packing for plan in plans}))
+    scales = ", ".join(sorted({_SCALES.get(plan.scales, f"{plan.scales} group") for plan in plans}))
+    ranks = sorted({plan.rank for plan in plans} - {0})
+    rank = f", low rank {', '.join(map(str, ranks))}" if ranks else ""
+    yield f"{file.path}: ternary FLUX, ternary_v1; every key, code and scale is valid"
+    yield _architecture(file.architecture)
+    linears = f"{len(file.layers)} Linears, {size.ternary_weights / 1e6:,.1f} M weights"
+    yield _row("ternary", f"{linears}, {size.bits_per_weight:.3f} bits per weight ({packings}; scales {scales}{rank})")
+    if double := [plan.shape for plan in plans if plan.terms == 2]:
+        count = sum(map(math.prod, double)) / 1e6
+        yield _row("two terms", f"{len(double)} of these are Linears of two ternary terms, {count:,.1f} M weights")
+    dtypes = _dtypes(file.file.entries[key].dtype for key in file.dense.values())
+    yield _row("dense", f"{len(file.dense)} tensors, {size.dense_weights / 1e6:,.1f} M weights ({dtypes})")
+    if file.int8:
+        count = size.int8_weights / 1e6
+        yield _row("8 bits", f"{len(file.int8)} of these are Linears in {INT8}, {count:,.1f} M weights")
+    yield _row("size", f"{in_bytes(size.bytes)}, in bf16 {in_bytes(size.bf16_bytes)}: {size.ratio:.2f} times smaller")
+    errors = stated_errors(file)
+    if errors:
+        worst = max(errors, key=errors.get)
+        mean = sum(errors.values()) / len(errors)
+        yield _row("weight error", f"mean {mean:.4f}, largest {errors[worst]:.4f} in {worst}")
+    labels = ("made by", "method", "settings", "source", "sha256")
+    for key, label in zip(("quantizer", "method", "settings", "source", "source_sha256"), labels, strict=True):
+        if value := file.metadata.get(f"ternary.{key}"):
+            yield _row(label, value)
+    if layers:
+        yield ""
+        for name, plan in file.layers.items():
+            yield _layer(name, plan, errors.get(name))
+
+
+def _layer(name: str, plan: LayerPlan, error: float | None) -> str:
+    n, k = plan.shape
+    shown = "" if error is None else f"  error {error:.4f}"
+    terms = "" if plan.terms == 1 else f" in {plan.terms} terms"
+    return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{terms}{shown}"
+
+
+def stated_errors(file: TernaryFile) -> dict[str, float]:
+    """Relative error of each layer's weight, as the metadata has it; {} where it says nothing."""
+    try:
+        errors = json.loads(file.metadata.get("ternary.weight_errors", "{}"))
+        return {name: float(error) for name, error in errors.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _dense(arch: Architecture, header: Header, layers: bool) -> Iterator[str]:
+    plans = {name: LayerPlan(shape) for name, shape in arch.linear_shapes.items()}
+    weights = sum(math.prod(shape) for shape in arch.shapes.values())
+    ternary = sum(math.prod(plan.shape) for plan in plans.values())
+    yield f"{header.path}: dense FLUX; `round` makes it ternary"
+    yield _architecture(arch)
+    linears = f"{ternary / 1e6:,.1f} M of them in the {len(plans)} Linears of the blocks"
+    yield _row("weights", f"{weights / 1e6:,.1f} M, {linears}")
+    yield _row("size", f"{in_bytes(header.size)} ({_dtypes(entry.dtype for entry in header.entries.values())})")
+    after = sum(plan.nbytes for plan in plans.values()) + 2 * (weights - ternary)
+    yield _row("as ternary", f"{in_bytes(after)}, {2 * weights / after:.2f} times smaller than bf16")
+    if layers:
+        yield ""
+        for name, (n, k) in arch.linear_shapes.items():
+            yield f"  {name:<40} {n:>6} x {k}"
+
+
+def _other(kind: str, header: Header) -> Iterator[str]:
+    what = {
+        "lora": "a LoRA; load it with ComfyUI's LoRA nodes, on a ternary model too",
+        "quantized": "a FLUX checkpoint that is quantized already, in another format",
+        "vae": "a VAE; load it with ComfyUI's node Load VAE",
+        "text encoder": "a text encoder; load it with ComfyUI's node Load CLIP",
+        "other": "no FLUX transformer that this pack knows",
+    }
+    yield f"{header.path}: {what[kind]}"
+    yield _row("tensors", f"{len(header.entries)} ({_dtypes(entry.dtype for entry in header.entries.values())})")
+    yield _row("size", in_bytes(header.size))
+    first = ", ".join(list(header.entries)[:3])
+    yield _row("first keys", first)
+
+
+def _architecture(arch: Architecture) -> str:
+    blocks = f"{arch.depth} double and {arch.depth_single} single blocks, hidden size {arch.hidden}"
+    return _row("base model", f"{arch.name}: {blocks}")
+
+
+def _dtypes(names: Iterator[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in Counter(names).most_common())
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes for people, in decimal units."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _row(label: str, value: str) -> str:
+    return f"  {label:<13} {value}"

@@ -1,0 +1,184 @@
+"""The file format ternary_v1: FLUX in safetensors, with the block Linears as trits.
+
+A ternary Linear X of logical shape [N, K], the sum of P terms, 1 or 2, with G = P * ceil(K/128) groups of inputs:
+
+    X.weight        uint8 [G, N, 32] (packing planes32) or uint8 [N, P * ceil(K/5)] (base3); see ops/packing.py
+    X.weight_scale  fp32 [N], or bf16 / fp16 / fp32 [G, N]
+    X.weight_group  uint8 [G, N] of 1..127, optional beside scales [N]; the scale of row n and group j is then
+                    weight_scale[n] * weight_group[j, n]
+    X.weight_down   bf16 [r, K], and X.weight_up bf16 [N, r], optional: W = ternary + up @ down
+    X.comfy_quant   uint8, JSON: {"format": "ternary_v1", "packing": ..., "group_size": 128, "shape": [N, K]}, and
+                    "terms": 2 where there are two
+
+Everything else is dense (fp32, fp16 or bf16) under its own name. The header's metadata informs people and is not needed
+to decode. Files of the mixed profile have some Linears in ComfyUI's own 8-bit format beside the ternary ones:
+
+    X.weight        int8 [N, K], X.weight_scale fp32 [N, 1], X.comfy_quant {"format": "int8_tensorwise"}
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...ops import TernaryWeight
+from ...ops.packing import pack_base3, packed_shape
+from .architecture import Architecture, canonical, detect
+from .checkpoint import find_prefix
+from .checks import check_dense, check_int8, check_values, is_int8
+from .container import FormatError, TensorFile, TensorWriter, create
+from .layer import PARTS, ROWS, SUFFIXES, Get, LayerPlan, read_plan, read_weight, stored
+
+
+@dataclass(frozen=True)
+class TernaryWriter:
+    """Writes the planned layers and dense tensors of a ternary file, in any order; made by `create_ternary`."""
+
+    tensors: TensorWriter
+    layers: Mapping[str, LayerPlan]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The header's metadata; values may be replaced until the end, within the room planned for them."""
+        return self.tensors.metadata
+
+    def dense(self, name: str, tensor: Tensor) -> None:
+        self.tensors.write(name, tensor)
+
+    def layer(self, name: str, weight: TernaryWeight) -> None:
+        plan = self.layers[name]
+        if LayerPlan.of(weight, plan.packing) != plan:
+            raise ValueError(f"{name}: {LayerPlan.of(weight, plan.packing)} where {plan} was planned")
+        if plan.packing == "planes32":
+            self.tensors.write(f"{name}.weight", weight.trits)
+        else:
+            n, row_bytes = packed_shape(plan.shape, plan.packing, plan.terms)
+            for start in range(0, n, ROWS):
+                rows = pack_base3(weight.rows(start, start + ROWS).codes(), plan.terms)
+                self.tensors.write_bytes(f"{name}.weight", rows.cpu().flatten().numpy(), start * row_bytes)
+        for field, tensor in weight.tensors.items():
+            if field != "trits":
+                self.tensors.write(f"{name}.{SUFFIXES[field]}", tensor)
+        self.tensors.write(f"{name}.comfy_quant", plan.comfy_quant)
+
+
+@contextlib.contextmanager
+def create_ternary(
+    path: str | os.PathLike,
+    layers: Mapping[str, LayerPlan],
+    dense: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    header_room: int = 0,
+    overwrite: bool = False,
+) -> Iterator[TernaryWriter]:
+    """Create a ternary file atomically: all `layers` and `dense` tensors must be written before the block ends.
+
+    `header_room`: bytes kept for metadata that is only known at the end. OSError where the file cannot be written.
+    """
+    plan = dict(dense)
+    for name, layer in layers.items():
+        plan |= {f"{name}.{part}": spec for part, spec in layer.tensors.items()}
+        plan[f"{name}.comfy_quant"] = (torch.uint8, tuple(layer.comfy_quant.shape))
+    with create(path, plan, metadata, header_room, overwrite) as tensors:
+        yield TernaryWriter(tensors, layers)
+
+
+@dataclass(frozen=True)
+class TernaryFile:
+    """A checked ternary file, memory-mapped. Names are BFL's, without the file's prefix."""
+
+    file: TensorFile
+    prefix: str
+    layers: dict[str, LayerPlan]
+    dense: dict[str, str]  # name -> key in the file
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self.file.header.metadata
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The logical shape of every parameter, as a dense checkpoint would have it."""
+        shapes = {name: self.file.entries[key].shape for name, key in self.dense.items()}
+        return shapes | {f"{name}.weight": layer.shape for name, layer in self.layers.items()}
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Raises FormatError where the file is not a whole FLUX transformer."""
+        try:
+            return detect(self.shapes)
+        except ValueError as error:
+            raise FormatError(self.path, str(error)) from None
+
+    def tensor(self, name: str) -> Tensor:
+        """A dense tensor, memory-mapped."""
+        return self.file.tensor(self.dense[name])
+
+    @cached_property
+    def int8(self) -> tuple[str, ...]:
+        """The Linears in ComfyUI's 8-bit format."""
+        return tuple(name.removesuffix(".comfy_quant") for name in self.dense if name.endswith(".comfy_quant"))
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter as a dense tensor; ternary and 8-bit weights are decoded to fp32."""
+        layer = name.removesuffix(".weight")
+        if layer in self.layers and layer != name:
+            return self.weight(layer).dequantize()
+        return self.tensor(name).float() * self.tensor(f"{name}_scale") if layer in self.int8 else self.tensor(name)
+
+    def weight(self, name: str) -> TernaryWeight:
+        """The weight of a ternary Linear: memory-mapped, except that base3 trits are unpacked to planes32."""
+        return read_weight(_tensors_of(self.file, f"{self.prefix}{name}"), self.layers[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor under its key of the format, as planes32: what ComfyUI's loader takes."""
+        state = {name: self.tensor(name) for name in self.dense}
+        for name in self.layers:
+            state |= {f"{name}.{suffix}": tensor for suffix, tensor in stored(self.weight(name)).items()}
+        return state
+
+
+def open_ternary(source: str | os.PathLike | TensorFile, check_codes: bool = True) -> TernaryFile:
+    """Open a ternary file and check it: every key, dtype, shape and JSON field, then (`check_codes`) trits and scales.
+
+    `source`: its path, or the file where it is open already. Nothing is copied. Raises FormatError naming the file, the
+    key and the remedy.
+    """
+    file = source if isinstance(source, TensorFile) else TensorFile(source)
+    prefix = find_prefix(file.entries)
+    keys = [key for key in file.entries if key.startswith(prefix)]
+    quantized = [key.removesuffix(".comfy_quant") for key in keys if key.endswith(".comfy_quant")]
+    int8 = [key for key in quantized if is_int8(file, f"{key}.comfy_quant")]
+    names = [key.removeprefix(prefix) for key in quantized if key not in int8]
+    if not names:
+        problem = "this is not a ternary file: it has no .comfy_quant keys; make one with `round`"
+        raise FormatError(file.path, problem)
+    layers = {}
+    for name in names:
+        key = f"{prefix}{name}"
+        layers[name] = read_plan(_tensors_of(file, key), file.path, key)
+    parts = {f"{prefix}{name}.{part}" for name in names for part in PARTS}
+    dense = {canonical(key.removeprefix(prefix)): key for key in keys if key not in parts}
+    eight_bit = {f"{key}.{part}" for key in int8 for part in ("weight", "weight_scale", "comfy_quant")}
+    for key in dense.values():
+        if key not in eight_bit:
+            check_dense(file, key)
+    for key in int8:
+        check_int8(file, key)
+    if check_codes:
+        for name, layer in layers.items():
+            check_values(file, f"{prefix}{name}", layer)
+    return TernaryFile(file, prefix, layers, dense)
+
+
+def _tensors_of(file: TensorFile, key: str) -> Get:
+    return lambda suffix: file.tensor(f"{key}.{suffix}") if f"{key}.{suffix}" in file.entries else None

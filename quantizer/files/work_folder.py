@@ -1,0 +1,23 @@
+"""A folder for what is kept between runs, which belongs to one run: `settings.json` says to which."""
+
+import json
+from pathlib import Path
+
+from .atomic import write_json
+
+
+def keep_settings(folder: Path, settings: dict) -> None:
+    """Write `settings.json` in the folder; ValueError where it holds others: a resumed run must be the same run."""
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for key in settings.keys() | found.keys():
+        if settings.get(key) != found.get(key):
+            raise ValueError(
+                f"{folder} holds the work of another run: its {key} is {found.get(key)}, not {settings.get(key)}; "
+                "give another folder, or delete this one"
+            )

@@ -1,0 +1,1 @@
+"""FLUX in torch: the differentiable forward, trainable ternary layers, teacher and student."""

@@ -1,0 +1,1 @@
+"""What the original makes: encoded prompts, pictures, noisy states, velocities."""

@@ -1,0 +1,177 @@
+"""What distillation learns from: states of the teacher's pictures and the teacher's velocities, in a fixed order."""
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files.container import TensorFile, create
+from .conditioning import Conditioning
+from .quality import BINS, Model
+from .sampler import noise_levels, sample, with_control_channels
+from .states import Batch, States
+from .trajectories import Picture, Trajectories, batches, initial_noise
+
+_CHUNK = 64  # states whose velocities are kept in one file
+_HOLDOUT_TIMES = 10  # at most, of one held-out trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledStates:
+    """States of one size and the teacher's velocities there."""
+
+    states: States
+    velocity: Tensor  # [S, out_channels, H, W]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    groups: Sequence[LabelledStates]
+    conditioning: Conditioning
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    def batch(self, group: int, rows: Tensor, device: torch.device | str = "cpu") -> Batch:
+        """These states of a group, fp32, on the device."""
+        source = self.groups[group]
+        inputs = (x if x is None else x.to(device) for x in source.states.inputs(rows, self.conditioning))
+        return Batch(*inputs, source.velocity[rows].to(device, torch.float32))
+
+    def draw(self, index: int, size: int, seed: int, device: torch.device | str = "cpu") -> Batch:
+        """Batch number `index` of an endless sequence of epochs, each of which has every state once, in its own order.
+
+        States left over where a group is no multiple of the batch size are others in every epoch.
+        """
+        counts = [max(1, len(group) // size) for group in self.groups]
+        epoch, position = divmod(index, sum(counts))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        position = int(torch.randperm(sum(counts), generator=generator)[position])
+        group = 0
+        while position >= counts[group]:
+            position -= counts[group]
+            group += 1
+        order = torch.randperm(len(self.groups[group]), generator=generator)
+        return self.batch(group, order[position * size : (position + 1) * size], device)
+
+    @staticmethod
+    def bin(t: Tensor) -> Tensor:
+        """Number of the timestep range that each t lies in."""
+        return (t * BINS).long().clamp(0, BINS - 1)
+
+    def power(self) -> Tensor:
+        """The teacher's mean squared velocity in each timestep range, fp32 [10]; ranges without states get the mean."""
+        sums, counts = torch.zeros(BINS), torch.zeros(BINS)
+        for group in self.groups:
+            places = self.bin(group.states.t)
+            sums.index_add_(0, places, group.velocity.float().square().mean((1, 2, 3)))
+            counts.index_add_(0, places, torch.ones(len(group)))
+        return torch.where(counts > 0, sums / counts.clamp_min(1), sums.sum() / counts.sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the states."""
+        checksum = zlib.crc32(b"".join(group.velocity[-1].float().numpy().tobytes() for group in self.groups))
+        return f"{[len(group) for group in self.groups]} {checksum:08x}"
+
+
+def training_pool(
+    teacher: Model,
+    trajectories: Trajectories,
+    pictures: Sequence[Picture],
+    count: int,
+    folder: Path,
+    batch: int = 8,
+    seed: int = 0,
+    on_progress: Callable[[int], object] = lambda states: None,
+) -> Pool:
+    """`count` states of these pictures with the teacher's velocities; those not known yet are kept in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = []
+    for states in trajectories.states(pictures, count, seed, velocities=True):
+        velocity = states.velocity
+        unknown = torch.nonzero(velocity.flatten(1)[:, 0].isnan()).flatten()
+        on_progress(len(states) - len(unknown))
+        for rows in unknown.split(_CHUNK):
+            path = folder / f"{_digest(states, rows)}.safetensors"
+            if not path.exists():
+                inputs = states.inputs(rows, trajectories.conditioning)
+                pieces = zip(*(_split(x, batch, len(rows)) for x in inputs), strict=True)
+                _keep(path, {"velocity": torch.cat([teacher(*piece).cpu() for piece in pieces])})
+            velocity[rows] = TensorFile(path).tensor("velocity").float()
+            on_progress(len(rows))
+        groups.append(LabelledStates(states, velocity))
+    return Pool(groups, trajectories.conditioning)
+
+
+def holdout_batches(
+    teacher: Model, trajectories: Trajectories, count: int, folder: Path, batch: int = 8
+) -> list[Batch]:
+    """States on the teacher's own path to `count` pictures of held-out prompts, with velocities; kept in `folder`.
+
+    Every batch has one time and, as far as there are that many, different prompts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result = []
+    for number, pictures in enumerate(batches(trajectories.plan("holdout", count), batch)):
+        path = folder / f"holdout-{count}-{batch}-{number:04d}.safetensors"
+        conditions = trajectories.conditions(pictures)
+        if not path.exists():
+            _keep(path, dict(_record(teacher, trajectories, pictures, conditions)))
+        file = TensorFile(path)
+        stride = -(-trajectories.steps // _HOLDOUT_TIMES)
+        for step in range(0, trajectories.steps, stride):
+            latent, velocity = (file.tensor(f"{kind}.{step}").clone() for kind in ("latent", "velocity"))
+            t = torch.full((len(pictures),), float(noise_levels(trajectories.steps, trajectories.shift)[step]))
+            result.append(Batch(latent, t, *conditions, velocity))
+    return result
+
+
+def _record(teacher: Model, trajectories: Trajectories, pictures, conditions) -> Iterator[tuple[str, Tensor]]:
+    """The latents and velocities of every step of the teacher's sampling."""
+    arch, levels = trajectories.arch, noise_levels(trajectories.steps, trajectories.shift)
+    path = list(sample(teacher, initial_noise(pictures), levels, arch, conditions))
+    for step, (_, latent, velocity) in enumerate(path[:-1]):
+        yield f"latent.{step}", with_control_channels(latent, arch).cpu()
+        yield f"velocity.{step}", velocity.cpu()
+
+
+def subset(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """About `count` of these states, at least one, spread over the batches."""
+    chosen = batches[:: max(1, -(-len(batches) // max(1, count)))]
+    rows = max(1, count // len(chosen))
+    return [Batch(**{name: x if x is None else x[:rows] for name, x in vars(batch).items()}) for batch in chosen]
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    moved = {name: value.to(device) for name, value in vars(batch).items() if value is not None}
+    return replace(batch, **moved)
+
+
+def _digest(states: States, rows: slice) -> str:
+    """Names a file of velocities by the states it answers, so that it is never taken for the answer to others."""
+    parts = (states.latent, states.t, states.prompt, states.guidance)
+    digest = hashlib.sha256()
+    for part in parts:
+        if part is not None:
+            digest.update(part[rows].numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def _split(x: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
+    return [None] * -(-rows // size) if x is None else x.split(size)
+
+
+def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
+    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with create(path, plan, {}, overwrite=True) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)

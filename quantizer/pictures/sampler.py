@@ -1,0 +1,87 @@
+"""ComfyUI's `euler` sampler for FLUX: noise levels, steps, the shape of latents and the channels of control models."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..files.architecture import Architecture
+
+Velocity = Callable[..., Tensor]  # (latent, t, context, pooled, guidance) -> velocity
+_MASK = 64  # FLUX.1-Fill's mask channels
+
+
+def default_shift(arch: Architecture) -> float:
+    """ComfyUI's: 1.15 for guided FLUX.1, none for schnell, 2.02 for FLUX.2."""
+    if arch.version == 2:
+        return 2.02
+    return 1.15 if arch.guidance else 0.0
+
+
+def default_steps(arch: Architecture) -> int:
+    return 4 if arch.name == "FLUX.1-schnell" or arch.name.startswith("FLUX.2-klein") else 20
+
+
+def noise_levels(steps: int, shift: float) -> Tensor:
+    """Noise levels [steps + 1] from 1 to 0 (float64): evenly spaced, then moved towards noise by exp(shift) in odds."""
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return even * math.exp(shift) / (1 + even * math.expm1(shift))
+
+
+def sample(
+    velocity: Velocity, noise: Tensor, levels: Tensor, arch: Architecture, conditions: Sequence[Tensor | None]
+) -> Iterator[tuple[float, Tensor, Tensor | None]]:
+    """Euler steps from `noise` [B, C, H, W] along `levels`: each (t, latent, velocity), and (0, picture, None) last.
+
+    `conditions`: context, pooled, guidance, as `velocity` takes them.
+    """
+    latent = noise
+    for now, after in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
+        times = torch.full((len(latent),), now, dtype=torch.float32)
+        step = velocity(with_control_channels(latent, arch), times, *conditions).to(latent)
+        yield now, latent, step
+        latent = latent + (after - now) * step
+    yield 0.0, latent, None
+
+
+def with_control_channels(latent: Tensor, arch: Architecture) -> Tensor:
+    """Add the channels that inpainting and control models take: no picture, and (Fill) everything masked."""
+    missing = arch.in_channels - latent.shape[1]
+    if not missing:
+        return latent
+    zeros, ones = missing - _MASK if missing > _MASK else missing, _MASK if missing > _MASK else 0
+    shape = (len(latent), 1, *latent.shape[2:])
+    empty, masked = latent.new_zeros(shape).expand(-1, zeros, -1, -1), latent.new_ones(shape).expand(-1, ones, -1, -1)
+    return torch.cat((latent, empty, masked), dim=1)
+
+
+def draw_times(count: int, shift: float, seed: int = 0) -> Tensor:
+    """Logit-normal times fp32 [count] in (0, 1) around the shift.
+
+    Stratified: every stretch of the law gets its share, so that few states cover all times.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    u = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / max(count, 1)
+    times = torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)) + shift).float()
+    return times[torch.randperm(count, generator=generator)].clamp(1e-3, 1)
+
+
+def latent_shape(arch: Architecture, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Channels, height and width of the latent of a picture of (width, height) pixels."""
+    pixels = arch.pixels_per_latent * arch.patch_size
+    width, height = size
+    if width % pixels or height % pixels or min(size) <= 0:
+        raise ValueError(f"size {width}x{height}: {arch.name} takes sizes in multiples of {pixels} pixels")
+    return arch.out_channels, height // arch.pixels_per_latent, width // arch.pixels_per_latent
+
+
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """`1024x1024,832x1216` as (width, height) pairs."""
+    try:
+        sizes = tuple(tuple(int(side) for side in size.split("x")) for size in text.lower().split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or any(len(size) != 2 for size in sizes):
+        raise ValueError(f"sizes {text!r} are not of the form 1024x1024,832x1216 (width x height in pixels)")
+    return sizes

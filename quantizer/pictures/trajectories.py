@@ -1,0 +1,212 @@
+"""Pictures that the teacher paints itself, and the noisy states on the paths to them: all the data there is.
+
+Pictures are latents in the model's own space, painted from prompts and noise as ComfyUI's `euler` sampler does it, one
+file each, so that an interrupted run continues. One half of the states are those that the sampler passed, where a
+student has to be right; they are kept with the velocities that the sampler used there. The other half are z_t =
+(1 - t) z_0 + t noise with fresh noise and logit-normal t, which cover the times and places that other samplers visit.
+With guidance distilled into a model, the two differ.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files.architecture import Architecture
+from ..files.checkpoint import digest
+from ..files.container import TensorFile, create
+from ..files.work_folder import keep_settings
+from .conditioning import Conditioning
+from .sampler import (
+    Velocity,
+    default_shift,
+    default_steps,
+    draw_times,
+    latent_shape,
+    noise_levels,
+    sample,
+    with_control_channels,
+)
+from .states import States
+
+_KEPT = 8  # states at most that are kept of the path to a picture
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """Which pictures to paint.
+
+    sizes      (width, height) in pixels, taken in turn
+    steps      of the sampler; None: 4 for the step-distilled schnell and klein, else 20
+    shift      of the noise levels towards noise, as ComfyUI's ModelSamplingFlux counts it; None: the model's own
+    guidance   values taken in turn, for models with a guidance embedding; None: 3.5 (Fill: 30)
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
+    steps: int | None = None
+    shift: float | None = None
+    guidance: tuple[float, ...] | None = None
+    holdout: float = 0.1  # part of the prompts kept for evaluation, at least one where there are two
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What makes one picture: everything is decided before the first is painted."""
+
+    name: str
+    prompt: int  # row of the conditioning
+    shape: tuple[int, int, int]  # of the latent: channels, height, width
+    seed: int  # of the noise
+    guidance: float | None
+
+
+def initial_noise(pictures: Iterable[Picture]) -> Tensor:
+    """The noise [B, C, H, W] that each picture starts from; the same on every machine."""
+    return torch.stack([torch.randn(p.shape, generator=torch.Generator().manual_seed(p.seed)) for p in pictures])
+
+
+class Trajectories:
+    """The teacher's pictures in a folder: planned at once, painted by `generate`, read as they are needed."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        arch: Architecture,
+        conditioning: Conditioning,
+        settings: PictureSettings,
+        model: str,
+    ):
+        """`model` identifies the teacher (see `fingerprint`). ValueError where the folder holds other pictures."""
+        self.folder, self.arch, self.conditioning, self.settings = Path(folder), arch, conditioning, settings
+        self.steps = settings.steps or default_steps(arch)
+        self.shift = default_shift(arch) if settings.shift is None else settings.shift
+        self.shapes = [latent_shape(arch, size) for size in settings.sizes]
+        held = min(max(1, round(settings.holdout * len(conditioning))), len(conditioning) // 2)
+        order = torch.randperm(len(conditioning), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        self.rows = {"train": order[held:], "holdout": order[:held] or [0]}
+        self.kept = min(_KEPT, self.steps)
+        values = asdict(settings) | {"steps": self.steps, "shift": self.shift}
+        values["states and velocities kept of a picture"] = _KEPT
+        prompts = digest("\n".join(conditioning.prompts[i] for i in order).encode())
+        keep_settings(self.folder, values | {"model": model, "prompts": prompts})
+
+    @cached_property
+    def guidance(self) -> tuple[float, ...] | None:
+        if not self.arch.guidance:
+            return None
+        return self.settings.guidance or ((30.0,) if self.arch.in_channels > 80 else (3.5,))
+
+    def plan(self, split: str, count: int) -> list[Picture]:
+        """The first `count` pictures of the `train` or the `holdout` prompts, shuffled.
+
+        A file of prompts is often sorted by topic: few pictures would show its first topics alone.
+        """
+        rows, pictures = self.rows[split], []
+        for i in range(count):
+            lap, place = divmod(i, len(rows))
+            shape = self.shapes[(i + lap) % len(self.shapes)]
+            guidance = None if self.guidance is None else self.guidance[(i + lap) % len(self.guidance)]
+            seed = (self.settings.seed * 1_000_003 + i) * 2 + (split == "holdout")
+            pictures.append(Picture(f"{split}-{i:06d}", rows[place], shape, seed, guidance))
+        return pictures
+
+    def generate(
+        self,
+        velocity: Velocity,
+        pictures: Sequence[Picture],
+        batch: int = 8,
+        on_progress: Callable[[int], object] = lambda pictures: None,
+    ) -> None:
+        """Paint those of the pictures that are not there yet, `batch` at a time. `on_progress` counts all of them."""
+        todo = [picture for picture in pictures if not self._path(picture).exists()]
+        on_progress(len(pictures) - len(todo))
+        levels = noise_levels(self.steps, self.shift)
+        for same in batches(todo, batch):
+            conditions = self.conditions(same)
+            path = list(sample(velocity, initial_noise(same), levels, self.arch, conditions))
+            for row, picture in enumerate(same):
+                passed = [path[step][1:] for step in self._passed(picture)]
+                tensors = {
+                    "latent": path[-1][1][row].float(),
+                    "passed": torch.stack([latent[row] for latent, _ in passed]).half(),
+                    "velocity": torch.stack([velocities[row] for _, velocities in passed]).half(),
+                }
+                if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                    raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
+                plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+                with create(self._path(picture), plan, {}, overwrite=True) as file:
+                    for name, tensor in tensors.items():
+                        file.write(name, tensor)
+            on_progress(len(same))
+
+    def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor | None, ...]:
+        """Context, pooled vector and guidance of some pictures."""
+        context, pooled = self.conditioning.batch([picture.prompt for picture in pictures])
+        return context, pooled, _guidance(pictures)
+
+    def states(self, pictures: Sequence[Picture], count: int, seed: int = 0, velocities: bool = False) -> list[States]:
+        """`count` noisy states of these pictures, by size; on request with the velocities that the sampler knew.
+
+        Every picture in turn: one that the sampler passed, as long as there are such, then one with fresh noise.
+        """
+        laps = [(number // len(pictures), number % len(pictures)) for number in range(count)]
+        passed = [lap // 2 if (lap + place) % 2 == 0 and lap // 2 < self.kept else None for lap, place in laps]
+        drawn = iter(draw_times(passed.count(None), self.shift, seed).tolist())
+        chosen: dict[tuple[int, ...], list[tuple]] = {}
+        for number, ((_, place), turn) in enumerate(zip(laps, passed, strict=True)):
+            picture = pictures[place]
+            if turn is None:
+                state = picture, next(drawn), (seed * 1_000_003 + number) * 2 + 1 + (1 << 40)
+            else:
+                state = picture, (turn + place // 2) % self.kept, None
+            chosen.setdefault(picture.shape, []).append(state)
+        return [self._states(states, velocities) for states in chosen.values()]
+
+    def _states(self, chosen: Sequence[tuple[Picture, float | int, int | None]], velocities: bool) -> States:
+        """States of one size from (picture, time, seed of fresh noise) or (picture, number of a kept state, None)."""
+        pictures = [picture for picture, _, _ in chosen]
+        levels = noise_levels(self.steps, self.shift).float()
+        latent, times = torch.empty(len(chosen), *pictures[0].shape), torch.empty(len(chosen))
+        velocity = torch.full_like(latent, math.nan) if velocities else None
+        for row, (picture, place, seed) in enumerate(chosen):
+            file = TensorFile(self._path(picture))
+            if seed is None:
+                times[row] = levels[self._passed(picture)[place]]
+                latent[row] = file.tensor("passed")[place]
+                if velocity is not None:
+                    velocity[row] = file.tensor("velocity")[place]
+            else:
+                noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
+                times[row] = place
+                torch.lerp(file.tensor("latent"), noise, times[row], out=latent[row])
+        prompts = torch.tensor([picture.prompt for picture in pictures])
+        return States(with_control_channels(latent, self.arch), times, prompts, _guidance(pictures), velocity)
+
+    def _passed(self, picture: Picture) -> list[int]:
+        """Sampler steps whose states are kept of a picture: one, chosen by chance, of each of equal ranges."""
+        edges = [step * self.steps // self.kept for step in range(self.kept + 1)]
+        generator = torch.Generator().manual_seed(picture.seed + (1 << 41))
+        chances = torch.rand(self.kept, generator=generator).tolist()
+        return [low + int(x * (high - low)) for low, high, x in zip(edges[:-1], edges[1:], chances, strict=True)]
+
+    def _path(self, picture: Picture) -> Path:
+        return self.folder / f"{picture.name}.safetensors"
+
+
+def batches(pictures: Sequence[Picture], size: int) -> Iterator[list[Picture]]:
+    """Pictures of one shape, at most `size` at a time."""
+    by_shape: dict[tuple[int, ...], list[Picture]] = {}
+    for picture in pictures:
+        by_shape.setdefault(picture.shape, []).append(picture)
+    for same in by_shape.values():
+        yield from (same[start : start + size] for start in range(0, len(same), size))
+
+
+def _guidance(pictures: Sequence[Picture]) -> Tensor | None:
+    return None if pictures[0].guidance is None else torch.tensor([picture.guidance for picture in pictures])

@@ -1,0 +1,1 @@
+"""All stages after one another, within memory and minutes."""

@@ -1,0 +1,79 @@
+"""Distilling a file: the last stage, from a ternary file to a better one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..distillation.blockwise import BlockResult, BlockSettings, train_blocks
+from ..distillation.distill import Distiller, DistillSettings, distill
+from ..files import metadata
+from ..files.ternary import TernaryFile, open_ternary
+from ..model.student import add_low_rank, input_power, load_student, save_student, ternary_linears, train_codes
+from ..rounding.one_term import METHODS
+from .workspace import Workspace
+
+
+def distill_file(
+    work: Workspace,
+    start: Path,
+    target: Path,
+    settings: DistillSettings,
+    rank: int = 0,
+    codes: bool = False,
+    packing: str | None = None,
+    block_settings: BlockSettings | None = None,
+    overwrite: bool = False,
+    snapshot: Path | None = None,
+    on_step: Callable[[dict], object] = lambda row: None,
+    on_block: Callable[[BlockResult], object] = lambda result: None,
+) -> Distiller:
+    """Distill a ternary file into another one, from a `snapshot` (default: in the work folder) if there is one.
+
+    The block-wise pass runs first if it has settings. Raises ValueError for a rank that the start cannot be given, and
+    (Collapse) where the training went wrong.
+    """
+    work.check(target, overwrite, start)
+    _check_rank(open_ternary(start), rank)
+    pool, holdout, swapped = work.pool, work.holdout, work.swapped
+    if block_settings is not None:
+        block_file = work.folder / "blocks.safetensors"
+        if not block_file.exists():
+            folder = work.folder / "blocks"
+            train_blocks(
+                open_ternary(start), work.teacher, pool, block_file, folder, block_settings, work.device, on_block
+            )
+        start = block_file
+    dense = work.teacher.checkpoint
+    work.release_teacher()
+    file = open_ternary(start)
+    model = load_student(file, work.device, packed=not codes and settings.recompute)
+    layers = ternary_linears(model)
+    if rank:
+        with torch.no_grad(), input_power(layers) as power:
+            for index in range(4):
+                model(*pool.draw(index, settings.batch, settings.seed, work.device).inputs)
+        add_low_rank(layers, dense, rank, power)
+    if codes:
+        train_codes(layers, dense, torch.bfloat16 if settings.eight_bit else torch.float32)
+    distiller = Distiller(model, file, pool, holdout, swapped, settings)
+    distill(distiller, snapshot or work.folder / "distill.safetensors", on_step)
+    best = min(distiller.log, key=lambda row: row["error"])
+    done = {
+        "steps": distiller.total,
+        "batch": settings.batch * settings.accumulate,
+        "rank": rank,
+        "codes": codes,
+        "states": len(pool),
+        "velocity_error": round(best["error"], 5),
+        "best_step": best["step"],
+    }
+    save_student(target, model, file, metadata.after_distillation(file.metadata, done), packing, overwrite)
+    return distiller
+
+
+def _check_rank(start: TernaryFile, rank: int) -> None:
+    """Factors from what the weights miss undo what the codes of one calibrated Linear make up for in others."""
+    method, ranks = start.metadata.get("ternary.method"), {plan.rank for plan in start.layers.values()}
+    if rank and method not in (None, *METHODS) and ranks == {0}:
+        raise ValueError(f"{start.file.path}: {method} made it without low-rank factors; use `calibrate --rank {rank}`")

@@ -1,0 +1,190 @@
+"""What stages share: the teacher, and its pictures, states and velocities in a work folder."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files.architecture import Architecture
+from ..files.atomic import check_target
+from ..files.checkpoint import fingerprint, open_checkpoint
+from ..files.ternary import open_ternary
+from ..model.student import load_student
+from ..model.teacher import Teacher, free_memory
+from ..pictures import conditioning
+from ..pictures.pool import Pool, holdout_batches, to_device, training_pool
+from ..pictures.quality import Quality, measure, swapped_velocities
+from ..pictures.sampler import latent_shape
+from ..pictures.states import Batch
+from ..pictures.trajectories import Picture, PictureSettings, Trajectories
+from .budget import MAX_PICTURES, STATES_EACH
+
+Progress = Callable[[str, int, int], object]  # (what, done, total)
+_LEAST_PICTURES = 64
+_MEMORY = 0.2  # of the free main memory, for states
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """ "auto" is the first CUDA device, else the CPU. Raises ValueError for a device that torch does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+@dataclass
+class Workspace:
+    """A teacher, its conditioning, its pictures and states; everything that takes time to make is kept in `folder`."""
+
+    dense: Path
+    conditioning_file: Path
+    folder: Path
+    sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
+    pictures: int = 256
+    states: int = 2048
+    held_out: int = 32
+    sampler_steps: int | None = None
+    guidance: tuple[float, ...] | None = None
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    on_progress: Progress = _silent
+
+    def check(self, target: Path, overwrite: bool, *sources: Path) -> None:
+        """Raises ValueError or OSError, before anything is written, where these inputs do not fit each other, and where
+        `target` cannot be written or is one of them. `sources` are further inputs.
+        """
+        check_target(target, 0, overwrite, [self.dense, self.conditioning_file, *sources])
+        for size in self.sizes:
+            latent_shape(self.arch, size)
+        self.conditioning  # noqa: B018  read, and compared with the model
+
+    def counter(self, what: str, total: int) -> Callable[[int], None]:
+        """A function that adds to what is done, and shows it."""
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self.on_progress(what, done, total)
+
+        return count
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return Teacher(open_checkpoint(self.dense), self.device)
+
+    @cached_property
+    def arch(self) -> Architecture:
+        return open_checkpoint(self.dense).architecture
+
+    @cached_property
+    def conditioning(self) -> conditioning.Conditioning:
+        return conditioning.read(self.conditioning_file, self.arch)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of the largest size: text and image."""
+        _, height, width = max(self.trajectories.shapes)
+        return self.conditioning.context.shape[1] + height * width // self.arch.patch_size**2
+
+    @cached_property
+    def teacher_batch(self) -> int:
+        """States that the teacher runs at a time."""
+        return max(1, min(64, 4096 // self.tokens))
+
+    @property
+    def state_capacity(self) -> int:
+        """States, with the teacher's velocities, that a fifth of the free main memory holds."""
+        channels = self.arch.in_channels + self.arch.out_channels
+        largest = max(height * width for _, height, width in self.trajectories.shapes)
+        return int(_MEMORY * free_memory(torch.device("cpu"))) // (4 * channels * largest)
+
+    def pictures_for(self, seen: int) -> int:
+        """Pictures that take about a quarter of the time of training on `seen` states: 64 to 4,096 that fit the memory.
+
+        A state costs about four of the teacher's forwards in training; a picture costs one for each step of the sampler
+        and for each of its states where the velocity is not known.
+        """
+        affordable = seen // (self.trajectories.steps + STATES_EACH // 2)
+        return min(max(_LEAST_PICTURES, affordable), MAX_PICTURES, max(1, self.state_capacity // STATES_EACH))
+
+    def time_state(self) -> float:
+        """Seconds of a teacher forward for one state: the shortest of three, or of as many as two seconds allow."""
+        shape = (self.arch.in_channels, *max(self.trajectories.shapes)[1:])
+        size = self.teacher_batch
+        context, pooled = self.conditioning.batch([0] * size)
+        guidance = torch.full((size,), 3.5) if self.arch.guidance else None
+        times: list[float] = []
+        while len(times) < 3 or sum(times) * size < 2:
+            started = time.monotonic()
+            self.teacher(torch.randn(size, *shape), torch.full((size,), 0.5), context, pooled, guidance).cpu()
+            times.append((time.monotonic() - started) / size)
+        return min(times)
+
+    @cached_property
+    def trajectories(self) -> Trajectories:
+        settings = PictureSettings(self.sizes, self.sampler_steps, guidance=self.guidance, seed=self.seed)
+        model = fingerprint(open_checkpoint(self.dense))
+        return Trajectories(self.folder / "pictures", self.arch, self.conditioning, settings, model)
+
+    @property
+    def training_pictures(self) -> list[Picture]:
+        return self.trajectories.plan("train", self.pictures)
+
+    def sample_pictures(self) -> None:
+        """Let the teacher sample its training pictures."""
+        count = self.counter("pictures", self.pictures)
+        self.trajectories.generate(self.teacher, self.training_pictures, self.teacher_batch, count)
+
+    @cached_property
+    def pool(self) -> Pool:
+        self.sample_pictures()
+        count = self.counter("teacher velocities", self.states)
+        velocities = self.folder / "velocities"
+        pictures, batch = self.training_pictures, self.teacher_batch
+        return training_pool(
+            self.teacher, self.trajectories, pictures, self.states, velocities, batch, self.seed, count
+        )
+
+    @cached_property
+    def holdout(self) -> list[Batch]:
+        """States of pictures of held-out prompts, on the device."""
+        velocities = self.folder / "velocities"
+        batches = holdout_batches(
+            self.teacher, self.trajectories, self.held_out, velocities, max(2, self.teacher_batch)
+        )
+        return [to_device(batch, self.device) for batch in batches]
+
+    @cached_property
+    def swapped(self) -> list[Tensor]:
+        """The teacher's velocities at the held-out states under other prompts, on the device."""
+        path = self.folder / "velocities" / f"swapped-{self.held_out}.pt"
+        if not path.exists():
+            velocities = [velocity.cpu() for velocity in swapped_velocities(self.teacher, self.holdout)]
+            partial = path.with_suffix(".partial")
+            torch.save(velocities, partial)
+            os.replace(partial, path)
+        return [velocity.to(self.device) for velocity in torch.load(path)]
+
+    def release_teacher(self) -> None:
+        """Free the teacher's memory; it is read again when it is needed."""
+        self.__dict__.pop("teacher", None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def quality(self, file: str | os.PathLike) -> Quality:
+        """Held-out quality of a ternary file."""
+        model = load_student(open_ternary(file), self.device)
+        return measure(model, self.holdout, self.swapped)

@@ -1,0 +1,1 @@
+"""A page that compares ternary files with their original."""

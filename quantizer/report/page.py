@@ -1,0 +1,190 @@
+"""report.html: what a conversion did to a model, in pictures first and numbers second, as one self-contained page."""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..files.checkpoint import Checkpoint
+from ..files.summary import sizes
+from ..files.ternary import TernaryFile, open_ternary
+from ..model.student import load_student
+from ..pictures.quality import BINS, Quality, measure
+from ..pictures.sampler import noise_levels, sample
+from ..pictures.trajectories import Picture, initial_noise
+from ..pipeline.workspace import Workspace
+from . import charts
+from .decoders import Decode, preview
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1100px; margin: 2rem auto; }
+body { padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+img { max-width: 100%; height: auto; display: block; }
+table { border-collapse: collapse; }
+td, th { padding: .35rem .9rem; border-bottom: 1px solid #d9dde3; text-align: right; }
+td:first-child, th:first-child { text-align: left; padding-left: 0; }
+.wide { overflow-x: auto; } p.note { color: #667080; }
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One ternary file against its teacher."""
+
+    name: str
+    path: Path
+    quality: Quality
+    divergence: list[float]  # relative distance of its own trajectory from the teacher's after each step
+    latents: Tensor  # its pictures [B, C, H, W]
+    bits: float  # per weight of its ternary Linears, scales and factors included
+    errors: dict[str, float]  # ternary Linear -> relative error of its weight
+
+
+def report(
+    work: Workspace, files: Mapping[str, Path], folder: Path, pictures: int = 4, decode: Decode | None = None
+) -> Path:
+    """Compare ternary files (by name, in the order of the stages) with their teacher; returns the page's path.
+
+    Writes report.html and its charts as PNG. `decode` makes pictures of latents; without it their colours are a
+    projection of the latent channels.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = work.trajectories.plan("holdout", pictures)
+    chosen = [picture for picture in chosen if picture.shape == chosen[0].shape]
+    theirs = _trajectory(work.teacher, work, chosen)
+    measured = [_measure(work, name, path, chosen, theirs) for name, path in files.items()]
+    images = _charts(work, chosen, theirs[-1], measured, decode or preview(theirs[-1]))
+    for name, image in images.items():
+        image.save(folder / f"{name}.png", optimize=True)
+    path = folder / "report.html"
+    partial = path.with_suffix(".partial")
+    partial.write_text(_page(work, measured, images, decode is None), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _measure(work: Workspace, name: str, path: Path, pictures: Sequence[Picture], theirs: Sequence[Tensor]) -> Measured:
+    file = open_ternary(path)
+    model = load_student(file, work.device).requires_grad_(False)
+    ours = _trajectory(_on_device(model, work.device), work, pictures)
+    # Both start from the same noise: the first state differs by nothing.
+    divergence = [float((a - b).norm() / b.norm()) for a, b in zip(ours[1:], theirs[1:], strict=True)]
+    quality = measure(model, work.holdout, work.swapped)
+    return Measured(
+        name,
+        path,
+        quality,
+        divergence,
+        ours[-1],
+        sizes(file).bits_per_quantized_weight,
+        weight_errors(file, work.teacher.checkpoint),
+    )
+
+
+def _on_device(model, device: torch.device):
+    def velocity(*inputs: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            return model(*(x if x is None else x.to(device) for x in inputs)).cpu()
+
+    return velocity
+
+
+def _trajectory(velocity, work: Workspace, pictures: Sequence[Picture]) -> list[Tensor]:
+    """The latents of some pictures before every step, and at the end."""
+    trajectories = work.trajectories
+    levels = noise_levels(trajectories.steps, trajectories.shift)
+    conditions = trajectories.conditions(pictures)
+    steps = sample(lambda *inputs: velocity(*inputs).cpu(), initial_noise(pictures), levels, work.arch, conditions)
+    return [latent.clone() for _, latent, _ in steps]
+
+
+def weight_errors(file: TernaryFile, teacher: Checkpoint) -> dict[str, float]:
+    """Relative error of every ternary Linear's weight, |W - W'| / |W|."""
+    errors = {}
+    for name in file.layers:
+        dense = teacher.tensor(f"{name}.weight").float()
+        errors[name] = float((file.weight(name).dequantize() - dense).norm() / dense.norm().clamp_min(1e-30))
+    return errors
+
+
+def _charts(
+    work: Workspace, pictures: Sequence[Picture], theirs: Tensor, measured: Sequence[Measured], decode: Decode
+) -> dict[str, Image.Image]:
+    columns = [decode(theirs)] + [decode(m.latents) for m in measured]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    prompts = [_short(work.conditioning.prompts[picture.prompt]) for picture in pictures]
+    by_time = {
+        m.name: [((i + 0.5) / BINS, e) for i, e in enumerate(m.quality.by_timestep) if e is not None] for m in measured
+    }
+    apart = {m.name: [(i + 1, d) for i, d in enumerate(m.divergence)] for m in measured}
+    images = {
+        "pictures": charts.grid(rows, prompts, ["original", *(m.name for m in measured)], 128),
+        "velocity": charts.lines("Velocity error by timestep", "t (0: picture, 1: noise)", by_time, log=True),
+        "divergence": charts.lines("Distance from the original's trajectory", "sampler step", apart),
+    }
+    for m in measured:
+        blocks = list(work.arch.block_names)
+        names = list(dict.fromkeys(name for block in blocks for name in work.arch.block_linears(block)))
+        values = [[m.errors.get(f"{block}.{name}") for name in names] for block in blocks]
+        rows = [block.replace("_blocks.", " ") for block in blocks]
+        title = f"Relative weight error after {m.name}"
+        images[f"weights-{m.name.replace(' ', '-')}"] = charts.heatmap(title, rows, names, values)
+    return images
+
+
+def _short(prompt: str, length: int = 36) -> str:
+    return prompt if len(prompt) <= length else f"{prompt[: length - 1]}…"
+
+
+def _page(work: Workspace, measured: Sequence[Measured], images: Mapping[str, Image.Image], previews: bool) -> str:
+    def figure(name: str, text: str) -> str:
+        buffer = io.BytesIO()
+        images[name].save(buffer, "PNG", optimize=True)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return f'<div class="wide"><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></div>'
+
+    dense = os.path.getsize(work.dense)
+    rows = "".join(
+        f"<tr><td>{html.escape(m.name)}</td><td>{m.quality.error:.4f}</td><td>{m.divergence[-1]:.3f}</td>"
+        f"<td>{m.quality.response:.2f}</td><td>{m.quality.alignment:.2f}</td><td>{m.bits:.2f}</td>"
+        f"<td>{os.path.getsize(m.path) / 1e6:,.1f} MB</td><td>{dense / os.path.getsize(m.path):.1f}</td></tr>"
+        for m in measured
+    )
+    kind = "Latents in false colours (give --vae for pictures)" if previews else "Pictures"
+    maps = "".join(figure(name, name) for name in images if name.startswith("weights-"))
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Ternary {html.escape(work.arch.name)}</title><style>{_STYLE}</style>
+<h1>{html.escape(work.dense.name)} with 1.58-bit weights</h1>
+<p>{kind} of held-out prompts, from the same noise: the original, then every stage.</p>
+{figure("pictures", "pictures of the original and of every stage")}
+<h2>In numbers</h2>
+<div class="wide"><table><tr><th>stage</th><th>velocity error</th><th>divergence</th><th>response to prompts</th>
+<th>its alignment</th><th>bits per weight</th><th>size</th><th>times smaller</th></tr>
+<tr><td>original</td><td>0</td><td>0</td><td>1</td><td>1</td><td>{_dense_bits(work):.0f}</td>
+<td>{dense / 1e6:,.1f} MB</td><td>1</td></tr>{rows}</table></div>
+<p class="note">Velocity error: squared, relative to the original's velocities, on its own trajectories. Divergence:
+distance of the finished latents from the original's, relative to their length, when each model paints on its own.
+Response: how much another prompt changes the velocities, relative to the original, and the cosine of both changes.
+Bits count the ternary layers with their scales and low-rank factors.</p>
+<h2>Where the error is in time</h2>
+{figure("velocity", "velocity error by timestep")}
+{figure("divergence", "divergence by sampler step")}
+<h2>Where the weights changed</h2>
+<p>Training moves weights away from the original's on purpose: compare maps, not stages, with this number.</p>
+{maps}
+</html>
+"""
+
+
+def _dense_bits(work: Workspace) -> int:
+    name = f"{work.arch.linears[0]}.weight"
+    return 8 * work.teacher.checkpoint.dtype(name).itemsize

@@ -1,0 +1,1 @@
+"""Ternary weights from weights alone."""

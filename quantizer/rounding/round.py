@@ -1,0 +1,152 @@
+"""Round a whole checkpoint: one pass over the source file, in pieces, with bounded memory."""
+
+import contextlib
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..files import metadata
+from ..files.atomic import check_target
+from ..files.checkpoint import Checkpoint, Piece, open_checkpoint
+from ..files.container import FormatError
+from ..files.layer import LayerPlan
+from ..files.ternary import TernaryWriter, create_ternary
+from .one_term import Matrix, Rows, round_rows
+
+_IN_FLIGHT = 8  # pieces of 4 MB that are read ahead of the rounding
+
+
+@dataclass(frozen=True)
+class Summary:
+    base_model: str
+    errors: dict[str, float]  # ternary Linear -> relative error of its weight
+    weights: int  # in the ternary Linears
+    source_bytes: int
+    target_bytes: int
+    seconds: float
+
+    @property
+    def mean_error(self) -> float:
+        return sum(self.errors.values()) / len(self.errors)
+
+
+def round_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    packing: str = "planes32",
+    method: str = "least-squares",
+    overwrite: bool = False,
+    on_progress: Callable[[int], object] = lambda weights: None,
+) -> Summary:
+    """Round every block Linear of a dense FLUX checkpoint and write a ternary file; the other tensors become bf16.
+
+    `on_progress` is called with the number of weights done since the last call. Raises FormatError for an unsuitable
+    source, OSError for an unwritable target, ValueError where both are the same file; nothing is left behind then, nor
+    after KeyboardInterrupt.
+    """
+    started = time.monotonic()
+    checkpoint = open_checkpoint(source)
+    check_target(target, 0, overwrite, [source])
+    arch = checkpoint.architecture
+    layers = {name: LayerPlan(shape, packing) for name, shape in arch.linear_shapes.items()}
+    names = {f"{layer}.weight" for layer in layers}
+    dense = {name: (torch.bfloat16, checkpoint.entry(name).shape) for name in checkpoint.names if name not in names}
+
+    def header(errors: dict[str, float], **sha256: str) -> dict[str, str]:
+        settings = {"packing": packing}
+        return metadata.build(arch, checkpoint.path, checkpoint.metadata, method, settings, errors, **sha256)
+
+    with create_ternary(
+        target, layers, dense, header(dict.fromkeys(layers, 0.0)), metadata.header_room(arch), overwrite
+    ) as writer:
+        one_pass = _Pass(checkpoint, writer, method, on_progress)
+        one_pass.run()
+        errors = {name: one_pass.errors[name] for name in layers}
+        writer.metadata.update(header(errors, sha256=one_pass.digest.hexdigest()))
+    weights = sum(n * k for n, k in arch.linear_shapes.values())
+    sizes = checkpoint.file.header.size, os.path.getsize(target)
+    return Summary(arch.name, errors, weights, *sizes, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _single_threaded_pool() -> Iterator[ThreadPoolExecutor]:
+    """One thread for each core, in which torch does not start threads of its own."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # threads started later take the setting made last in any thread
+
+
+class _Pass:
+    """Reads in this thread, hashes in a second, rounds in one thread for each core, and writes in this one again."""
+
+    def __init__(self, checkpoint: Checkpoint, writer: TernaryWriter, method: str, on_progress: Callable):
+        self.checkpoint = checkpoint
+        self.writer = writer
+        self.method = method
+        self.on_progress = on_progress
+        self.digest = hashlib.sha256()
+        self.matrices: dict[str, Matrix] = {}  # layers of which some rows are done
+        self.errors: dict[str, float] = {}
+
+    def run(self) -> None:
+        waiting: deque[tuple[Piece, Future, Future]] = deque()
+        with ThreadPoolExecutor(1) as hasher, _single_threaded_pool() as rounders:
+            for piece in self.checkpoint.pieces():
+                hashed = hasher.submit(self.digest.update, piece.data)
+                waiting.append((piece, rounders.submit(self._convert, piece), hashed))
+                if len(waiting) > _IN_FLIGHT:
+                    self._finish(*waiting.popleft())
+            while waiting:
+                self._finish(*waiting.popleft())
+
+    def _layer(self, piece: Piece) -> str | None:
+        name = piece.name or ""
+        layer = name.removesuffix(".weight")
+        return layer if layer != name and layer in self.writer.layers else None
+
+    def _convert(self, piece: Piece) -> list[tuple[int, Rows]] | np.ndarray | None:
+        """The rounded rows of a ternary layer, or the bf16 bytes of a dense tensor."""
+        if piece.name is None:
+            return None
+        values = torch.frombuffer(piece.data, dtype=self.checkpoint.dtype(piece.name))
+        layer = self._layer(piece)
+        if layer is None:
+            return values.bfloat16().view(torch.uint8).numpy()
+        values = values.view(piece.rows, -1)
+        step = Matrix.chunk_rows(self.writer.layers[layer].shape)
+        try:
+            return [
+                (piece.start + start, round_rows(values[start : start + step].float().numpy(), self.method))
+                for start in range(0, piece.rows, step)
+            ]
+        except ValueError as error:
+            raise FormatError(self.checkpoint.path, f"{error}; the checkpoint is damaged", piece.name) from None
+
+    def _finish(self, piece: Piece, converted: Future, hashed: Future) -> None:
+        hashed.result()
+        result = converted.result()
+        if piece.name is None:
+            return
+        layer = self._layer(piece)
+        if layer is None:
+            self.writer.tensors.write_bytes(piece.name, result, len(result) // piece.rows * piece.start)
+            return
+        plan = self.writer.layers[layer]
+        matrix = self.matrices.setdefault(layer, Matrix(plan.shape))
+        for start, rows in result:
+            matrix.put(start, rows)
+        self.on_progress(piece.rows * plan.shape[1])
+        if not matrix.missing:
+            self.writer.layer(layer, matrix.weight)
+            self.errors[layer] = matrix.error
+            del self.matrices[layer]

@@ -1,0 +1,196 @@
+"""Calibration of tiny FLUX.1 and FLUX.2 models with random weights."""
+
+import hashlib
+
+import pytest
+import safetensors.torch
+import torch
+from ternary_flux.quantizer.calibration import calibrate
+from ternary_flux.quantizer.calibration.calibrate import CalibrationSettings
+from ternary_flux.quantizer.calibration.sensitivity import rounded
+from ternary_flux.quantizer.calibration.streams import Streams, inputs_of, many_vectors
+from ternary_flux.quantizer.files.architecture import Architecture
+from ternary_flux.quantizer.files.checkpoint import open_checkpoint
+from ternary_flux.quantizer.files.precision import precisions_of
+from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.model.teacher import Teacher
+from ternary_flux.quantizer.pictures import trajectories
+from ternary_flux.quantizer.pictures.conditioning import Conditioning
+from ternary_flux.quantizer.rounding.round import round_checkpoint
+
+MODELS = {
+    1: Architecture(1, 128, 1, 1, 16, 16, context_dim=12, vec_dim=5, guidance=True),
+    2: Architecture(2, 128, 1, 1, 128, 128, context_dim=12, vec_dim=None, guidance=False),
+}
+
+
+class Case:
+    def __init__(self, version: int, folder):
+        arch = MODELS[version]
+        generator = torch.Generator().manual_seed(version)
+        self.folder, self.path = folder, folder / "dense.safetensors"
+        weights = {}
+        for name, shape in arch.shapes.items():
+            values = torch.randn(shape, generator=generator)
+            norm = name.endswith("scale")
+            weights[name] = values.abs() if norm else values * (2 * shape[-1] ** -0.5 if values.ndim == 2 else 0.1)
+        safetensors.torch.save_file(weights, self.path)
+        names = tuple(f"prompt {i}" for i in range(10))
+        pooled = torch.randn(10, 5, generator=generator) if version == 1 else None
+        self.conditioning = Conditioning(torch.randn(10, 3, 12, generator=generator), pooled, names)
+        self.teacher = Teacher(open_checkpoint(self.path))
+        sizes = ((64, 64), (32, 64)) if version == 1 else ((64, 64), (48, 64))
+        settings = trajectories.PictureSettings(sizes, steps=2)
+        self.trajectories = trajectories.Trajectories(folder / "pictures", arch, self.conditioning, settings, "random")
+        pictures = self.trajectories.plan("train", 6)
+        self.trajectories.generate(self.teacher, pictures)
+        self.states = self.trajectories.states(pictures, 24)
+
+    def run(self, name: str, work: str, **arguments):
+        settings = CalibrationSettings(batch=4, sweeps=1, **arguments)
+        target = self.folder / f"{name}.safetensors"
+        report = calibrate.calibrate(self.teacher, self.states, self.conditioning, target, self.folder / work, settings)
+        return target, report
+
+    def error(self, path) -> float:
+        """Relative squared velocity error of a ternary file on the calibration states."""
+        file = open_ternary(path)
+        model = Flux(file.architecture)
+        model.load_state_dict({name: file.parameter(name).float() for name in file.architecture.shapes})
+        error = power = 0.0
+        for group in self.states:
+            inputs = group.inputs(slice(None), self.conditioning)
+            theirs = self.teacher(*inputs)
+            with torch.no_grad():
+                error += (model(*inputs) - theirs).square().sum().item()
+            power += theirs.square().sum().item()
+        return error / power
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["flux1", "flux2"])
+def case(request, tmp_path_factory):
+    return Case(request.param, tmp_path_factory.mktemp("calibrate"))
+
+
+def test_is_better_than_rounding(case):
+    path, report = case.run("calibrated", "work")
+    file = open_ternary(path)
+    arch = case.teacher.arch
+    assert file.architecture == arch and set(file.layers) == set(arch.linears)
+    assert {f"{block}.{name}" for block, b in report.items() for name in b.layers} == set(arch.linears)
+    rounded = case.folder / "rounded.safetensors"
+    round_checkpoint(case.path, rounded)
+    assert case.error(path) < 0.8 * case.error(rounded)
+    assert file.metadata["ternary.method"] == "calibrate"
+    assert file.metadata["ternary.source_sha256"] == hashlib.sha256(case.path.read_bytes()).hexdigest()
+    assert not (case.folder / "work" / "activations").exists()
+
+
+def some_precisions(case) -> dict[str, str]:
+    """The first Linear in 8 bits, the last one in two terms."""
+    return {case.teacher.arch.linears[0]: "int8", case.teacher.arch.linears[-1]: "two-terms"}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_interrupted_run_gives_the_same_file(case, tmp_path, mixed):
+    precisions = some_precisions(case) if mixed else {}
+
+    class Stop(Exception):
+        pass
+
+    def stop(name, report):
+        raise Stop
+
+    path = tmp_path / "resumed.safetensors"
+    arguments = (case.teacher, case.states, case.conditioning, path, tmp_path / "resumed")
+    settings = CalibrationSettings(batch=4, sweeps=1, precisions=precisions)
+    with pytest.raises(Stop):
+        calibrate.calibrate(*arguments, settings, on_block=stop)
+    assert not path.exists()
+    done = []
+    resumed = calibrate.calibrate(*arguments, settings, on_block=lambda name, _: done.append(name))
+    first, report = case.run(f"again-{mixed}", f"once-{mixed}", precisions=precisions)
+    assert report == resumed and done == list(case.teacher.arch.block_names)
+    files = [open_ternary(p) for p in (path, first)]
+    assert files[0].file.entries == files[1].file.entries
+    assert all((files[0].file.bytes(key) == files[1].file.bytes(key)).all() for key in files[0].file.entries)
+    with pytest.raises(ValueError, match="its batch is 4, not 8"):
+        calibrate.calibrate(*arguments, CalibrationSettings(batch=8, sweeps=1, precisions=precisions), overwrite=True)
+    with pytest.raises(FileExistsError):
+        calibrate.calibrate(*arguments, settings)
+
+
+def test_low_rank_factors_and_packing(case):
+    path, report = case.run("rank", "rank", rank=8, packing="base3")
+    weight = open_ternary(path).weight("single_blocks.0.linear1")
+    assert weight.up.shape == (weight.shape[0], 8) and weight.down.shape == (8, weight.shape[1])
+    plain = case.run("plain", "plain")[1]
+    for block, found in report.items():
+        for name, layer in found.layers.items():
+            assert layer.output_error < 1.02 * plain[block].layers[name].output_error, f"{block}.{name}"
+
+
+def test_the_teacher_reads_blocks_when_they_are_needed(case):
+    streaming = Teacher(open_checkpoint(case.path), resident=False)
+    inputs = case.states[0].inputs(slice(0, 3), case.conditioning)
+    dense = Flux(case.teacher.arch)
+    dense.load_state_dict(safetensors.torch.load_file(case.path))
+    with torch.no_grad():
+        expected = dense(*inputs)
+    for teacher in (streaming, case.teacher):
+        torch.testing.assert_close(teacher(*inputs), expected)
+    assert not streaming._blocks and len(case.teacher._blocks) == 2
+
+
+def test_stages_have_every_linear_once_and_in_order(case):
+    arch = case.teacher.arch
+    for block in arch.block_names:
+        flat = [name for stage in calibrate.stages(arch, block) for name in stage]
+        assert sorted(flat) == sorted(arch.block_linears(block))
+        positions = [name.split(".")[-1] for name in flat]
+        assert positions.index("qkv" if block.startswith("double") else "linear1") < len(flat) - 1
+
+
+def test_moments_are_of_what_the_linears_get(case):
+    with torch.inference_mode():
+        streams = Streams(case.teacher, case.states, case.conditioning, case.folder / "streams", batch=5)
+        block = case.teacher.block("double_blocks.0")
+        names = ["img_mlp.0", "txt_mlp.0"]
+        moments = streams.moments(block, block, names)
+        tokens = streams.groups[0].tokens(case.teacher.stem, slice(0, 5), 0)
+        seen = inputs_of(block, names, tokens)
+    assert {name: x.shape[-1] for name, x in seen.items()} == {name: 128 for name in names}
+    count = sum(len(group) * group.latent.shape[2] * group.latent.shape[3] for group in case.states)
+    assert moments["img_mlp.0"].tokens == count // case.teacher.arch.patch_size**2
+    assert moments["txt_mlp.0"].tokens == 24 * 3
+    assert not moments["img_mlp.0"].shift.any()
+    streams.remove()
+    assert not streams.folder.exists()
+
+
+def test_the_largest_linear_gets_enough_tokens():
+    arch = MODELS[1]
+    assert calibrate.enough_states(arch, 16) == 32 * 128 * 5 // 16
+    assert calibrate.enough_states(arch, 10_000) == 256
+
+
+def test_vectors_combine_times_prompts_and_guidance(case):
+    if case.teacher.arch.version == 2:
+        assert case.teacher.arch.block_linears("double_blocks.0").keys().isdisjoint({"img_mod.lin"})
+        return
+    vectors = many_vectors(case.teacher, case.states, case.conditioning, 100)
+    assert vectors.shape == (100, 128)
+    assert len(vectors.unique(dim=0)) > 2 * sum(len(group) for group in case.states)
+
+
+def test_linears_of_other_precisions(case):
+    precisions = some_precisions(case)
+    (int8, terms), (target, _) = precisions, case.run("precisions", "precisions-work", precisions=precisions)
+    file = open_ternary(target)
+    assert precisions_of(file) == precisions and file.int8 == (int8,)
+    assert [name for name, plan in file.layers.items() if plan.terms == 2] == [terms]
+    dense = case.teacher.checkpoint.tensor(f"{int8}.weight")
+    assert torch.equal(file.parameter(f"{int8}.weight").float(), rounded(dense, "int8"))
+    plain, _ = case.run("all-ternary", "all-ternary")
+    assert case.error(target) < 0.95 * case.error(plain)

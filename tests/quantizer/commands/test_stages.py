@@ -1,0 +1,156 @@
+"""The stages as separate commands, on the command line: calibrate, distill (interrupted and resumed), mixed."""
+
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from ternary_flux.quantizer import cli, console
+from ternary_flux.quantizer.calibration.sensitivity import write_mixed
+from ternary_flux.quantizer.files.checkpoint import open_checkpoint
+from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.pictures import conditioning
+from ternary_flux.quantizer.pipeline.workspace import Workspace
+from ternary_flux.quantizer.rounding.round import round_checkpoint
+from ternary_flux.tests.quantizer import synthetic
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dense checkpoint, prompts, and the file that `calibrate` makes of them."""
+    folder = tmp_path_factory.mktemp("stages")
+    arch = synthetic.FLUX1
+    synthetic.write(folder / "dense.safetensors")
+    context, pooled = torch.randn(8, 5, arch.context_dim), torch.randn(8, arch.vec_dim)
+    conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(8)], context, pooled)
+    more = ("--pictures", 4, "--states", 16, "--sweeps", 1, "--packing", "base3", "--rank", 2)
+    assert run("calibrate", folder / "dense.safetensors", "-o", folder / "calibrated.safetensors", *more) == 0
+    return folder
+
+
+def run(command, start, dash, output, *more):
+    cond = output.parent / "cond.safetensors"
+    fixed = ["--conditioning", cond, "--size", "64x64", "--sampler-steps", 2, "--guidance", 2.5, 4, "--device", "cpu"]
+    return cli.run([str(x) for x in (command, start, dash, output, *fixed, *more)])
+
+
+def distill(folder, name, *more):
+    fixed = ["--teacher", folder / "dense.safetensors", "--pictures", 4, "--states", 16, "--held-out", 2]
+    fixed += ["--steps", 6, "--evaluate-every", 3, "--rank", 2, "--codes", "--batch", 4]
+    return run("distill", folder / "calibrated.safetensors", "-o", folder / name, *fixed, *more)
+
+
+@pytest.fixture(scope="module")
+def distilled(folder):
+    assert distill(folder, "distilled.safetensors") == 0
+    return folder / "distilled.safetensors"
+
+
+def test_calibrate_keeps_its_choices(folder):
+    file = open_ternary(folder / "calibrated.safetensors")
+    assert file.metadata["ternary.method"] == "calibrate"
+    assert {plan.packing for plan in file.layers.values()} == {"base3"}
+
+
+def test_distill_keeps_the_factors_and_the_source(distilled):
+    file = open_ternary(distilled)
+    calibrated = open_ternary(distilled.parent / "calibrated.safetensors")
+    assert file.metadata["ternary.method"] == "distill"
+    assert file.metadata["ternary.source_sha256"] == calibrated.metadata["ternary.source_sha256"]
+    assert all(file.weight(name).up.shape[1] == 2 for name in file.layers)
+
+
+def test_distill_adds_no_factors_to_calibrated_codes(folder, capsys):
+    plain = folder / "plain.safetensors"
+    more = ("--pictures", 4, "--states", 16, "--sweeps", 1)
+    assert run("calibrate", folder / "dense.safetensors", "-o", plain, *more) == 0
+    more = ("--teacher", folder / "dense.safetensors", "--pictures", 4, "--rank", 2)
+    assert run("distill", plain, "-o", folder / "factors.safetensors", *more) == 2
+    assert "calibrate --rank 2" in capsys.readouterr().err
+
+
+def test_distill_adds_factors_to_rounded_codes(folder):
+    start, output = folder / "start.safetensors", folder / "from-rounded.safetensors"
+    assert cli.run(["round", str(folder / "dense.safetensors"), "-o", str(start)]) == 0
+    more = ("--teacher", folder / "dense.safetensors", "--pictures", 4, "--states", 16, "--held-out", 2)
+    assert run("distill", start, "-o", output, *more, "--steps", 2, "--batch", 4, "--rank", 2) == 0
+    assert {plan.rank for plan in open_ternary(output).layers.values()} == {2}
+
+
+def test_an_interrupted_distillation_resumes_to_the_same_file(folder, distilled, monkeypatch, capsys):
+    show = console.Bars.show
+
+    def interrupting(self, what, done, total):
+        show(self, what, done, total)
+        if what == "training steps" and done == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(console.Bars, "show", interrupting)
+    assert distill(folder, "again.safetensors") == cli.INTERRUPTED
+    assert "--resume" in capsys.readouterr().err and not (folder / "again.safetensors").exists()
+    monkeypatch.undo()
+    assert distill(folder, "again.safetensors") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert distill(folder, "again.safetensors", "--resume") == 0
+    one, other = open_ternary(distilled), open_ternary(folder / "again.safetensors")
+    assert all((one.file.bytes(key) == other.file.bytes(key)).all() for key in one.file.entries)
+
+
+def test_a_resumed_run_keeps_its_pictures(folder, monkeypatch):
+    """A run of so many minutes has as many as its machine's speed allows; on resuming that may be another."""
+    show, output = console.Bars.show, folder / "timed.safetensors"
+    more = ("--teacher", folder / "dense.safetensors", "--held-out", 2, "--minutes", 0.05, "--rank", 2, "--batch", 4)
+
+    def interrupting(self, what, done, total):
+        show(self, what, done, total)
+        if what == "training steps" and done == 13:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Workspace, "time_state", lambda work: 0.05 * 60 / 4 / (8 * 70))
+    with monkeypatch.context() as context:
+        context.setattr(console.Bars, "show", interrupting)
+        assert run("distill", folder / "calibrated.safetensors", "-o", output, *more) == cli.INTERRUPTED
+    monkeypatch.setattr(Workspace, "time_state", lambda work: 0.05 * 60 / 4 / (8 * 90))
+    assert run("distill", folder / "calibrated.safetensors", "-o", output, *more, "--resume") == 0
+    settings = json.loads(open_ternary(output).metadata["ternary.settings"])
+    assert settings["distill"]["states"] == 12 * 70
+    assert len(list((folder / "timed.safetensors.work" / "pictures").glob("train-*"))) == 70
+
+
+def test_longer_runs_get_more_pictures(folder):
+    work = Workspace(folder / "dense.safetensors", folder / "cond.safetensors", folder, ((64, 64),), sampler_steps=2)
+    assert [work.pictures_for(seen) for seen in (10, 8000, 10**9)] == [64, 1000, 4096]
+
+
+def test_mixed_grows_as_far_as_it_may(folder, capsys):
+    start, output, more = folder / "rounded.safetensors", folder / "mixed.safetensors", ("--rank", 2, "--sweeps", 1)
+    assert cli.run(["round", str(folder / "dense.safetensors"), "-o", str(start), "--packing", "base3"]) == 0
+    chosen = ("--teacher", folder / "dense.safetensors", "--growth", 0.3, "--pictures", 2, "--precisions", "two-terms")
+    assert run("mixed", start, "-o", output, *chosen) == 0
+    file = open_ternary(output)
+    double = {name for name, plan in file.layers.items() if plan.terms == 2}
+    assert double and not file.int8
+    assert f"of {len(file.layers)} Linears {len(double)} in two ternary terms" in capsys.readouterr().out
+    assert start.stat().st_size < output.stat().st_size <= 1.3 * start.stat().st_size + 4096
+    again, more = folder / "like.safetensors", (*more, "--pictures", 4, "--states", 16, "--like", output)
+    assert run("calibrate", folder / "dense.safetensors", "-o", again, *more) == 0
+    layers = open_ternary(again).layers
+    assert {name for name, plan in layers.items() if plan.terms == 2} == double
+    assert all(plan.rank == (0 if name in double else 2) for name, plan in layers.items())
+
+
+def test_mixed_wants_a_rounded_file(folder, capsys):
+    more = ("--teacher", folder / "dense.safetensors")
+    assert run("mixed", folder / "calibrated.safetensors", "-o", folder / "no.safetensors", *more) == 2
+    assert "give the file of `round`" in capsys.readouterr().err
+    more = ("--like", folder / "calibrated.safetensors")
+    assert run("calibrate", folder / "dense.safetensors", "-o", folder / "no.safetensors", *more) == 2
+    assert "give a file of `mixed`" in capsys.readouterr().err
+    deeper = synthetic.write(folder / "deeper.safetensors", replace(synthetic.FLUX1, depth_single=3))
+    round_checkpoint(deeper, folder / "deeper-rounded.safetensors")
+    file, other = open_ternary(folder / "deeper-rounded.safetensors"), folder / "other.safetensors"
+    write_mixed(other, file, open_checkpoint(deeper), {"single_blocks.2.linear1": "two-terms"})
+    assert run("calibrate", folder / "dense.safetensors", "-o", folder / "no.safetensors", "--like", other) == 2
+    assert "another model" in capsys.readouterr().err
+    assert not (folder / "no.safetensors").exists()

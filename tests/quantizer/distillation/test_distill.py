@@ -1,0 +1,268 @@
+"""Distillation on a tiny FLUX: it learns, what it evaluates is what it writes, and interrupted runs resume exactly."""
+
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from ternary_flux.quantizer.distillation.distill import Collapse, Distiller, DistillSettings, distill
+from ternary_flux.quantizer.distillation.schedule import RATES, learning_rates, schedule
+from ternary_flux.quantizer.files.architecture import Architecture
+from ternary_flux.quantizer.files.checkpoint import open_checkpoint
+from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.model.student import add_low_rank, load_student, save_student, ternary_linears, train_codes
+from ternary_flux.quantizer.pictures import conditioning
+from ternary_flux.quantizer.pictures.pool import LabelledStates, Pool
+from ternary_flux.quantizer.pictures.quality import measure, swapped_velocities
+from ternary_flux.quantizer.pictures.states import Batch, States
+from ternary_flux.quantizer.rounding.round import round_checkpoint
+
+ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=True)
+PROMPTS, STATES = 12, 48
+
+
+def teacher_state(arch=ARCH):
+    generator = torch.Generator().manual_seed(0)
+    model = Flux(arch)
+    state = {}
+    for name, parameter in model.named_parameters():
+        scale, mean = (0.08, 0.0) if parameter.ndim == 2 else (0.1, float(name.endswith("scale")))
+        state[name] = (mean + scale * torch.randn(parameter.shape, generator=generator)).bfloat16()
+    return state
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The dense teacher's file, the rounded start, and the conditioning."""
+    folder = tmp_path_factory.mktemp("distill")
+    save_file(teacher_state(), folder / "teacher.safetensors")
+    round_checkpoint(folder / "teacher.safetensors", folder / "start.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    context = torch.randn(PROMPTS, 5, ARCH.context_dim, generator=generator)
+    pooled = torch.randn(PROMPTS, ARCH.vec_dim, generator=generator)
+    conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(PROMPTS)], context, pooled)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(files):
+    """Teacher, pool, held-out batches, and the teacher's velocities there under other prompts."""
+    teacher = Flux(ARCH)
+    teacher.load_state_dict({k: v.float() for k, v in teacher_state().items()})
+    teacher.requires_grad_(False)
+    cond = conditioning.read(files / "cond.safetensors", ARCH)
+    generator = torch.Generator().manual_seed(2)
+
+    def states(count, prompts):
+        latent, t = torch.randn(count, 16, 4, 4, generator=generator), torch.rand(count, generator=generator)
+        prompt, guidance = torch.arange(count) % len(prompts) + prompts[0], torch.full((count,), 3.5)
+        with torch.no_grad():
+            velocity = teacher(latent, t, *cond.batch(prompt), guidance)
+        return LabelledStates(States(latent, t, prompt, guidance), velocity)
+
+    pool = Pool([states(STATES, range(PROMPTS - 4))], cond)
+    held = Pool([states(8, range(PROMPTS - 4, PROMPTS))], cond)
+    holdout = [held.batch(0, torch.arange(8))]
+    return teacher, pool, holdout, swapped_velocities(teacher, holdout)
+
+
+def make(files, data, rank=0, codes=False, **settings):
+    start, teacher = open_ternary(files / "start.safetensors"), open_checkpoint(files / "teacher.safetensors")
+    model = load_student(start)
+    if rank:
+        add_low_rank(ternary_linears(model), teacher, rank)
+    if codes:
+        train_codes(ternary_linears(model), teacher)
+    settings = {"steps": 24, "batch": 8, "evaluate_every": 6, "warmup": 4, "average": 0.9} | settings
+    settings["rates"] = RATES | {"code": 1e-2}  # so that codes change within so few steps
+    return Distiller(model, start, *data[1:], DistillSettings(**settings)), start
+
+
+def test_chance_moves_codes_as_far_in_a_long_run_as_in_a_short_one():
+    groups = {"w.log_scale": "scale", "w.latent": "code"}
+
+    def distance(name, total):
+        return sum(schedule(groups, step, total, 20)[name] ** 2 for step in range(total)) ** 0.5
+
+    assert distance("w.latent", 3000) == pytest.approx(distance("w.latent", 500), rel=0.1)
+    assert distance("w.log_scale", 3000) > 2 * distance("w.log_scale", 500)
+
+
+def test_codes_rest_earlier_beside_low_rank_factors():
+    alone = {"w.log_scale": "scale", "w.latent": "code"}
+    beside = alone | {"w.up": "rank"}
+
+    def last(groups, total):
+        return max(step for step in range(total) if schedule(groups, step, total, 20)["w.latent"] > 0)
+
+    assert last(alone, 2000) == 1199 and last(beside, 2000) == 299
+    assert last(alone, 300) == last(beside, 300) == 179
+    assert last(alone, 150) == last(beside, 150) == 119, "codes need some steps to move at all"
+    assert last(alone, 80) == last(beside, 80) == 79
+
+
+def test_the_first_steps_do_not_depend_on_the_length_of_the_run():
+    groups = {"w.log_scale": "scale", "w.latent": "code"}
+    for step in range(12):
+        assert schedule(groups, step, None, 20) == schedule(groups, step, 100, 20) == schedule(groups, step, 5000, 20)
+    assert schedule(groups, 12, 200, 20)["w.latent"] > schedule(groups, 12, 5000, 20)["w.latent"] > 0
+
+
+def test_codes_rest_in_the_last_part_of_a_run(files, data, monkeypatch):
+    monkeypatch.setattr("ternary_flux.quantizer.distillation.schedule._CODES_LEAST", 20)
+    distiller, _ = make(files, data, codes=True, steps=40)
+    latents = {name: p for name, p in distiller.parameters.items() if name.endswith(".latent")}
+    seen = []
+    for _ in range(40):
+        before = {name: p.detach().clone() for name, p in distiller.parameters.items()}
+        distiller.advance()
+        seen.append(sum(not torch.equal(p, before[name]) for name, p in latents.items()))
+        assert not torch.equal(distiller.model.img_in.weight, before["img_in.weight"])
+    assert seen == [0] * 12 + [len(latents)] * 12 + [0] * 16
+
+
+@pytest.mark.parametrize("rank, codes", [(0, False), (4, False), (0, True), (4, True)])
+def test_learns_and_writes_what_it_evaluated(files, data, tmp_path, rank, codes):
+    distiller, start = make(files, data, rank, codes, steps=48)
+    before = measure(distiller.model, data[2], data[3]).error
+    distill(distiller)
+    assert distiller.best_error < 0.8 * before
+    save_student(tmp_path / "out.safetensors", distiller.model, start, start.metadata)
+    written = open_ternary(tmp_path / "out.safetensors")
+    quality = measure(load_student(written), data[2], data[3])
+    assert quality.error == pytest.approx(distiller.best_error, rel=1e-5)
+    same = all(torch.equal(written.weight(n).trits, start.weight(n).trits) for n in start.layers)
+    assert same == (not codes)
+    assert all(plan.rank == rank for plan in written.layers.values())
+    assert not torch.equal(written.tensor("img_in.weight"), start.tensor("img_in.weight"))
+
+
+@pytest.mark.parametrize("options", [{}, {"codes": True, "rank": 4}, {"codes": True, "eight_bit": True}])
+def test_an_interrupted_run_resumes_to_the_same_bits(files, data, tmp_path, options):
+    through, _ = make(files, data, **options)
+    distill(through)
+    stopped, _ = make(files, data, **options)
+
+    def stop(row):
+        if row["step"] == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(stopped, tmp_path / "run.safetensors", stop)
+    assert stopped.step == 13
+    resumed, _ = make(files, data, **options)
+    distill(resumed, tmp_path / "run.safetensors")
+    assert resumed.step == through.step and resumed.log == through.log
+    for (name, a), b in zip(through.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_of_other_settings_is_refused(files, data, tmp_path):
+    distiller, _ = make(files, data, steps=2)
+    distill(distiller)
+    distiller.save(tmp_path / "run.safetensors")
+    other, _ = make(files, data, steps=2, batch=4)
+    with pytest.raises(ValueError, match="other settings"):
+        other.resume(tmp_path / "run.safetensors")
+
+
+def test_recomputing_activations_changes_nothing(files, data):
+    kept, _ = make(files, data)
+    recomputed, _ = make(files, data, recompute=True)
+    assert kept.advance() == recomputed.advance()
+    for (name, a), b in zip(kept.model.named_parameters(), recomputed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_accumulated_batches_equal_one_large_batch(files, data):
+    large, _ = make(files, data, batch=STATES)
+    small, _ = make(files, data, batch=STATES // 3, accumulate=3)
+    assert large.advance() == pytest.approx(small.advance(), rel=1e-5)
+
+
+def test_a_budget_in_seconds_becomes_a_number_of_steps(files, data):
+    distiller, _ = make(files, data, steps=None, seconds=1.0)
+    distill(distiller)
+    assert distiller.total == distiller.step >= 12
+    assert distiller.log[-1]["step"] == distiller.total
+
+
+def test_a_budget_in_seconds_pays_for_evaluations_too(files, data):
+    distiller, _ = make(files, data, steps=None, seconds=100.0, evaluate_every=10)
+    distiller.evaluation_seconds = 20.0
+    for _ in range(12):
+        distiller.advance()
+    assert distiller.total <= (100 - 3 * 20) / (20 / 10), "thousands of these steps alone would fit"
+
+
+def test_timed_steps_cost_what_steps_with_trained_codes_do(files, data):
+    distiller, _ = make(files, data, codes=True, steps=None, seconds=1.0)
+    before = {name: p.detach().clone() for name, p in distiller.parameters.items() if name.endswith(".latent")}
+    distiller.advance()
+    assert before and all(distiller.parameters[name].grad is not None for name in before)
+    assert all(torch.equal(distiller.parameters[name], latent) for name, latent in before.items())
+
+
+def test_lost_conditioning_stops_the_run(files, data):
+    distiller, _ = make(files, data)
+    distiller.evaluate()
+    with torch.no_grad():
+        for name in ("txt_in", "vector_in.out_layer"):
+            for parameter in (distiller.average[f"{name}.weight"], distiller.average[f"{name}.bias"]):
+                parameter.zero_()
+    with pytest.raises(Collapse, match="prompts have 0% of the influence"):
+        distiller.evaluate(), distiller.evaluate()
+
+
+def test_quality_of_the_teacher_itself(data):
+    teacher, _, holdout, swapped = data
+    quality = measure(teacher, holdout, swapped)
+    assert quality.error == 0
+    assert quality.response == pytest.approx(1) and quality.alignment == pytest.approx(1)
+    assert all(error in (0, None) for error in quality.by_timestep)
+
+
+def test_quality_of_silence(data):
+    _, _, holdout, swapped = data
+    quality = measure(lambda latent, *_: torch.zeros_like(latent), holdout, swapped)
+    assert quality.error == pytest.approx(1) and quality.response == 0
+
+
+def test_rates_follow_the_size_of_the_parameters(files, data):
+    distiller, _ = make(files, data, rank=2)
+    rates = learning_rates(distiller.model, RATES)
+    assert rates["single_blocks.0.linear1.log_scale"] == RATES["scale"]
+    weight = distiller.model.img_in.weight
+    assert rates["img_in.weight"] == pytest.approx(
+        RATES["dense"] * float(weight.detach().square().mean().sqrt()), rel=1e-5
+    )
+    with torch.no_grad():
+        weight *= 10
+    larger = learning_rates(distiller.model, RATES)
+    assert larger["img_in.weight"] == pytest.approx(10 * rates["img_in.weight"], rel=1e-5)
+
+
+def test_an_epoch_draws_every_state_once(data):
+    pool = data[1]
+    drawn = torch.cat([pool.draw(i, 8, seed=3).t for i in range(STATES // 8)])
+    assert torch.equal(drawn.sort().values, pool.groups[0].states.t.sort().values)
+    again = torch.cat([pool.draw(i + STATES // 8, 8, seed=3).t for i in range(STATES // 8)])
+    assert not torch.equal(drawn, again) and torch.equal(again.sort().values, drawn.sort().values)
+
+
+def test_batches_of_several_sizes_do_not_mix(data):
+    pool = data[1]
+    states, velocity = pool.groups[0].states, pool.groups[0].velocity
+    wide = States(states.latent.repeat(1, 1, 1, 2)[:16], states.t[:16], states.prompt[:16], None)
+    group = LabelledStates(states, velocity)
+    both = Pool([group, LabelledStates(wide, velocity[:16])], pool.conditioning)
+    shapes = [tuple(both.draw(i, 8, seed=0).latent.shape) for i in range(8)]
+    assert shapes.count((8, 16, 4, 4)) == 6 and shapes.count((8, 16, 4, 8)) == 2
+
+
+def test_swapping_needs_neighbours():
+    x = torch.arange(3.0)[:, None, None]
+    batch = Batch(x[..., None], x[:, 0, 0], x, None, None, x[..., None])
+    assert batch.swapped().context.flatten().tolist() == [2, 0, 1]

@@ -1,0 +1,183 @@
+"""The whole conversion of a tiny FLUX through the command line: stages, resuming, plans for the device's memory."""
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from ternary_flux.quantizer import cli
+from ternary_flux.quantizer.files.architecture import Architecture
+from ternary_flux.quantizer.files.precision import precisions_of
+from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.pictures import conditioning
+from ternary_flux.quantizer.pictures.pool import subset
+from ternary_flux.quantizer.pictures.states import Batch
+from ternary_flux.quantizer.pipeline.budget import budget_for, plan
+from ternary_flux.quantizer.pipeline.workspace import Workspace
+
+ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
+DEV = Architecture(1, 3072, 19, 38, 16, 16, context_dim=4096, vec_dim=768, guidance=True)
+TOKENS = 4096 + 512
+GB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("convert")
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, parameter in Flux(ARCH).named_parameters():
+        scale, mean = (0.08, 0.0) if parameter.ndim == 2 else (0.1, float(name.endswith("scale")))
+        state[name] = (mean + scale * torch.randn(parameter.shape, generator=generator)).bfloat16()
+    save_file(state, folder / "tiny.safetensors")
+    context, pooled = torch.randn(20, 5, 32, generator=generator), torch.randn(20, 24, generator=generator)
+    conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(20)], context, pooled)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steady_clock():
+    """The amounts that a budget pays for must not depend on what else the machine does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workspace, "time_state", lambda work: 1e-3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def printed(source):
+    """What a conversion of 0.1 minutes prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert cli.run(command(source, source / "out.safetensors")) == 0
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def converted(source, printed):
+    """The folder of the finished conversion."""
+    return source
+
+
+def command(source, output, *more):
+    fixed = ["--conditioning", source / "cond.safetensors", "--size", "64x64", "--sampler-steps", 4, "--device", "cpu"]
+    return [str(x) for x in ["convert", source / "tiny.safetensors", "-o", output, *fixed, "--budget", 0.1, *more]]
+
+
+def test_a_distilled_file_and_the_stages_before_it(converted):
+    work = converted / "out.safetensors.work"
+    file = open_ternary(converted / "out.safetensors")
+    assert file.architecture == ARCH
+    assert json.loads(file.metadata["ternary.settings"])["distill"]["codes"]
+    digest = hashlib.sha256((converted / "tiny.safetensors").read_bytes()).hexdigest()
+    assert file.metadata["ternary.source_sha256"] == digest
+    assert {"rounded.safetensors", "calibrated.safetensors", "choices.json"} <= {path.name for path in work.iterdir()}
+
+
+def test_a_refused_conversion_leaves_no_work(source, tmp_path, capsys):
+    wrong = ["--size", "65x64"]
+    assert cli.run([*command(source, tmp_path / "out.safetensors"), *wrong]) == 2
+    assert "multiples of 16 pixels" in capsys.readouterr().err
+    wrong = ["--conditioning", str(source / "tiny.safetensors")]
+    assert cli.run([*command(source, tmp_path / "out.safetensors"), *wrong]) == 2
+    assert "quantizer embed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_output_says_what_to_expect(printed):
+    table = printed[printed.index("stage ") :].splitlines()[1:4]
+    errors = [float(line.split()[1]) for line in table]
+    rounded, calibrated, distilled = errors
+    assert distilled <= calibrated < rounded
+    assert "What to expect: pictures" in printed
+
+
+def test_an_interrupted_conversion_goes_on_to_the_same_file(converted, tmp_path):
+    """From the cached pictures and velocities, too: they are those that the first run learned from."""
+    first = converted / "out.safetensors"
+    work = tmp_path / "again.safetensors.work"
+    shutil.copytree(f"{first}.work", work)
+    (work / "calibrated.safetensors").unlink()
+    (work / "distill.safetensors").unlink(missing_ok=True)
+    assert cli.run(command(converted, tmp_path / "again.safetensors")) == 0
+    one, other = open_ternary(first), open_ternary(tmp_path / "again.safetensors")
+    assert one.file.entries.keys() == other.file.entries.keys()
+    assert all((one.file.bytes(key) == other.file.bytes(key)).all() for key in one.file.entries)
+
+
+def test_a_mixed_conversion_grows_as_far_as_it_may(source):
+    """The choice is kept with the work: an interrupted run does not make another."""
+    output, work = source / "mixed.safetensors", source / "mixed.safetensors.work"
+    assert cli.run(command(source, output, "--growth", 0.3)) == 0
+    precisions = json.loads((work / "precisions.json").read_text())
+    assert precisions and precisions == precisions_of(open_ternary(output))
+    size = (work / "rounded.safetensors").stat().st_size
+    assert size < output.stat().st_size < 1.3 * size + 4096
+    precisions.popitem()
+    (work / "precisions.json").write_text(json.dumps(precisions))
+    for path in (output, work / "calibrated.safetensors"):
+        path.unlink()
+    shutil.rmtree(work / "calibrate")
+    assert cli.run(command(source, output, "--growth", 0.3)) == 0
+    assert precisions_of(open_ternary(output)) == precisions
+
+
+def test_fewer_states_of_all_batches():
+    batches = [Batch(*(torch.full((4, 1), float(i)) for _ in range(3)), None, None, torch.ones(4)) for i in range(10)]
+    counts = {count: [len(batch.t) for batch in subset(batches, count)] for count in (0, 3, 10, 25, 100)}
+    assert counts == {0: [1], 3: [1] * 3, 10: [1] * 10, 25: [2] * 10, 100: [4] * 10}
+    assert [float(batch.t[0]) for batch in subset(batches, 3)] == [0, 4, 8]
+
+
+def test_a_work_folder_of_another_conversion_is_refused(converted, capsys):
+    assert cli.run(command(converted, converted / "out.safetensors", "--force", "--rank", 4)) == 2
+    assert "its rank is 0, not 4" in capsys.readouterr().err
+
+
+def test_an_existing_file_is_not_replaced(converted, capsys):
+    assert cli.run(command(converted, converted / "out.safetensors")) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+def test_prompts_of_another_model_are_refused(converted, tmp_path, capsys):
+    conditioning.write(tmp_path / "cond.safetensors", ["a"] * 4, torch.zeros(4, 3, 48), torch.zeros(4, 24))
+    arguments = command(converted, tmp_path / "out.safetensors")
+    arguments[arguments.index("--conditioning") + 1] = str(tmp_path / "cond.safetensors")
+    assert cli.run(arguments) == 2
+    assert "context" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gigabytes", [16, 24])
+def test_flux_on_a_consumer_card_trains_scales_with_recomputed_blocks(gigabytes):
+    chosen = plan(DEV, TOKENS, gigabytes * GB, torch.device("cuda"))
+    assert not chosen.codes and chosen.recompute and chosen.batch == 1
+    assert chosen.packed == (gigabytes == 16)
+
+
+def test_flux_on_a_large_accelerator_trains_codes():
+    chosen = plan(DEV, TOKENS, 180 * GB, torch.device("cuda"))
+    assert chosen.codes and chosen.eight_bit
+
+
+def test_a_small_model_trains_everything_in_full_precision():
+    chosen = plan(ARCH, 32, 4 * GB, torch.device("cpu"))
+    assert chosen.codes and not (chosen.packed or chosen.recompute or chosen.eight_bit)
+    assert chosen.batch == 32
+
+
+def test_amounts_follow_the_budget_and_stay_within_bounds():
+    small, large = (budget_for(seconds, 0.01, 20, 1000, 500, 10**6) for seconds in (60, 6000))
+    assert small.pictures < large.pictures and small.states < large.states
+    assert 0.9 * 0.2 * 60 < 0.01 * (20 * small.pictures + small.states / 2) <= 0.2 * 60
+    tiny = budget_for(1, 10.0, 50, 4, 500, 10**6)
+    assert tiny.pictures >= 16 and tiny.states >= 64 and tiny.held_out == 2
+    assert tiny.calibration_states == 32 and large.calibration_states == 500
+
+
+def test_states_stay_within_the_memory():
+    assert (
+        budget_for(6000, 0.01, 20, 1000, 500, 3000).states <= 3000 < budget_for(6000, 0.01, 20, 1000, 500, 10**6).states
+    )
