@@ -43,7 +43,7 @@ def test_kernels(tmp_path):
 
 def test_fallback(tmp_path):
     out = tmp_path / "fallback.json"
-    printed = run("speed.fallback", "--dry", "--out", out)
+    printed = run("speed.fallback", "--dry", "--threads", 1, "--out", out)
     report = json.loads(out.read_text())
     assert [row["tokens"] for row in report["rows"]] == [1, 20]
     for row in report["rows"]:
