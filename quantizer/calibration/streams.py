@@ -146,8 +146,7 @@ class Streams:
     def _prepare(self, name: str, states: States, conditioning: Conditioning) -> _TokenFile:
         group = None
         for rows in slices(len(states), self.batch):
-            latent, t, context, pooled, guidance = self.teacher.cast(*states.inputs(rows, conditioning))
-            tokens = self.teacher.stem.prepare(latent, t, context, pooled, guidance)
+            tokens = self.teacher.prepare(states.inputs(rows, conditioning))
             if group is None:
                 group = _TokenFile.allocate(self.folder / name, len(states), tokens)
             group.vec[rows] = tokens.vec
@@ -165,15 +164,15 @@ def many_vectors(
     guided = states[0].guidance is not None
     guidance = torch.cat([group.guidance for group in states]) if guided else None
     generator = torch.Generator().manual_seed(0)
-    vectors = []
+    vectors, device = [], teacher.device
     for rows in slices(count, 1024):
         size = (rows.stop - rows.start,)
         after, between = torch.randint(len(t), size, generator=generator), torch.rand(size, generator=generator)
         times = torch.lerp(t[(after - 1).clamp_min(0)], t[after], between)
         pick, other = (torch.randint(len(t), size, generator=generator) for _ in range(2))
-        pooled = None if conditioning.pooled is None else conditioning.pooled[prompt[pick]]
-        _, times, _, pooled, values = teacher.cast(None, times, None, pooled, guidance[other] if guided else None)
-        vectors.append(teacher.stem.vector(times, pooled, values, teacher.dtype))
+        pooled = None if conditioning.pooled is None else conditioning.pooled[prompt[pick]].to(device, teacher.dtype)
+        values = guidance[other].to(device) if guided else None
+        vectors.append(teacher.stem.vector(times.to(device), pooled, values, teacher.dtype))
     return torch.cat(vectors)
 
 

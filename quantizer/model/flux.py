@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,30 @@ from torch.nn import functional as F
 from ..files.architecture import TIME_CHANNELS, Architecture
 
 LinearFactory = Callable[[int, int, bool], nn.Module]
+
+
+class Inputs(NamedTuple):
+    """The arguments of a FLUX forward: `model(*inputs)`."""
+
+    latent: Tensor  # [B, in_channels, H, W]
+    t: Tensor  # [B], 0 (picture) .. 1 (noise)
+    context: Tensor  # [B, T, context_dim]
+    pooled: Tensor | None = None  # [B, vec_dim]; None: zeros, as in ComfyUI
+    guidance: Tensor | None = None  # [B]; None: no guidance embedding
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Inputs":
+        """On a device; with a dtype, latent, context and pooled vector in it, times and guidance in fp32."""
+        dtypes = (None,) * 5 if dtype is None else (dtype, torch.float32, dtype, dtype, torch.float32)
+        return Inputs(*(x if x is None else x.to(device, kind) for x, kind in zip(self, dtypes, strict=True)))
+
+    def rows(self, rows: slice | Tensor) -> "Inputs":
+        """Some of the batch."""
+        return Inputs(*(x if x is None else x[rows] for x in self))
+
+    def swapped(self) -> "Inputs":
+        """The same states with the prompt of their neighbour in the batch."""
+        pooled = None if self.pooled is None else self.pooled.roll(1, 0)
+        return self._replace(context=self.context.roll(1, 0), pooled=pooled)
 
 
 @dataclass(frozen=True)
@@ -29,6 +54,14 @@ class Tokens:
     pe: Tensor  # complex64 [T + I, head_dim / 2]: unit numbers of the rope angles, text first
     modulation: tuple[tuple[Tensor, ...], ...] | None  # FLUX.2: 6 for image, 6 for text, 3 single: [B, 1, hidden]
     grid: tuple[int, int]  # token rows and columns of the image
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Tokens":
+        """Elsewhere and in another dtype; positions stay as they are."""
+        modulation = self.modulation
+        if modulation is not None:
+            modulation = tuple(tuple(x.to(device, dtype) for x in stream) for stream in modulation)
+        moved = {name: getattr(self, name).to(device, dtype) for name in ("img", "txt", "vec")}
+        return replace(self, **moved, pe=self.pe.to(device), modulation=modulation)
 
 
 class Flux(nn.Module):
@@ -54,11 +87,7 @@ class Flux(nn.Module):
     def forward(
         self, latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
-        """Velocity [B, out_channels, H, W] of `latent` [B, in_channels, H, W] at `t` [B] in 0 (picture) .. 1 (noise).
-
-        `context` is [B, T, context_dim], `pooled` [B, vec_dim] (None: zeros, as in ComfyUI), `guidance` [B] (None: no
-        guidance embedding). H and W must be multiples of the patch size.
-        """
+        """Velocity [B, out_channels, H, W]; see `Inputs`. H and W must be multiples of the patch size."""
         tokens = self.prepare(latent, t, context, pooled, guidance)
         for block in self.blocks:
             tokens = block(tokens)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files.checkpoint import Checkpoint
-from .flux import DoubleBlock, Flux, SingleBlock
+from .flux import DoubleBlock, Flux, Inputs, SingleBlock, Tokens
 
 _RESIDENT = 0.6  # of the free memory that a model held in it may take
 
@@ -39,21 +39,19 @@ class Teacher:
         """The block of this name, on the device; it must not be changed."""
         return self._blocks.get(name) or self._read(name)
 
+    def prepare(self, inputs: Inputs) -> Tokens:
+        """The tokens before the first block; inputs on any device, in any dtype."""
+        return self.stem.prepare(*inputs.to(self.device, self.dtype))
+
     @torch.inference_mode()
     def __call__(
         self, latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
         """The velocity, fp32; arguments as in `Flux.forward`, on any device."""
-        tokens = self.stem.prepare(*self.cast(latent, t, context, pooled, guidance))
+        tokens = self.prepare(Inputs(latent, t, context, pooled, guidance))
         for name in self.arch.block_names:
             tokens = self.block(name)(tokens)
         return self.stem.finish(tokens).float()
-
-    def cast(self, latent, t, context, pooled, guidance) -> tuple[Tensor | None, ...]:
-        """The arguments of a forward on the teacher's device, in its dtype; times and guidance in fp32."""
-        latent, context, pooled = (x if x is None else x.to(self.device, self.dtype) for x in (latent, context, pooled))
-        t, guidance = (x if x is None else x.to(self.device, torch.float32) for x in (t, guidance))
-        return latent, t, context, pooled, guidance
 
     def _read(self, name: str) -> nn.Module:
         kind = DoubleBlock if name.startswith("double_blocks.") else SingleBlock

@@ -17,7 +17,7 @@ from ..files.ternary import open_ternary
 from ..model.student import load_student
 from ..model.teacher import Teacher, free_memory
 from ..pictures import conditioning
-from ..pictures.pool import Pool, holdout_batches, to_device, training_pool
+from ..pictures.pool import Pool, holdout_batches, training_pool
 from ..pictures.quality import Quality, measure, swapped_velocities
 from ..pictures.sampler import latent_shape
 from ..pictures.states import Batch
@@ -165,7 +165,7 @@ class Workspace:
         batches = holdout_batches(
             self.teacher, self.trajectories, self.held_out, velocities, max(2, self.teacher_batch)
         )
-        return [to_device(batch, self.device) for batch in batches]
+        return [batch.to(self.device) for batch in batches]
 
     @cached_property
     def swapped(self) -> list[Tensor]:
