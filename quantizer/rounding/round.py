@@ -1,11 +1,10 @@
 """Round a whole checkpoint: one pass over the source file, in pieces, with bounded memory."""
 
-import contextlib
 import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from ..files.checkpoint import Checkpoint, Piece, open_checkpoint
 from ..files.container import FormatError
 from ..files.layer import LayerPlan
 from ..files.ternary import TernaryWriter, create_ternary
+from ..threads import single_threaded_pool
 from .one_term import Matrix, Rows, round_rows
 
 _IN_FLIGHT = 8  # pieces of 4 MB that are read ahead of the rounding
@@ -75,17 +75,6 @@ def round_checkpoint(
     return Summary(arch.name, errors, weights, *sizes, time.monotonic() - started)
 
 
-@contextlib.contextmanager
-def _single_threaded_pool() -> Iterator[ThreadPoolExecutor]:
-    """One thread for each core, in which torch does not start threads of its own."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)  # threads started later take the setting made last in any thread
-
-
 class _Pass:
     """Reads in this thread, hashes in a second, rounds in one thread for each core, and writes in this one again."""
 
@@ -100,7 +89,7 @@ class _Pass:
 
     def run(self) -> None:
         waiting: deque[tuple[Piece, Future, Future]] = deque()
-        with ThreadPoolExecutor(1) as hasher, _single_threaded_pool() as rounders:
+        with ThreadPoolExecutor(1) as hasher, single_threaded_pool() as rounders:
             for piece in self.checkpoint.pieces():
                 hashed = hasher.submit(self.digest.update, piece.data)
                 waiting.append((piece, rounders.submit(self._convert, piece), hashed))
