@@ -168,7 +168,7 @@ def import_model(
         with create_ternary(target, layers, dense, _metadata(source, packing), 0, overwrite) as writer:
             for name in dense:
                 writer.dense(name, _dense(source, name))
-            tensors.release()
+                tensors.release()
             with single_threaded_pool() as pool:
                 for name, plan in layers.items():
                     weight = _weight(source, name, plan, pool, on_progress)
