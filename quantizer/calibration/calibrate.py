@@ -81,7 +81,7 @@ def calibrate(
     are also written to `fits.json` there. `sha256` of the teacher's file saves reading it once more.
     """
     settings = settings or CalibrationSettings()
-    check_target(target, 0, overwrite, [teacher.checkpoint.path])
+    check_target(target, 0, overwrite, teacher.checkpoint.files)
     work = Path(work)
     keep_settings(work, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
@@ -191,12 +191,13 @@ def write(
         elif name not in settings.precisions:
             plan[name] = LayerPlan(shape, settings.packing, rank=min(settings.rank, *shape))
     weights = {f"{name}.weight" for name in arch.linears}
-    dense = {name: (torch.bfloat16, checkpoint.entry(name).shape) for name in checkpoint.names if name not in weights}
+    dense = {name: (torch.bfloat16, checkpoint.shape(name)) for name in checkpoint.names if name not in weights}
     dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
     errors = {f"{block}.{name}": r.weight_error for block, b in fits.items() for name, r in b.layers.items()}
     shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
     sha256 = sha256 or checkpoint.sha256()
-    header = metadata.build(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, sha256)
+    source, lossy = Path(checkpoint.name), checkpoint.lossy
+    header = metadata.build(arch, source, checkpoint.metadata, "calibrate", shown, errors, sha256, lossy)
     header |= precision.metadata(settings.precisions)
     started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, UTC)
     header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files.checkpoint import Checkpoint
+from ..files.sources.encodings import check_finite
 from .flux import Flux, Inputs, Tokens, make_block
 
 _RESIDENT = 0.6  # of the free memory that a model held in it may take
@@ -63,6 +64,8 @@ class Teacher:
         names: Iterable[str] = module.state_dict()
         tensors = {name: self.checkpoint.tensor(prefix + name) for name in names}
         tensors = {name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            check_finite(tensor, self.checkpoint.path, prefix + name)
         module.load_state_dict(tensors, assign=True)
         return module.requires_grad_(False).eval()
 

@@ -188,4 +188,4 @@ Bits count the ternary layers with their scales and low-rank factors.</p>
 
 def _dense_bits(work: Workspace) -> int:
     name = f"{work.arch.linears[0]}.weight"
-    return 8 * work.teacher.checkpoint.dtype(name).itemsize
+    return work.teacher.checkpoint.bits(name)
