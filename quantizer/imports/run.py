@@ -18,8 +18,8 @@ from ...ops.packing import groups_of, pack_planes32
 from ..files import diffusers, metadata
 from ..files.architecture import Architecture, canonical, detect
 from ..files.atomic import check_target
-from ..files.identity import find_prefix
 from ..files.container import DTYPES, FormatError
+from ..files.identity import find_prefix
 from ..files.layer import SCALES, LayerPlan
 from ..files.ternary import create_ternary
 from .locate import configuration, locate
