@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import TernaryWeight
+from ...ops.weight import TENSORS
 from ..files import metadata, precision
 from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
@@ -177,8 +178,7 @@ def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
 
 
 def _read_layer(file: TensorFile, linear: str, shape: tuple[int, int]) -> tuple[TernaryWeight, Tensor | None]:
-    fields = ("trits", "scale", "group", "down", "up")
-    parts = {part: file.tensor(key) for part in fields if (key := f"{linear}.{part}") in file.entries}
+    parts = {part: file.tensor(key) for part in TENSORS if (key := f"{linear}.{part}") in file.entries}
     bias = file.tensor(f"{linear}.bias") if f"{linear}.bias" in file.entries else None
     return TernaryWeight(shape=shape, **parts), bias
 

@@ -44,8 +44,9 @@ def check_values(file: TensorFile, key: str, layer: LayerPlan) -> None:
             raise FormatError(file.path, problem, f"{key}.weight")
     if _padding(file.tensor(f"{key}.weight"), layer).any():
         raise FormatError(file.path, f"the padding after the last input is not zero; {REDO}", f"{key}.weight")
-    if not file.tensor(f"{key}.weight_scale").isfinite().all():
-        raise FormatError(file.path, f"a scale is not finite; {REDO}", f"{key}.weight_scale")
+    for suffix in ("weight_scale", "weight_column"):
+        if suffix in layer.tensors and not file.tensor(f"{key}.{suffix}").isfinite().all():
+            raise FormatError(file.path, f"a scale is not finite; {REDO}", f"{key}.{suffix}")
     if layer.scales == "integer":
         group = file.tensor(f"{key}.weight_group")
         if int(group.min()) < 1 or int(group.max()) > MAX_MULTIPLIER:
