@@ -1,11 +1,14 @@
 """The torch fallback beside a dense Linear, for FLUX.1's layers: what a machine without the kernels pays.
 
     python -m benchmarks.speed.fallback                         fp32 on the CPU; JSON in benchmarks/results
+    python -m benchmarks.speed.fallback --threads 1             the same in CPU seconds of one thread
     python -m benchmarks.speed.fallback --device mps --dtype float16
     python -m benchmarks.speed.fallback --dry                   one small layer, nothing written
 
 Every round multiplies once by the dense weight and once by each form of the ternary one. A ratio is that of two times
 of the same round, and what is printed is the median over the rounds, so that other programs on the machine slow both.
+They slow the fallback more: its threads wait for one another several times in a product, a dense product's once. With
+one thread nothing waits, and its CPU seconds do not depend on other programs.
 """
 
 import argparse
@@ -42,12 +45,13 @@ def random_weight(n: int, k: int, device: torch.device) -> TernaryWeight:
     return TernaryWeight.from_codes(codes, torch.rand(n) * 1e-4 + 1e-4, group).to(device)
 
 
-def seconds(call) -> tuple[float, Tensor]:
-    start = time.perf_counter()
+def seconds(call, device: torch.device) -> tuple[float, Tensor]:
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     y = call()
-    if y.device.type != "cpu":
+    if device.type != "cpu":
         torch.accelerator.synchronize()
-    return time.perf_counter() - start, y
+    return clock() - start, y
 
 
 def measure(n: int, k: int, tokens: int, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, dict]:
@@ -64,7 +68,7 @@ def measure(n: int, k: int, tokens: int, device: torch.device, dtype: torch.dtyp
     times, errors = {name: [] for name in calls}, {}
     for round_ in range(rounds + 1):
         for name, call in calls.items():
-            elapsed, y = seconds(call)
+            elapsed, y = seconds(call, device)
             if round_:
                 times[name].append(elapsed)
             else:  # the first warms up
@@ -94,18 +98,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.fallback", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, help="of torch (default: as torch chooses)")
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/fallback-DEVICE-DTYPE.json)")
+    parser.add_argument("--out", type=Path, help="JSON file (default: a name from the settings, in benchmarks/results)")
     parser.add_argument("--dry", action="store_true", help="one small layer, one round, nothing written unless --out")
     options = parser.parse_args()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     rounds = 1 if options.dry else max(1, options.rounds)
     report = {"machine": machine(device), "dtype": options.dtype, "rounds": rounds, "rows": []}
     print(json.dumps(report["machine"]))
     torch.manual_seed(0)
     out = options.out
     if out is None and not options.dry:
-        out = RESULTS / f"fallback-{device.type}-{options.dtype}.json"
+        out = RESULTS / f"fallback-{device.type}-{options.dtype}-{torch.get_num_threads()}-threads.json"
     for layer, (n, k, of_tokens) in (DRY if options.dry else LAYERS).items():
         for tokens in of_tokens:
             found = measure(n, k, tokens, device, dtype, rounds)

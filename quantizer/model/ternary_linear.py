@@ -28,6 +28,10 @@ class TernaryLinear(nn.Module):
     time.
     """
 
+    start_scale: Tensor
+    frozen: Tensor | None
+    latent: nn.Parameter | None
+
     def __init__(self, weight: TernaryWeight, bias: Tensor | None, packed: bool = False):
         super().__init__()
         self.out_features, self.in_features = weight.shape

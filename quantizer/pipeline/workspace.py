@@ -13,11 +13,12 @@ from torch import Tensor
 from ..files.architecture import Architecture
 from ..files.atomic import check_target
 from ..files.checkpoint import fingerprint, open_checkpoint
+from ..files.container import TensorFile, save
 from ..files.ternary import open_ternary
 from ..model.student import load_student
 from ..model.teacher import Teacher, free_memory
 from ..pictures import conditioning
-from ..pictures.pool import Pool, holdout_batches, to_device, training_pool
+from ..pictures.pool import Pool, holdout_batches, training_pool
 from ..pictures.quality import Quality, measure, swapped_velocities
 from ..pictures.sampler import latent_shape
 from ..pictures.states import Batch
@@ -165,18 +166,17 @@ class Workspace:
         batches = holdout_batches(
             self.teacher, self.trajectories, self.held_out, velocities, max(2, self.teacher_batch)
         )
-        return [to_device(batch, self.device) for batch in batches]
+        return [batch.to(self.device) for batch in batches]
 
     @cached_property
     def swapped(self) -> list[Tensor]:
         """The teacher's velocities at the held-out states under other prompts, on the device."""
-        path = self.folder / "velocities" / f"swapped-{self.held_out}.pt"
+        path = self.folder / "velocities" / f"swapped-{self.held_out}.safetensors"
         if not path.exists():
-            velocities = [velocity.cpu() for velocity in swapped_velocities(self.teacher, self.holdout)]
-            partial = path.with_suffix(".partial")
-            torch.save(velocities, partial)
-            os.replace(partial, path)
-        return [velocity.to(self.device) for velocity in torch.load(path)]
+            velocities = swapped_velocities(self.teacher, self.holdout)
+            save(path, {str(number): velocity for number, velocity in enumerate(velocities)})
+        file = TensorFile(path)
+        return [file.tensor(str(number)).to(self.device, copy=True) for number in range(len(file.entries))]
 
     def release_teacher(self) -> None:
         """Free the teacher's memory; it is read again when it is needed."""

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..files.atomic import atomic_file
 from ..files.checkpoint import Checkpoint
 from ..files.summary import sizes
 from ..files.ternary import TernaryFile, open_ternary
+from ..model.flux import Inputs
 from ..model.student import load_student
 from ..pictures.quality import BINS, Quality, measure
 from ..pictures.sampler import noise_levels, sample
@@ -65,9 +67,8 @@ def report(
     for name, image in images.items():
         image.save(folder / f"{name}.png", optimize=True)
     path = folder / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(_page(work, measured, images, decode is None), encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_file(path, overwrite=True) as file:
+        file.write(_page(work, measured, images, decode is None).encode())
     return path
 
 
@@ -92,7 +93,7 @@ def _measure(work: Workspace, name: str, path: Path, pictures: Sequence[Picture]
 def _on_device(model, device: torch.device):
     def velocity(*inputs: Tensor | None) -> Tensor:
         with torch.no_grad():
-            return model(*(x if x is None else x.to(device) for x in inputs)).cpu()
+            return model(*Inputs(*inputs).to(device)).cpu()
 
     return velocity
 

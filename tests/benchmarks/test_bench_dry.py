@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ternary_flux.benchmarks.speed import gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +44,7 @@ def test_kernels(tmp_path):
 
 def test_fallback(tmp_path):
     out = tmp_path / "fallback.json"
-    printed = run("speed.fallback", "--dry", "--out", out)
+    printed = run("speed.fallback", "--dry", "--threads", 1, "--out", out)
     report = json.loads(out.read_text())
     assert [row["tokens"] for row in report["rows"]] == [1, 20]
     for row in report["rows"]:
@@ -76,7 +77,24 @@ def test_tune(tmp_path):
     assert set(json.loads(tiles.read_text())["cpu"]) == {"int8_group"}
 
 
-@pytest.mark.parametrize("module", ["speed.kernels", "speed.transformer"])
+@pytest.mark.parametrize("module", ["speed.kernels", "speed.transformer", "speed.gpu"])
 def test_without_a_gpu_it_says_so(module):
     with pytest.raises(AssertionError, match="CUDA"):
         run(module, CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize("part", ["kernels are right", "nodes are right, dynamic VRAM", "tiles"])
+def test_parts_of_the_gpu_run_start(part):
+    arguments, _ = gpu.PARTS[part]
+    command = [sys.executable, *arguments, *(() if "benchmarks.speed.tune" in arguments else ("--out", "part.json"))]
+    done = subprocess.run(
+        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert "CUDA" in done.stderr, done.stderr
+
+
+def test_the_gpu_run_keeps_what_a_part_wrote_before_it_failed(tmp_path):
+    script = tmp_path / "part.py"
+    script.write_text("import sys; open(sys.argv[2], 'w').write('[1]'); sys.exit(3)")
+    found = gpu.run((str(script),), 60, dict(os.environ))
+    assert found["result"] == [1] and found["problem"] == "ended with code 3"

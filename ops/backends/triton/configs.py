@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import torch
 
-
 KERNELS = ("int8_row", "int8_group", "e4m3_row", "e4m3_group", "a16")
 
 
@@ -185,11 +184,7 @@ def write_user_table(name: str, entries: dict[str, tuple[tuple[float, Tile], ...
     """Put the entries of one GPU into the user's file, keeping those of other GPUs."""
     path = user_path()
     content = json.loads(path.read_text()) if path.is_file() else {}
-    rows = {
-        kernel: [[None if limit == _ANY else limit, [t.block_m, t.block_n, t.warps, t.stages, t.max_splits, t.registers]]
-                 for limit, t in of]
-        for kernel, of in entries.items()
-    }  # fmt: skip
+    rows = {kernel: [_row(limit, tile) for limit, tile in of] for kernel, of in entries.items()}
     content[name] = {**content.get(name, {}), **rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -197,6 +192,11 @@ def write_user_table(name: str, entries: dict[str, tuple[tuple[float, Tile], ...
     temporary.replace(path)
     table.cache_clear()
     return path
+
+
+def _row(limit: float, t: Tile) -> list:
+    values = [t.block_m, t.block_n, t.warps, t.stages, t.max_splits, t.registers]
+    return [None if limit == _ANY else limit, values]
 
 
 def _entries(kernel: str, rows: list) -> tuple[tuple[float, Tile], ...]:
