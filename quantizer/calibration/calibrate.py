@@ -34,8 +34,8 @@ from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
 from . import columns, gptq
 from .gptq import LayerFit
-from .sensitivity import rounded
 from .moments import Moments
+from .sensitivity import rounded
 from .streams import Streams
 
 
@@ -70,8 +70,9 @@ def calibrate(
     teacher: Teacher,
     states: Sequence[States],
     conditioning: Conditioning,
+    *,
     target: str | os.PathLike,
-    work: str | os.PathLike,
+    folder: str | os.PathLike,
     settings: CalibrationSettings | None = None,
     identity: Mapping[str, object] | None = None,
     overwrite: bool = False,
@@ -81,23 +82,23 @@ def calibrate(
     """Quantize all block Linears of the teacher and write a ternary file.
 
     `states` are noisy states of the teacher's pictures (`Trajectories.states`). Finished blocks are kept in the folder
-    `work`, and a run that was interrupted continues with the next one and writes the same file; `identity` tells runs
+    `folder`, and a run that was interrupted continues with the next one and writes the same file; `identity` tells runs
     apart (ValueError where the folder belongs to another). `on_block` is called after every block. The fits, by block,
     are also written to `fits.json` there. `sha256` of the teacher's file saves reading it once more.
     """
     settings = settings or CalibrationSettings()
     check_target(target, 0, overwrite, teacher.checkpoint.files)
-    work = Path(work)
-    keep_settings(work, asdict(settings) | dict(identity or {}))
+    folder = Path(folder)
+    keep_settings(folder, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
     with torch.inference_mode():
-        streams = Streams(teacher, states, conditioning, work / "activations", settings.batch)
+        streams = Streams(teacher, states, conditioning, folder / "activations", settings.batch)
         for name in teacher.arch.block_names:
-            fits[name] = _calibrate_block(name, teacher, streams, work / f"{name}.safetensors", settings)
+            fits[name] = _calibrate_block(name, teacher, streams, folder / f"{name}.safetensors", settings)
             on_block(name, fits[name])
     blocks = {name: asdict(block) for name, block in fits.items()}
-    write_json(work / "fits.json", blocks)
-    write(teacher.checkpoint, work, target, settings, fits, overwrite, sha256)
+    write_json(folder / "fits.json", blocks)
+    _assemble(teacher.checkpoint, folder, target, settings=settings, fits=fits, overwrite=overwrite, sha256=sha256)
     streams.remove()
     return fits
 
@@ -153,7 +154,7 @@ def _solve(
 
     weight = weight.to(moments.second)
     column, exponent = columns.choose(weight, moments, error, settings.exponents)
-    solution = solve(weight, bias, moments, settings.rank if terms == 1 else 0, column=column)
+    solution = solve(weight, bias, moments, rank=settings.rank if terms == 1 else 0, column=column)
     return replace(solution, fit=replace(solution.fit, exponent=exponent))
 
 
@@ -190,10 +191,11 @@ def _read_layer(file: TensorFile, linear: str, shape: tuple[int, int]) -> tuple[
     return TernaryWeight(shape=shape, **parts), bias
 
 
-def write(
+def _assemble(
     checkpoint: Checkpoint,
-    work: Path,
+    folder: Path,
     target: str | os.PathLike,
+    *,
     settings: CalibrationSettings,
     fits: dict[str, BlockFit],
     overwrite: bool = False,
@@ -202,7 +204,7 @@ def write(
     """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
     arch = checkpoint.architecture
     int8 = int8_tensors(checkpoint, settings.precisions)
-    files = {block: TensorFile(work / f"{block}.safetensors") for block in arch.block_names}
+    files = {block: TensorFile(folder / f"{block}.safetensors") for block in arch.block_names}
     plan = {}
     for block, file in files.items():
         for linear, shape in arch.block_linears(block).items():
@@ -217,7 +219,7 @@ def write(
     source, lossy = Path(checkpoint.name), checkpoint.lossy
     header = metadata.build(arch, source, checkpoint.metadata, "calibrate", shown, errors, sha256, lossy)
     header |= precision.metadata(settings.precisions)
-    started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, UTC)
+    started = datetime.fromtimestamp((folder / "settings.json").stat().st_mtime, UTC)
     header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
     with create_ternary(target, plan, dense, header, metadata.header_room(arch), overwrite) as writer:
         for block, file in files.items():

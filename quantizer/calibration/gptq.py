@@ -53,6 +53,7 @@ def solve(
     weight: Tensor,
     bias: Tensor | None,
     moments: Moments,
+    *,
     rank: int = 0,
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
