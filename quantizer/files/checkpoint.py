@@ -83,6 +83,10 @@ class Checkpoint:
         """A tensor in the file's dtype, memory-mapped and read-only."""
         return self.file.tensor(self.names[name])
 
+    def read_ahead(self, prefix: str) -> None:
+        """Let the system start to read the tensors whose names have this prefix from the disk."""
+        self.file.read_ahead(key for name, key in self.names.items() if name.startswith(prefix))
+
     def sha256(self) -> str:
         """Of the whole file, in one pass over it."""
         digest = hashlib.sha256()

@@ -57,6 +57,11 @@ class Tokens:
     modulation: tuple[tuple[Tensor, ...], ...] | None  # FLUX.2: 6 for image, 6 for text, 3 single: [B, 1, hidden]
     grid: tuple[int, int]  # token rows and columns of the image
 
+    @property
+    def count(self) -> int:
+        """Image and text tokens of all states."""
+        return len(self.img) * (self.img.shape[1] + self.txt.shape[1])
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Tokens":
         """Elsewhere and in another dtype; positions stay as they are."""
         modulation = self.modulation
