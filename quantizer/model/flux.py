@@ -183,7 +183,7 @@ class HeadNorm(nn.Module):
         self.register_load_state_dict_pre_hook(_accept_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale)
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype))  # of one dtype: the fused kernel
 
 
 def _accept_weight(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:

@@ -24,7 +24,7 @@ _USED = 0.85  # of the free memory that a model that is read block by block may 
 # many the disk may be as slow as operations per second / tokens: 0.6 GB/s beside 165 TFLOP/s. On a CPU, few: what is
 # under way is lost when a run is interrupted.
 _HIDING = {"cuda": 1 << 18, "cpu": 1 << 14}
-_COMPUTED = 48  # values of the hidden size at most that a block computes for a token at the same time
+_COMPUTED = 28  # values of the hidden size at most that a block computes for a token at the same time
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -53,13 +53,21 @@ def place(arch: Architecture, free: int, device: str, width: int, batch_tokens: 
 
     `batch_tokens`: of the largest batch.
     """
-    sizes = [sum(n * k for n, k in arch.block_linears(block).values()) for block in arch.block_names]
-    stem = sum(torch.Size(shape).numel() for shape in arch.shapes.values()) - sum(sizes)
-    if sum(sizes) * width < _RESIDENT * free:
+    if sum(_block_sizes(arch)) * width < _RESIDENT * free:
         return Placement(True, 0)
-    token = arch.hidden * width
-    left = _USED * free - (stem + 2 * max(sizes)) * width - batch_tokens * _COMPUTED * token
-    return Placement(False, min(_HIDING.get(device, _HIDING["cpu"]), max(0, int(left // token))))
+    left = _USED * free - streaming_memory(arch, width, batch_tokens, 0)
+    return Placement(False, min(_HIDING.get(device, _HIDING["cpu"]), max(0, int(left // (arch.hidden * width)))))
+
+
+def streaming_memory(arch: Architecture, width: int, batch_tokens: int, tokens: int) -> int:
+    """Bytes at the peak while so many tokens cross a model that is read block by block."""
+    sizes = _block_sizes(arch)
+    stem = sum(torch.Size(shape).numel() for shape in arch.shapes.values()) - sum(sizes)
+    return width * (stem + 2 * max(sizes) + arch.hidden * (_COMPUTED * batch_tokens + tokens))
+
+
+def _block_sizes(arch: Architecture) -> list[int]:
+    return [sum(n * k for n, k in arch.block_linears(block).values()) for block in arch.block_names]
 
 
 class Teacher:
