@@ -273,7 +273,7 @@ def descend(codes: Tensor, scales: Tensor, projected: Tensor, hessian: Tensor) -
 
     `projected` is the target times H, here and below.
     """
-    result = torch.empty_like(codes)
+    result, steps = torch.empty_like(codes), hessian.diagonal().reciprocal().tolist()
     for rows in _chunks(codes):
         gradient = projected[rows] - dense(codes[rows], scales[rows]) @ hessian
         for group, scale in enumerate(scales[rows].unbind(1)):
@@ -281,8 +281,8 @@ def descend(codes: Tensor, scales: Tensor, projected: Tensor, hessian: Tensor) -
             local, block = hessian[columns, columns], gradient[:, columns].t().contiguous()
             old = codes[rows, columns].t().contiguous()
             new = torch.empty_like(old)
-            for i, diagonal in enumerate(local.diagonal().tolist()):
-                new[i] = nearest(torch.add(scale * old[i], block[i], alpha=1 / diagonal), scale)
+            for i, step in enumerate(steps[columns]):
+                new[i] = nearest(torch.add(scale * old[i], block[i], alpha=step), scale)
                 block.addr_(local[i], scale * (new[i] - old[i]), alpha=-1)
             gradient.addmm_((scale * (new - old)).t(), hessian[columns], alpha=-1)
             result[rows, columns] = new.t()

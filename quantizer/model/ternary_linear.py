@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ...ops import GROUP_SIZE, TernaryWeight
 from ...ops.packing import unpack_planes32
-from ...ops.scales import fit_integer_groups
+from ...ops.scales import fit_integer_groups, nearest_integer_groups
 
 THRESHOLD = 0.5  # latents beyond it, in units of the scale, are +-1
 _REACH = 1.5  # latents stay within it: beyond, a code could not come back
@@ -78,7 +78,7 @@ class TernaryLinear(nn.Module):
     def scales(self) -> Tensor:
         """fp32 [ceil(K/128), N]: row x integer-group values, with the gradient of the unrounded ones."""
         scales = self.start_scale * self.log_scale.exp()
-        row, group = fit_integer_groups(scales.detach())
+        row, group = nearest_integer_groups(scales.detach())
         return scales + (row * group - scales).detach()
 
     def column(self) -> Tensor | None:
