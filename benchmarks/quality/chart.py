@@ -17,7 +17,8 @@ def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequ
     names = [row["name"] for row in rows]
     height = 1.2 * len(names) + 0.6
     sheet = charts.figure(1.2 * (len(prompts) + 2), height + 4)
-    above, below = sheet.subfigures(2, 1, height_ratios=[height, 4])
+    halves = sheet.add_gridspec(2, 1, height_ratios=[height, 4])
+    above, below = sheet.add_subfigure(halves[0]), sheet.add_subfigure(halves[1])
     charts.grid(above, [list(pictures[name]) for name in names], names, list(prompts))
     left, right = below.subplots(1, 2)
     charts.bars(
