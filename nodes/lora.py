@@ -49,6 +49,29 @@ def _functions_of_others(module) -> list:
     ]
 
 
+class Patched:
+    """Mixin of a Linear that effects act on. Hooks put another effect in the loaded one's place for a while."""
+
+    weight_function: list  # core's: functions of the dense weight
+    weight_lowvram_function = None  # core's way of patching under dynamic VRAM, which requantizes
+    branch: "Branch | None" = None  # computed beside the quantized product
+    effect = Effect()  # the loaded one
+    effect_tag: tuple | None = None  # identifies it
+    _hooked = False
+
+    def load_effect(self, tag: tuple | None, effect: Effect) -> None:
+        self.effect_tag, self.effect, self._hooked = tag, effect, False
+        effect.attach(self)
+
+    def hook_effect(self, effect: Effect) -> None:
+        self._hooked = True
+        effect.attach(self)
+
+    def unhook_effect(self) -> None:
+        if self._hooked:
+            self.load_effect(self.effect_tag, self.effect)
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """LoRAs that read the same inputs and write the same outputs, stacked along their ranks."""

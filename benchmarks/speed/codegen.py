@@ -23,10 +23,10 @@ from ternary_flux.ops.backends.triton import configs, dispatch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+MULTIPROCESSORS = {75: 68, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 # Bytes of shared memory one block can have (CUDA C++ Programming Guide, technical specifications).
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_MEMORY = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -180,16 +180,18 @@ CASES: dict[str, dict] = {
     "e4m3 group": dict(m=4608, activations="e4m3"),
     "a16 group, 16 tokens": dict(m=16, activations="full"),
     "a16 group, 1024 tokens": dict(m=1024, activations="full"),
+    "dequantize group, rank 16": dict(m=4608, rank=16, activations="full", dtype=torch.float16),
 }
 
 
 def case(capability: int, name: str) -> list[Launch]:
-    """The launches of a named case: FLUX.1's linear2 in bf16, with bias."""
+    """The launches of a named case: FLUX.1's linear2, by default in bf16, with bias."""
     settings = dict(CASES[name])
     activations = settings.pop("activations", "int8")
-    x = torch.empty(settings.pop("m"), 15360, dtype=torch.bfloat16)
+    dtype = settings.pop("dtype", torch.bfloat16)
+    x = torch.empty(settings.pop("m"), 15360, dtype=dtype)
     weight = sample_weight(3072, 15360, **settings)
-    return launches(capability, x, weight, torch.zeros(3072, dtype=torch.bfloat16), activations)
+    return launches(capability, x, weight, torch.zeros(3072, dtype=dtype), activations)
 
 
 def main() -> None:
@@ -200,7 +202,7 @@ def main() -> None:
           f"{'MMA':>5}{'instr/MMA':>11}  products")  # fmt: skip
     for capability in capabilities:
         for name in CASES:
-            if name.startswith("e4m3") and "e4m3" not in configs.nvidia("", capability, 1).formats:
+            if CASES[name].get("activations", "int8") not in configs.nvidia("", capability, 1).formats:
                 continue
             for launch in case(capability, name):
                 code = machine_code(launch)

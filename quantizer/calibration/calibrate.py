@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def calibrate(
     are also written to `fits.json` there. `sha256` of the teacher's file saves reading it once more.
     """
     settings = settings or CalibrationSettings()
-    check_target(target, 0, overwrite, [teacher.checkpoint.path])
+    check_target(target, 0, overwrite, teacher.checkpoint.files)
     work = Path(work)
     keep_settings(work, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
@@ -103,15 +103,6 @@ def enough_states(arch: Architecture, tokens: int) -> int:
     return max(256, -(-32 * inputs // tokens))
 
 
-def stages(arch: Architecture, block: str) -> list[list[str]]:
-    """The Linears of a block in the order of quantization; those of a stage do not depend on each other."""
-    if block.startswith("single_blocks."):
-        return [[name] for name in arch.block_linears(block)]
-    parts = ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
-    present = arch.block_linears(block)
-    return [pair for part in parts if (pair := [f"{s}_{part}" for s in ("img", "txt") if f"{s}_{part}" in present])]
-
-
 def _calibrate_block(
     name: str, teacher: Teacher, streams: Streams, path: Path, settings: CalibrationSettings
 ) -> BlockFit:
@@ -128,12 +119,12 @@ def _calibrate_block(
         layers = _load_block(path, student)
     else:
         results = {}
-        for stage in stages(teacher.arch, name):
-            stage = [linear for linear in stage if precisions[linear] != "int8"]
-            if not stage:
+        for stage in dense.stages:
+            linears = tuple(linear for linear in stage.linears if precisions[linear] != "int8")
+            if not linears:
                 continue
-            collected = streams.moments(dense, student, stage)
-            for linear in stage:
+            collected = streams.moments(dense, student, replace(stage, linears=linears))
+            for linear in linears:
                 module = linear_of(student, linear)
                 rank, terms = (0, 2) if precisions[linear] == "two-terms" else (settings.rank, 1)
                 solution = gptq.solve(
@@ -200,12 +191,13 @@ def write(
         elif name not in settings.precisions:
             plan[name] = LayerPlan(shape, settings.packing, rank=min(settings.rank, *shape))
     weights = {f"{name}.weight" for name in arch.linears}
-    dense = {name: (torch.bfloat16, checkpoint.entry(name).shape) for name in checkpoint.names if name not in weights}
+    dense = {name: (torch.bfloat16, checkpoint.shape(name)) for name in checkpoint.names if name not in weights}
     dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
     errors = {f"{block}.{name}": r.weight_error for block, b in fits.items() for name, r in b.layers.items()}
     shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
     sha256 = sha256 or checkpoint.sha256()
-    header = metadata.build(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, sha256)
+    source, lossy = Path(checkpoint.name), checkpoint.lossy
+    header = metadata.build(arch, source, checkpoint.metadata, "calibrate", shown, errors, sha256, lossy)
     header |= precision.metadata(settings.precisions)
     started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, UTC)
     header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption

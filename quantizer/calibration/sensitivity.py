@@ -45,7 +45,7 @@ def sensitivities(
 ) -> list[Sensitivity]:
     """Measure every Linear of one term in each of these precisions at these states, one after the other."""
     results, names = [], teacher.arch.block_names
-    tokens = [teacher.stem.prepare(*teacher.cast(*batch.inputs)) for batch in batches]
+    tokens = [teacher.prepare(batch.inputs) for batch in batches]
     for number, block_name in enumerate(names, 1):
         block = teacher.block(block_name)
         for name in teacher.arch.block_linears(block_name):

@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("files", nargs="*", metavar="NAME=FILE", help="ternary files, in the order of the stages")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the page is written")
-    parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="the original checkpoint")
+    parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help=options.DENSE)
     options.add_arguments(parser)
     parser.add_argument(
         "--work", type=Path, help="the work folder of `convert`: its stages come first, its states are used"

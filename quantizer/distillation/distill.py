@@ -84,11 +84,11 @@ class Distiller:
 
     def loss(self, batch: Batch) -> Tensor:
         """Squared velocity error relative to the teacher's mean square at that timestep, mean over the batch."""
-        device = batch.latent.device
+        device = batch.velocity.device
         with torch.autocast(device.type, self.settings.autocast, enabled=self.settings.autocast is not None):
             velocity = forward(self.model, batch, self.settings.recompute)
         error = (velocity.float() - batch.velocity.float()).square().mean((1, 2, 3))
-        return (error / self.power[self.pool.bin(batch.t)]).mean()
+        return (error / self.power[self.pool.bin(batch.inputs.t)]).mean()
 
     def advance(self) -> float:
         """One step; returns its loss."""

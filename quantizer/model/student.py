@@ -14,7 +14,7 @@ from ..files.architecture import Architecture
 from ..files.checkpoint import Checkpoint
 from ..files.layer import LayerPlan
 from ..files.ternary import TernaryFile, create_ternary
-from .flux import DoubleBlock, Flux, SingleBlock
+from .flux import Flux, make_block
 from .ternary_linear import TernaryLinear, svd_low_rank
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -32,8 +32,7 @@ def load_stem(file: TernaryFile, device: torch.device | str = "cpu") -> Flux:
 
 def load_block(file: TernaryFile, name: str, arch: Architecture, device: torch.device | str = "cpu") -> nn.Module:
     """One block (`double_blocks.0` ...) with trainable layers, fp32; the file may hold this block alone."""
-    kind = DoubleBlock if name.startswith("double_blocks.") else SingleBlock
-    return _fill(kind(arch, _placeholder), file, f"{name}.", False).to(device)
+    return _fill(make_block(arch, name, _placeholder), file, f"{name}.", False).to(device)
 
 
 def _placeholder(inputs: int, outputs: int, bias: bool) -> nn.Module:

@@ -18,7 +18,7 @@ from ..files.ternary import open_ternary
 from ..model.student import load_student
 from ..model.teacher import Teacher, free_memory
 from ..pictures import conditioning
-from ..pictures.pool import Pool, holdout_batches, to_device, training_pool
+from ..pictures.pool import Pool, holdout_batches, training_pool
 from ..pictures.quality import Quality, measure, swapped_velocities
 from ..pictures.sampler import latent_shape
 from ..pictures.states import Batch
@@ -66,7 +66,8 @@ class Workspace:
         """Raises ValueError or OSError, before anything is written, where these inputs do not fit each other, and where
         `target` cannot be written or is one of them. `sources` are further inputs.
         """
-        check_target(target, 0, overwrite, [self.dense, self.conditioning_file, *sources])
+        dense = open_checkpoint(self.dense).files
+        check_target(target, 0, overwrite, [*dense, self.conditioning_file, *sources])
         for size in self.sizes:
             latent_shape(self.arch, size)
         self.conditioning  # noqa: B018  read, and compared with the model
@@ -166,7 +167,7 @@ class Workspace:
         batches = holdout_batches(
             self.teacher, self.trajectories, self.held_out, velocities, max(2, self.teacher_batch)
         )
-        return [to_device(batch, self.device) for batch in batches]
+        return [batch.to(self.device) for batch in batches]
 
     @cached_property
     def swapped(self) -> list[Tensor]:

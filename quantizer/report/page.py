@@ -14,6 +14,7 @@ from ..files.atomic import atomic_file
 from ..files.checkpoint import Checkpoint
 from ..files.summary import sizes
 from ..files.ternary import TernaryFile, open_ternary
+from ..model.flux import Inputs
 from ..model.student import load_student
 from ..pictures.quality import BINS, Quality, measure
 from ..pictures.sampler import noise_levels, sample
@@ -90,7 +91,7 @@ def _measure(work: Workspace, name: str, path: Path, pictures: Sequence[Picture]
 def _on_device(model, device: torch.device):
     def velocity(*inputs: Tensor | None) -> Tensor:
         with torch.no_grad():
-            return model(*(x if x is None else x.to(device) for x in inputs)).cpu()
+            return model(*Inputs(*inputs).to(device)).cpu()
 
     return velocity
 
@@ -186,4 +187,4 @@ Bits count the ternary layers with their scales and low-rank factors.</p>
 
 def _dense_bits(work: Workspace) -> int:
     name = f"{work.arch.linears[0]}.weight"
-    return 8 * work.teacher.checkpoint.dtype(name).itemsize
+    return work.teacher.checkpoint.bits(name)

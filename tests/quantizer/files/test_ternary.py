@@ -147,7 +147,7 @@ DAMAGES = {
     "terms as truth": (damage(Q, text(JSON | {"terms": True})), Q, "True terms"),
     "terms that are not there": (damage(Q, text(JSON | {"terms": 2})), W, r"U8 \[2, 6, 32\] where U8 \[4, 6, 32\]"),
     "other shape": (damage(Q, text(JSON | {"shape": [6, 300]})), W, r"U8 \[2, 6, 32\] where U8 \[3, 6, 32\]"),
-    "no JSON": (lambda state: state.pop(Q), "", "no .comfy_quant keys"),
+    "no JSON": (lambda state: state.pop(Q), "", "this is no FLUX transformer"),
     "no weight": (lambda state: state.pop(W), W, "the tensor is missing"),
     "no scale": (lambda state: state.pop(S), S, "the tensor is missing"),
     "no down": (lambda state: state.pop(D), U, "is expected|does not belong"),
