@@ -5,8 +5,8 @@ import os
 
 import folder_paths
 
-from ..quantizer.files.checkpoint import file_kind
 from ..quantizer.files.container import TensorFile
+from ..quantizer.files.identity import identify
 
 FOLDERS = ("diffusion_models", "checkpoints")  # Save Checkpoint writes into the second
 EXTENSIONS = (".safetensors", ".sft")
@@ -30,7 +30,7 @@ def find(name: str) -> str:
     raise FileNotFoundError(f"{name} is not in models/{FOLDERS[0]}; put it there and press R to refresh the node")
 
 
-def stamp(path: str) -> tuple[int, int, int]:
+def stamp(path: str | os.PathLike) -> tuple[int, int, int]:
     """What changes with a file: its number on the disk, size and time."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
@@ -50,4 +50,4 @@ def _is_ternary(folder: str, name: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _header_is_ternary(path: str, stamp: tuple) -> bool:
-    return file_kind(TensorFile(path)) == "ternary"
+    return identify(TensorFile(path)).kind == "ternary"

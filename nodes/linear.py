@@ -13,7 +13,7 @@ from ..ops.packing import pack_base3
 from ..quantizer.files.layer import PARTS, LayerPlan, read_plan, read_weight
 from . import layout
 from .compat import core
-from .lora import Branch, DensePatches, Effect
+from .lora import DensePatches, Patched
 
 comfy = core()
 
@@ -47,19 +47,15 @@ def operations(
     return TernaryOps
 
 
-class _TernaryLinear:
+class _TernaryLinear(Patched):
     """Mixin before core's mixed-precision Linear."""
-
-    branch: Branch | None = None  # LoRAs computed beside the quantized product
-    attached: tuple = (None, Effect())  # the patcher's: what identifies the loaded patches, and their effect
-    hooked = False  # the patcher's: whether a hook's effect stands in for the attached one
 
     packing = "planes32"  # in the file
     _choice: Choice | None = None
     _choice_device: torch.device | None = None
 
     # Core's merge code looks up every state-dict key as an attribute, also those that a quantized weight adds.
-    weight_scale = weight_group = weight_down = weight_up = comfy_quant = property(lambda self: None)
+    weight_scale = weight_group = weight_down = weight_up = weight_column = comfy_quant = property(lambda self: None)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         configuration = read_configuration(state_dict, prefix)
@@ -81,6 +77,7 @@ class _TernaryLinear:
         device = self.factory_kwargs["device"] or weight.device
         self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
         self.packing = configuration["packing"]
+        self._configuration = LayerPlan.of(weight).comfy_quant
         quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations, self._backend)
         self.weight = layout.parameter(quantized)
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments)
@@ -113,6 +110,9 @@ class _TernaryLinear:
 
     def _ternary_forward(self, input: Tensor) -> Tensor:
         comfy.run_every_op()
+        weight, bias = self.weight, self.bias
+        if self._at_hand(weight, bias, input.device):
+            return self._multiply(input, weight, bias)
         patched = any(isinstance(function, DensePatches) for function in self.weight_function)
         weight, bias, offloaded = comfy.cast_bias_weight(
             self,
@@ -126,6 +126,12 @@ class _TernaryLinear:
         y = self._multiply(input, weight, bias)
         comfy.uncast_bias_weight(self, weight, bias, offloaded)
         return y
+
+    def _at_hand(self, weight, bias: Tensor | None, device: torch.device) -> bool:
+        """Whether core's cast would return weight and bias as they are, which takes it 20 microseconds to find out."""
+        if self.weight_function or self.bias_function or weight._qdata.device != device:
+            return False
+        return bias is None or bias.device == device
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """As in core, which cannot update a dense weight in place, as hooks do."""
@@ -151,7 +157,8 @@ class _TernaryLinear:
         state_dict = {} if destination is None else destination
         if self.bias is not None:
             state_dict[f"{prefix}bias"] = self.bias
-        state_dict.update(entries(self.weight, prefix))
+        state_dict.update(self.weight.state_dict(f"{prefix}weight"))
+        state_dict[f"{prefix}comfy_quant"] = self._configuration  # kept: core asks once for every key it merges
         return state_dict
 
 

@@ -109,7 +109,7 @@ def run(
     results.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, result)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    chart.draw(rows, pictures, stage.examples).save(picture, optimize=True)
+    chart.draw(rows, pictures, stage.examples).savefig(picture)
     say(f"{results} and {picture} written, {result['seconds']:.0f} s in all")
     return result
 

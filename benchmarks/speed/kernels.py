@@ -125,7 +125,7 @@ def ours_fused_a16(layer: Layer):
 
     def run(x: Tensor) -> Tensor:
         tile = configs.tile(chip, "a16", x.shape[0]) or configs.table(chip)["a16"][-1][1]
-        return linear_a16(x, weight, None, None, layer.bias, x.new_empty(x.shape[0], layer.n), tile, chip)
+        return linear_a16(x, None, weight, None, None, layer.bias, x.new_empty(x.shape[0], layer.n), tile, chip)
 
     return weight, weight.nbytes, run
 
@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="comma separated (default: %(default)s)")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma separated (default: %(default)s)")
     parser.add_argument("--only", default="", help="methods whose name contains this text, besides the baseline")
+    parser.add_argument("--skip", default="", help="leave out methods whose name contains this text")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/kernels-GPU.json)")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, nothing timed")
     options = parser.parse_args()
@@ -310,7 +311,7 @@ def main() -> None:
     elif reason := backend.unavailable(torch.device("cuda", 0)):
         sys.exit(f"the kernels cannot run here: {reason}. Use --dry to run every path on the CPU")
     peak = {} if options.dry else timing.ceilings()
-    report = {"machine": timing.machine(), "ceilings": peak, "rows": []}
+    report: dict = {"machine": timing.machine(), "ceilings": peak, "rows": []}
     print(json.dumps(report["machine"]))
     for name, value in peak.items():
         print(f"ceiling {name}: {value / 1e12:.2f} T/s")
@@ -327,7 +328,7 @@ def main() -> None:
             x = torch.randn(m, k, device=device).to(dtype)
             base = None
             for name, method in METHODS.items():
-                if options.only not in name and name != BASELINE:
+                if name != BASELINE and (options.only not in name or options.skip and options.skip in name):
                     continue
                 row = measure(method, layer, x)
                 base = base or row.get("seconds")

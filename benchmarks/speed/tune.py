@@ -15,8 +15,11 @@ if "--dry" in sys.argv:  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import subprocess  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from ternary_flux.benchmarks.speed import timing  # noqa: E402
@@ -34,8 +37,11 @@ ANY = float("inf")
 LARGE_M = 4608
 SMALL = [Tile(0, n, warps, stages, 16) for n, warps in ((32, 2), (64, 4), (128, 4)) for stages in (3, 5)]
 LARGE = [
-    Tile(m, n, warps, stages, splits)
-    for m, n, warps in ((64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (128, 256, 8))
+    Tile(m, n, warps, stages, splits, registers)
+    for m, n, warps, registers in (
+        *((128, 128, 8, 128), (128, 128, 8, 0), (256, 128, 8, 0), (128, 128, 4, 0), (256, 64, 4, 0), (128, 64, 4, 0)),
+        *((64, 128, 4, 0), (128, 256, 8, 0)),
+    )
     for stages in (3, 4)
     for splits in (1, 4)
 ]
@@ -53,27 +59,58 @@ def launcher(kernel: str, layer: Layer, x: torch.Tensor, chip: Chip) -> Callable
     weight = copied(layer.row if kernel.endswith("row") else layer.grouped)
     y = x.new_empty(x.shape[0], layer.n)
     if kernel == "a16":
-        return lambda tile: linear_a16(x, weight, None, None, layer.bias, y, tile, chip)
+        return lambda tile: linear_a16(x, None, weight, None, None, layer.bias, y, tile, chip)
     dtype = torch.int8 if kernel.startswith("int8") else torch.float8_e4m3fn
     codes, scale = quantize_rows(x, weight.trits.shape[0] * 128, dtype)
     return lambda tile: linear_a8(codes, scale, weight, None, None, layer.bias, y, tile, chip)
 
 
-def seconds(kernel: str, tile: Tile, work: list[tuple[int, Layer, torch.Tensor]], chip: Chip) -> float:
-    """Time of all the layers with one tile, each counted as often as the model has it; infinite where it cannot run."""
-    total = 0.0
+def seconds(
+    kernel: str, tile: Tile, work: list[tuple[int, Layer, torch.Tensor]], chip: Chip, best: list[float] | None = None
+) -> list[float]:
+    """Time of each layer with one tile, times how often the model has it; an infinite last one where it cannot run.
+
+    best    the times of the best tile so far: a tile that falls behind it by a tenth is given up
+    """
+    times: list[float] = []
     for count, layer, x in work:
         copies = timing.copies_beyond_cache(layer.grouped.nbytes) if x.is_cuda and len(x) <= 64 else 1
         runs = [partial(launcher(kernel, layer, x, chip), tile) for _ in range(copies)]
         try:
             expected = launcher(kernel, layer, x, chip)(configs.TABLE[chip.family][kernel][0][1]).float()
             if (runs[0]().float() - expected).norm() > 1e-2 * expected.norm():
-                return ANY
-            total += count * (timing.median_seconds(runs, replays=7)[0] if x.is_cuda else tile.block_n)
+                return [*times, ANY]
+            times.append(count * (timing.median_seconds(runs, replays=7)[0] if x.is_cuda else tile.block_n))
         except Exception as error:  # more shared memory than the chip has, or a compiler's refusal
             print(f"    {tile}: {type(error).__name__}")
-            return ANY
-    return total
+            return [*times, ANY]
+        if best is not None and sum(times) > 1.1 * sum(best[: len(times)]):
+            return [*times, ANY]
+    return times
+
+
+def compile_tiles(kernel: str, model: str, chip: Chip, part: int, parts: int) -> None:
+    """Launch every part-th tile once on every shape, so that Triton's cache has its code."""
+    for limit, current in configs.table(chip)[kernel]:
+        m = int(min(limit, LARGE_M))
+        tiles = [current, *(tile for tile in candidates(limit) if tile != current)][part::parts]
+        for _, n, k in shapes(model, limit, False):
+            layer = Layer.random(n, k, "cuda", torch.bfloat16, True)
+            run = launcher(kernel, layer, torch.randn(m, k, device="cuda").bfloat16(), chip)
+            for tile in tiles:
+                with contextlib.suppress(Exception):  # the timing says why
+                    run(tile)
+    torch.cuda.synchronize()
+
+
+def compile_in_processes(kernels: list[str], model: str) -> None:
+    """Compile all candidates on all cores; compiling is most of the time of tuning."""
+    parts = min(16, os.cpu_count() or 1)
+    command = [sys.executable, "-m", "benchmarks.speed.tune", "--model", model, "--kernels", ",".join(kernels)]
+    root = Path(__file__).resolve().parents[2]
+    running = [subprocess.Popen([*command, "--compile", f"{part}/{parts}"], cwd=root) for part in range(parts)]
+    for process in running:
+        process.wait()
 
 
 def shapes(model: str, m: float, dry: bool) -> list[tuple[int, int, int]]:
@@ -84,7 +121,8 @@ def shapes(model: str, m: float, dry: bool) -> list[tuple[int, int, int]]:
     for name, shape in MODELS[model].linear_shapes.items():
         if ("mod" in name) == (m <= 16) or MODELS[model].version == 2 and m <= 16:
             found[shape] = found.get(shape, 0) + 1
-    return [(count, n, k) for (n, k), count in found.items()]
+    layers = [(count, n, k) for (n, k), count in found.items()]
+    return sorted(layers, key=lambda layer: -layer[0] * layer[1] * layer[2])  # what decides comes first
 
 
 def tune(kernel: str, model: str, chip: Chip, device: str, dtype: torch.dtype, dry: bool) -> tuple:
@@ -96,9 +134,13 @@ def tune(kernel: str, model: str, chip: Chip, device: str, dtype: torch.dtype, d
             layer = Layer.random(n, k, device, dtype, True)
             work.append((count, layer, torch.randn(m, k, device=device).to(dtype)))
         tiles = [current, *(tile for tile in candidates(limit) if tile != current)][: 2 if dry else None]
-        times = {tile: seconds(kernel, tile, work, chip) for tile in tiles}
-        best = min(times, key=times.get)
-        gain = "not timed" if dry else f"{times[current] / times[best]:.2f}x as fast as the current tile"
+        times: dict[Tile, list[float]] = {}
+        best = current
+        for tile in tiles:
+            times[tile] = seconds(kernel, tile, work, chip, times.get(best))
+            if sum(times[tile]) < sum(times[best]):
+                best = tile
+        gain = "not timed" if dry else f"{sum(times[current]) / sum(times[best]):.2f}x as fast as the current tile"
         bucket = "more tokens" if limit == ANY else f"up to {limit} tokens"
         print(f"  {kernel}, {bucket}: {best}, {gain}", flush=True)
         entries.append((limit, best))
@@ -110,6 +152,7 @@ def main() -> None:
     parser.add_argument("--model", default="FLUX.1-dev", choices=MODELS)
     parser.add_argument("--kernels", default="", help="comma separated (default: all that this GPU has)")
     parser.add_argument("--dry", action="store_true", help="on the CPU, nothing timed")
+    parser.add_argument("--compile", metavar="I/N", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device, dtype = ("cpu", torch.float16) if options.dry else ("cuda", torch.bfloat16)
     if reason := backend.unavailable(torch.device(device)):
@@ -119,7 +162,14 @@ def main() -> None:
     kernels = options.kernels.split(",") if options.kernels else available
     if unknown := [kernel for kernel in kernels if kernel not in available]:
         parser.error(f"no kernel {unknown[0]} on {chip.name}, expected some of {', '.join(available)}")
-    print(f"tuning {chip.name} ({chip.family})")
+    if options.compile:
+        part, parts = map(int, options.compile.split("/"))
+        for kernel in kernels:
+            compile_tiles(kernel, options.model, chip, part, parts)
+        return
+    if not options.dry:
+        compile_in_processes(kernels, options.model)
+    print(f"tuning {chip.name} ({chip.family})", flush=True)
     for kernel in kernels:
         entries = tune(kernel, options.model, chip, device, dtype, options.dry)
         path = configs.write_user_table(chip.name, {kernel: entries})

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..model.flux import Flux, Stage, Tokens
+from ..model.flux import Flux, Stage, Tokens, linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
@@ -73,7 +73,7 @@ class Streams:
         """Second moments of the inputs of a stage's Linears, over all states; `dense` is the teacher's block."""
         linears = stage.linears
         device = self.teacher.device
-        modules = {name: student.get_submodule(name) for name in linears}
+        modules = {name: linear_of(student, name) for name in linears}
         moments = {name: Moments(m.out_features, m.in_features, device) for name, m in modules.items()}
         if stage.role == "modulate":
             for vectors in self.vectors.split(1024):
@@ -124,14 +124,15 @@ class Streams:
 
     def advance(self, dense: nn.Module, student: nn.Module) -> tuple[float, float]:
         """Run both models through a block; returns the relative drift of image and of text tokens."""
-        difference, power = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        device = self.teacher.device
+        difference, power = (torch.zeros(2, dtype=torch.float64, device=device) for _ in range(2))
         for group in self.groups:
             for rows in group.rows(self.batch):
                 theirs = dense(group.tokens(self.teacher.stem, rows, TEACHER))
                 ours = student(group.tokens(self.teacher.stem, rows, STUDENT))
                 for i, (a, b) in enumerate(((theirs.img, ours.img), (theirs.txt, ours.txt))):
-                    difference[i] += (a.float() - b.float()).square().sum().cpu()
-                    power[i] += a.float().square().sum().cpu()
+                    difference[i] += (a.float() - b.float()).square().sum()
+                    power[i] += a.float().square().sum()
                 group.put(rows, TEACHER, theirs)
                 group.put(rows, STUDENT, ours)
         img, txt = (difference / power.clamp_min(1e-30)).sqrt().tolist()

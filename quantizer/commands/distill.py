@@ -23,7 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round` or `calibrate`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
-    parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
+    parser.add_argument(
+        "--teacher", type=Path, required=True, metavar="DENSE", help=f"what START was made from; {options.DENSE}"
+    )
     options.add_arguments(parser)
     parser.add_argument(
         "--rank",

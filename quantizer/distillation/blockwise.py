@@ -67,7 +67,7 @@ def train_blocks(
     folder: Path,
     settings: BlockSettings,
     device: torch.device | str = "cpu",
-    on_block: Callable[[BlockResult], None] = lambda result: None,
+    on_block: Callable[[BlockResult], object] = lambda result: None,
     overwrite: bool = False,
 ) -> None:
     """Train block after block and write a ternary file; finished blocks are kept in `folder` and not trained again."""

@@ -3,13 +3,15 @@
 The mathematics is that of https://github.com/black-forest-labs/flux and flux2, with ComfyUI's conventions for latents,
 position ids, the order of text and image tokens, and norm epsilons, so that outputs equal ComfyUI's. A forward is
 `prepare`, then every block on `Tokens`, then `finish`.
+
+ComfyUI's own forward works in place, so no gradient goes through it, and the quantizer runs where ComfyUI is not.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,11 @@ class Tokens:
     pe: Tensor  # complex64 [T + I, head_dim / 2]: unit numbers of the rope angles, text first
     modulation: tuple[tuple[Tensor, ...], ...] | None  # FLUX.2: 6 for image, 6 for text, 3 single: [B, 1, hidden]
     grid: tuple[int, int]  # token rows and columns of the image
+
+    @property
+    def count(self) -> int:
+        """Image and text tokens of all states."""
+        return len(self.img) * (self.img.shape[1] + self.txt.shape[1])
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Tokens":
         """Elsewhere and in another dtype; positions stay as they are."""
@@ -176,7 +183,7 @@ class HeadNorm(nn.Module):
         self.register_load_state_dict_pre_hook(_accept_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale)
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype))  # of one dtype: the fused kernel
 
 
 def _accept_weight(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
@@ -271,7 +278,8 @@ class DoubleBlock(nn.Module):
         """Of image and text: shift, scale, gate of the attention, and of the MLP."""
         if tokens.modulation is None:
             return self.img_mod(tokens.vec), self.txt_mod(tokens.vec)
-        return tokens.modulation[:2]
+        img, txt, *_ = tokens.modulation
+        return img, txt
 
     def gates(self, tokens: Tokens) -> dict[str, Tensor]:
         """Of each Linear in a branch, the gate [B, 1, hidden] through which the branch is added to the tokens."""
@@ -359,6 +367,11 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         return self.linear(modulate(x, *self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)))
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """The Linear of this name in a dense block."""
+    return cast(nn.Linear, block.get_submodule(name))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

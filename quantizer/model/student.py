@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from ..files.layer import LayerPlan
 from ..files.ternary import TernaryFile, create_ternary
 from .flux import Flux, make_block
 from .ternary_linear import TernaryLinear, svd_low_rank
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def load_student(file: TernaryFile, device: torch.device | str = "cpu", packed: bool = False) -> Flux:
@@ -37,7 +40,7 @@ def _placeholder(inputs: int, outputs: int, bias: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, file: TernaryFile, prefix: str, packed: bool) -> nn.Module:
+def _fill(module: _Module, file: TernaryFile, prefix: str, packed: bool) -> _Module:
     """Load parameters from the file and put its Linears, ternary or dense, in the place of the placeholders."""
     for name, parameter in module.named_parameters():
         parameter.copy_(file.tensor(prefix + name))
@@ -173,5 +176,6 @@ def stored_dtypes(model: nn.Module, start: TernaryFile) -> dict[str, torch.dtype
 
 def rate_groups(names: Iterable[str]) -> dict[str, str]:
     """Parameter name -> "scale", "code", "rank", "bias", "norm" or "dense": what has a learning rate of its own."""
-    leaves = {"log_scale": "scale", "latent": "code", "down": "rank", "up": "rank", "bias": "bias", "scale": "norm"}
+    leaves = {"log_scale": "scale", "log_column": "scale", "latent": "code", "down": "rank", "up": "rank"}
+    leaves |= {"bias": "bias", "scale": "norm"}
     return {name: leaves.get(name.rpartition(".")[2], "dense") for name in names}

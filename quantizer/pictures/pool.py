@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.container import TensorFile, create
+from ..files.container import TensorFile, save
 from ..model.flux import Inputs
 from .conditioning import Conditioning
 from .quality import BINS, HeldOut, Model
@@ -93,7 +93,7 @@ def training_pool(
             path = folder / f"{_digest(states, rows)}.safetensors"
             if not path.exists():
                 inputs = [states.inputs(part, trajectories.conditioning) for part in rows.split(batch)]
-                _keep(path, {"velocity": torch.cat([teacher(*part).cpu() for part in inputs])})
+                save(path, {"velocity": torch.cat([teacher(*part).cpu() for part in inputs])}, overwrite=True)
             velocity[rows] = TensorFile(path).tensor("velocity").float()
             on_progress(len(rows))
         groups.append(LabelledStates(states, velocity))
@@ -109,9 +109,9 @@ def hold_out(teacher: Model, trajectories: Trajectories, count: int, *, folder: 
     states: list[Batch] = []
     for number, pictures in enumerate(batches(trajectories.plan("holdout", count), batch)):
         path = folder / f"holdout-{count}-{batch}-{number:04d}.safetensors"
-        conditions = trajectories.conditions(pictures)
+        conditions = context, pooled, guidance = trajectories.conditions(pictures)
         if not path.exists():
-            _keep(path, dict(_record(teacher, trajectories, pictures, conditions)))
+            save(path, dict(_record(teacher, trajectories, pictures, conditions)), overwrite=True)
         file = TensorFile(path)
         stride = -(-trajectories.steps // _HOLDOUT_TIMES)
         for step in range(0, trajectories.steps, stride):
@@ -121,7 +121,7 @@ def hold_out(teacher: Model, trajectories: Trajectories, count: int, *, folder: 
     path = folder / f"swapped-{count}-{batch}.safetensors"
     if not path.exists():
         swapped = HeldOut.of(states, teacher).swapped
-        _keep(path, {str(number): velocity.cpu() for number, velocity in enumerate(swapped)})
+        save(path, {str(number): velocity.cpu() for number, velocity in enumerate(swapped)}, overwrite=True)
     file = TensorFile(path)
     return HeldOut(states, [file.tensor(str(number)).clone() for number in range(len(states))])
 
@@ -150,10 +150,3 @@ def _digest(states: States, rows: slice) -> str:
         if part is not None:
             digest.update(part[rows].numpy().tobytes())
     return digest.hexdigest()[:24]
-
-
-def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
-    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with create(path, plan, {}, overwrite=True) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)

@@ -23,7 +23,7 @@ class States:
 
     def inputs(self, rows: slice | Tensor, conditioning: Conditioning) -> Inputs:
         """The arguments of a FLUX forward for these rows, fp32."""
-        context, pooled = conditioning.batch(self.prompt[rows])
+        context, pooled = conditioning.batch(self.prompt[rows].tolist())
         guidance = None if self.guidance is None else self.guidance[rows]
         return Inputs(self.latent[rows], self.t[rows], context, pooled, guidance)
 

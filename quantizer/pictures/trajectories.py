@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..files.architecture import Architecture
 from ..files.checkpoint import digest
-from ..files.container import TensorFile, create
+from ..files.container import TensorFile, save
 from ..files.work_folder import keep_settings
 from .conditioning import Conditioning
 from .sampler import (
@@ -140,10 +140,7 @@ class Trajectories:
                 }
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
                     raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
-                plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-                with create(self._path(picture), plan, {}, overwrite=True) as file:
-                    for name, tensor in tensors.items():
-                        file.write(name, tensor)
+                save(self._path(picture), tensors, overwrite=True)
             on_progress(len(same))
 
     def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ternary_flux.benchmarks.speed import gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,6 +42,19 @@ def test_kernels(tmp_path):
     assert {"gemlite A16W2 g128 fp16", "comfy-kitchen int8", "torch._int_mm", "ours e4m3, row scales"} <= methods
 
 
+def test_fallback(tmp_path):
+    out = tmp_path / "fallback.json"
+    printed = run("speed.fallback", "--dry", "--threads", 1, "--out", out)
+    report = json.loads(out.read_text())
+    assert [row["tokens"] for row in report["rows"]] == [1, 20]
+    for row in report["rows"]:
+        methods = row["methods"]
+        assert methods["dense"]["ratio"] == 1 and methods["full"]["error"] < 1e-6
+        assert ("int8" in methods) == report["machine"]["int8 products"]
+        assert "int8" not in methods or methods["int8"]["error"] < 0.02
+    assert "full" in printed and "20 tokens" in printed
+
+
 @pytest.mark.parametrize("forward, modes", [("ComfyUI", ["int8"]), ("quantizer", ["bf16", "full"])])
 def test_transformer(tmp_path, forward, modes):
     from ternary_flux.benchmarks import comfyui
@@ -63,7 +77,24 @@ def test_tune(tmp_path):
     assert set(json.loads(tiles.read_text())["cpu"]) == {"int8_group"}
 
 
-@pytest.mark.parametrize("module", ["speed.kernels", "speed.transformer"])
+@pytest.mark.parametrize("module", ["speed.kernels", "speed.transformer", "speed.gpu"])
 def test_without_a_gpu_it_says_so(module):
     with pytest.raises(AssertionError, match="CUDA"):
         run(module, CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize("part", ["kernels are right", "nodes are right, dynamic VRAM", "tiles"])
+def test_parts_of_the_gpu_run_start(part):
+    arguments, _ = gpu.PARTS[part]
+    command = [sys.executable, *arguments, *(() if "benchmarks.speed.tune" in arguments else ("--out", "part.json"))]
+    done = subprocess.run(
+        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert "CUDA" in done.stderr, done.stderr
+
+
+def test_the_gpu_run_keeps_what_a_part_wrote_before_it_failed(tmp_path):
+    script = tmp_path / "part.py"
+    script.write_text("import sys; open(sys.argv[2], 'w').write('[1]'); sys.exit(3)")
+    found = gpu.run((str(script),), 60, dict(os.environ))
+    assert found["result"] == [1] and found["problem"] == "ended with code 3"

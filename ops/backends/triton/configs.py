@@ -1,8 +1,8 @@
 """The tile a kernel runs with: a static table by chip family, kernel and number of tokens. Nothing is tuned in a call.
 
 `python -m benchmarks.speed.tune` measures on the machine at hand and writes its winners to a JSON file, which takes
-precedence for GPUs of the same name. Entries of this table were chosen from machine code (registers, shared memory,
-instructions per product; docs/kernels.md), not from timings.
+precedence for GPUs of the same name. The entries of sm_90 are such winners; the others were chosen from machine code
+(registers, shared memory, instructions per product; docs/kernels.md), not from timings.
 """
 
 import functools
@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import triton
 
 KERNELS = ("int8_row", "int8_group", "e4m3_row", "e4m3_group", "a16")
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own is a compiled function, which costs microseconds a call on the host."""
+    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,27 @@ class Tile:
     warps: int
     stages: int
     max_splits: int = 1
+    registers: int = 0  # the most of a thread, where fewer than the compiler takes let more programs run at once
 
     GROUP_M: ClassVar[int] = 8  # rows of tiles that run together
     MIN_BLOCKS: ClassVar[int] = 4  # a split gets at least this many blocks of 128 inputs
 
+    def tiles(self, m: int, n: int) -> int:
+        """Programs that cover an [m, n] output."""
+        return ceil_div(m, self.block_m) * ceil_div(n, self.block_n)
+
     def split(self, m: int, n: int, blocks: int, chip: "Chip") -> tuple[int, int]:
         """(splits, blocks of 128 inputs in each) for an [m, n] output."""
-        tiles = triton.cdiv(m, self.block_m) * triton.cdiv(n, self.block_n)
         programs = chip.multiprocessors * (4 if self.block_m <= 64 else 2)  # as many as run at once
-        wanted = min(self.max_splits, programs // tiles, blocks // self.MIN_BLOCKS)
-        each = triton.cdiv(blocks, max(1, wanted))
-        return triton.cdiv(blocks, each), each
+        wanted = min(self.max_splits, programs // self.tiles(m, n), blocks // self.MIN_BLOCKS)
+        each = ceil_div(blocks, max(1, wanted))
+        return ceil_div(blocks, each), each
+
+    @functools.cached_property
+    def options(self) -> dict[str, int]:
+        """Launch options of Triton's."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | {"maxnreg": self.registers} if self.registers else options
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,7 @@ class Chip:
     ptx: bool  # inline PTX; False on other vendors and in Triton's interpreter
     wide: tuple[str, ...]  # operands with wgmma or tcgen05 products, which take K = 128 at once; mma.sync takes 32
     formats: tuple[str, ...]  # activations, fastest first
+    products: bool = True  # whether Triton compiles products to matrix instructions
 
 
 # Per kernel: (largest M, tile), ascending; the last has no limit. a16 above its last entry dequantizes.
@@ -57,6 +72,7 @@ _SMALL = ((16, Tile(16, 128, 4, 4, 16)), (32, Tile(32, 64, 4, 5, 8)), (64, Tile(
 _SMALL_A16 = ((16, Tile(16, 128, 4, 4, 16)), (32, Tile(32, 64, 4, 4, 8)), (64, Tile(64, 64, 4, 3, 8)))
 _ANY = float("inf")
 TABLE: dict[str, dict[str, tuple[tuple[float, Tile], ...]]] = {
+    "sm_75": {"a16": ()},  # RTX 20, GTX 16, T4: dequantize only
     "sm_80": {  # A100, A30: 163 KB of shared memory
         "int8_row": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(128, 128, 4, 3))),
         "int8_group": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(256, 128, 8, 3))),
@@ -67,12 +83,27 @@ TABLE: dict[str, dict[str, tuple[tuple[float, Tile], ...]]] = {
         "int8_group": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(256, 128, 8, 3))),
         "a16": (*_SMALL_A16, (1024, Tile(64, 128, 4, 2))),
     },
-    "sm_90": {  # H100, H200: 227 KB
-        "int8_row": (*_SMALL, (_ANY, Tile(128, 128, 8, 4, 4))),
-        "int8_group": (*_SMALL, (_ANY, Tile(128, 128, 8, 4, 4))),
-        "e4m3_row": (*_SMALL, (512, Tile(128, 128, 8, 4, 4)), (_ANY, Tile(256, 128, 8, 4))),
-        "e4m3_group": (*_SMALL, (_ANY, Tile(128, 128, 8, 4, 4))),
-        "a16": (*_SMALL_A16, (1024, Tile(128, 128, 8, 3, 2))),
+    "sm_90": {  # H100, H200: 227 KB; measured on an H200 (benchmarks/results/tiles-NVIDIA-H200.json)
+        "int8_row": (
+            *((16, Tile(16, 64, 4, 5, 16)), (32, Tile(32, 64, 4, 5, 8)), (64, Tile(64, 64, 4, 4, 8))),
+            (_ANY, Tile(128, 128, 8, 3, 1, 128)),
+        ),
+        "int8_group": (
+            *((16, Tile(16, 128, 4, 3, 16)), (32, Tile(32, 128, 4, 3, 16)), (64, Tile(64, 128, 4, 3, 16))),
+            (_ANY, Tile(128, 128, 4, 3)),
+        ),
+        "e4m3_row": (
+            *((16, Tile(16, 64, 4, 5, 16)), (32, Tile(32, 64, 4, 5, 8)), (64, Tile(64, 64, 4, 4, 8))),
+            *((512, Tile(64, 128, 4, 3)), (_ANY, Tile(128, 256, 8, 4))),
+        ),
+        "e4m3_group": (
+            *((16, Tile(16, 128, 4, 3, 16)), (32, Tile(32, 128, 4, 3, 16)), (64, Tile(64, 64, 4, 3, 16))),
+            (_ANY, Tile(64, 128, 4, 3)),
+        ),
+        "a16": (
+            *((16, Tile(16, 128, 4, 3, 16)), (32, Tile(32, 128, 4, 3, 16)), (64, Tile(64, 64, 4, 3, 16))),
+            (1024, Tile(256, 128, 8, 3)),
+        ),
     },
     "sm_100": {  # B200: 227 KB, and tensor memory
         "int8_row": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(128, 128, 4, 3))),
@@ -92,7 +123,9 @@ TABLE: dict[str, dict[str, tuple[tuple[float, Tile], ...]]] = {
 
 
 def nvidia(name: str, capability: int, multiprocessors: int) -> Chip:
-    """The chip of a compute capability such as 89 (8.0 or newer)."""
+    """The chip of a compute capability such as 89 (7.5 or newer)."""
+    if capability == 75:
+        return Chip(name, "sm_75", multiprocessors, True, (), ("full",), products=False)
     family = {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(capability, "sm_86")
     wide, formats = (), ("int8", "full")
     if family == "sm_90":
@@ -151,11 +184,7 @@ def write_user_table(name: str, entries: dict[str, tuple[tuple[float, Tile], ...
     """Put the entries of one GPU into the user's file, keeping those of other GPUs."""
     path = user_path()
     content = json.loads(path.read_text()) if path.is_file() else {}
-    rows = {
-        kernel: [[None if limit == _ANY else limit, [t.block_m, t.block_n, t.warps, t.stages, t.max_splits]]
-                 for limit, t in of]
-        for kernel, of in entries.items()
-    }  # fmt: skip
+    rows = {kernel: [_row(limit, tile) for limit, tile in of] for kernel, of in entries.items()}
     content[name] = {**content.get(name, {}), **rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -165,13 +194,18 @@ def write_user_table(name: str, entries: dict[str, tuple[tuple[float, Tile], ...
     return path
 
 
+def _row(limit: float, t: Tile) -> list:
+    values = [t.block_m, t.block_n, t.warps, t.stages, t.max_splits, t.registers]
+    return [None if limit == _ANY else limit, values]
+
+
 def _entries(kernel: str, rows: list) -> tuple[tuple[float, Tile], ...]:
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}, expected one of {', '.join(KERNELS)}")
     entries = []
     for limit, values in rows:
-        if len(values) != 5 or not all(isinstance(v, int) and v > 0 for v in values):
-            raise ValueError(f"{kernel}: {values} is not [block_m, block_n, warps, stages, splits]")
+        if len(values) != 6 or not all(isinstance(v, int) and v >= (i < 5) for i, v in enumerate(values)):
+            raise ValueError(f"{kernel}: {values} is not [block_m, block_n, warps, stages, splits, registers]")
         entries.append((_ANY if limit is None else limit, Tile(*values)))
     if kernel != "a16" and (not entries or entries[-1][0] != _ANY):
         raise ValueError(f"{kernel}: the last entry must have no limit (null)")

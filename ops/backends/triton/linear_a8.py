@@ -138,7 +138,7 @@ def linear_a8(x, token_scale, weight, low, up, bias, y, tile, chip):
     sums = y
     if splits > 1:
         sums = torch.empty(splits, m, n, dtype=torch.int32 if int8 else torch.float32, device=y.device)
-    _linear_a8[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), splits)](
+    _linear_a8[(tile.tiles(m, n), splits)](
         x,
         token_scale,
         weight.trits,
@@ -165,8 +165,7 @@ def linear_a8(x, token_scale, weight, low, up, bias, y, tile, chip):
         SPLIT=splits > 1,
         JOIN=("int8" if int8 else "e4m3") in chip.wide,
         PTX=chip.ptx,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     if splits > 1:
         unit = 2 if not int8 else 64 if group is None else 1

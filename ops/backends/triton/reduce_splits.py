@@ -9,6 +9,7 @@ not change from run to run, and int32 sums do not depend on the number of splits
 import triton
 import triton.language as tl
 
+from .configs import ceil_div
 from .tiling import finish
 
 BLOCK_M, BLOCK_N, WARPS = 16, 64, 4
@@ -51,7 +52,7 @@ def _reduce_splits(
 def reduce_splits(partial, token_scale, row_scale, low, up, bias, y, unit):
     """Launches the kernel on y [M, N]. `unit` is what a decoded +1 counts; a scale of None is 1."""
     m, n = y.shape
-    _reduce_splits[(triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M))](
+    _reduce_splits[(ceil_div(n, BLOCK_N), ceil_div(m, BLOCK_M))](
         partial,
         token_scale,
         row_scale,

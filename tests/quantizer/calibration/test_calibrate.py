@@ -15,7 +15,7 @@ from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.model.flux import Flux, Stage
-from ternary_flux.quantizer.model.teacher import Teacher
+from ternary_flux.quantizer.model.teacher import Placement, Teacher
 from ternary_flux.quantizer.pictures import trajectories
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
 from ternary_flux.quantizer.rounding.round import round_checkpoint
@@ -137,7 +137,7 @@ def test_low_rank_factors_and_packing(case):
 
 
 def test_the_teacher_reads_blocks_when_they_are_needed(case):
-    streaming = Teacher(open_checkpoint(case.path), resident=False)
+    streaming = Teacher(open_checkpoint(case.path), placement=Placement(False, 0))
     inputs = case.states[0].inputs(slice(0, 3), case.conditioning)
     dense = Flux(case.teacher.arch)
     dense.load_state_dict(safetensors.torch.load_file(case.path))

@@ -1,0 +1,131 @@
+"""On a GPU: every kernel against float64, and the quantizer beside the same run on the CPU.
+
+python -m benchmarks.speed.gpu_checks kernels|quantizer      prints what is wrong, or a line a device
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from ternary_flux.ops import TernaryWeight, ternary_linear
+from torch import Tensor
+
+CUDA = torch.device("cuda")
+SHAPES = [(1, 384, 1100), (7, 3072, 3072), (16, 18432, 3072), (33, 200, 300), (64, 3072, 12288), (65, 3072, 3072),
+          (300, 1000, 4096), (1025, 3072, 15360), (4608, 3072, 3072)]  # fmt: skip
+FORMS = [("row", 0, 1), ("integer", 0, 1), ("float", 0, 1), ("integer", 16, 1), ("integer", 0, 2), ("row", 5, 2)]
+BOUNDS = {"full": 1e-2, "int8": 2e-3, "e4m3": 1e-2}
+
+
+def random_weight(n: int, k: int, scales: str, rank: int, terms: int) -> TernaryWeight:
+    groups = terms * -(-k // 128)
+    codes = torch.randint(-1, 2, (n, terms * k), dtype=torch.int8, device=CUDA)
+    row, group = torch.rand(n, device=CUDA) * 0.01 + 1e-3, None
+    if scales == "integer":
+        group = torch.randint(1, 128, (groups, n), dtype=torch.uint8, device=CUDA)
+    if scales == "float":
+        row = (torch.rand(groups, n, device=CUDA) * 0.01 + 1e-3).to(torch.bfloat16)
+    down = (torch.randn(rank, k, device=CUDA) * 0.1).bfloat16() if rank else None
+    up = (torch.randn(n, rank, device=CUDA) * 0.1).bfloat16() if rank else None
+    return TernaryWeight.from_codes(codes, row, group, down, up, terms)
+
+
+def quantized(x: Tensor, activations: str) -> Tensor:
+    """The activations that an 8-bit kernel sees, float64."""
+    from ternary_flux.ops.backends.triton.quantize_rows import quantize_rows
+
+    dtype = torch.int8 if activations == "int8" else torch.float8_e4m3fn
+    codes, scale = quantize_rows(x, -(-x.shape[1] // 128) * 128, dtype)
+    return codes[:, : x.shape[1]].double() * scale.double()[:, None]
+
+
+def kernels() -> list[dict]:
+    """Relative error against float64 of the product the kernel was asked for (its own quantized activations)."""
+    from ternary_flux.ops.backends.triton import backend as triton
+    from ternary_flux.ops.backends.triton import configs
+
+    print(f"triton: {triton.unavailable(CUDA) or 'available'}; {configs.chip(CUDA)}", flush=True)
+    rows = []
+    for (m, n, k), (scales, rank, terms) in itertools.product(SHAPES, FORMS):
+        weight = random_weight(n, k, scales, rank, terms)
+        low_rank = 0.0 if weight.up is None else weight.up.double() @ weight.down.double()
+        ternary = replace(weight, down=None, up=None).dequantize(torch.float32).double()
+        for dtype, activations in itertools.product((torch.bfloat16, torch.float16), triton.formats(CUDA)):
+            if activations == "int8" and scales == "float":
+                continue
+            x, bias = torch.randn(m, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
+            row = {"m": m, "n": n, "k": k, "scales": scales, "rank": rank, "terms": terms}
+            row |= {"dtype": str(dtype).removeprefix("torch."), "activations": activations}
+            try:
+                y = ternary_linear(x, weight, bias, activations, "triton")
+                seen = x.double() if activations == "full" else quantized(x, activations)
+                expected = seen @ ternary.t() + bias.double()
+                if rank:
+                    expected += x.double() @ low_rank.t()
+                row["error"] = float((y.double() - expected).norm() / expected.norm())
+                again = ternary_linear(x, weight, bias, activations, "triton")
+                row["repeats"] = bool(torch.equal(y, again))
+            except Exception as error:  # one broken kernel must not hide the others
+                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            bound = BOUNDS[activations] * (2 if rank else 1)
+            row["right"] = "failed" not in row and row["error"] < bound and row["repeats"]
+            if not row["right"]:
+                print(json.dumps(row), flush=True)
+            rows.append(row)
+    wrong = sum(not row["right"] for row in rows)
+    print(f"kernels: {len(rows)} cases, {wrong} wrong", flush=True)
+    return rows
+
+
+def quantizer() -> list[dict]:
+    """The miniature calibrated and distilled with the same amounts on the GPU and on the CPU."""
+    from ternary_flux.benchmarks.quality import run as quality
+    from ternary_flux.benchmarks.quality.scores import Stage
+    from ternary_flux.quantizer.files.ternary import open_ternary
+
+    scale = quality.Scale(prompts=2, seeds=1, pictures=96, states=1152, steps=100, calibration_states=512)
+    rows, codes = [], {}
+    for name in (CUDA.type, "cpu"):
+        device = torch.device(name)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            stage = Stage.load(quality.WEIGHTS, scale.prompts, scale.seeds, device)
+            work = quality.workspace(folder, stage, device, quality.WEIGHTS)
+            started = time.perf_counter()
+            states = quality.Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))
+            row: dict = {"device": name, "seconds": {"pictures and velocities": time.perf_counter() - started}}
+            recipes = quality.recipes(scale, work, states)
+            for label in ("calibrated", "distilled: scales", "distilled: codes"):
+                path = folder / f"{label.replace(': ', '-')}.safetensors"
+                started = time.perf_counter()
+                recipes[label](path)
+                row["seconds"][label] = time.perf_counter() - started
+                row[label] = work.measure(path, states.held_out).error
+            file = open_ternary(folder / "calibrated.safetensors")
+            codes[name] = {layer: file.weight(layer).codes() for layer in file.layers}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    same = [float((codes["cpu"][layer] == codes[CUDA.type][layer]).float().mean()) for layer in codes["cpu"]]
+    rows.append({"codes equal on both devices": sum(same) / len(same), "least in a layer": min(same)})
+    print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    checks = {"kernels": kernels, "quantizer": quantizer}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.gpu_checks", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=checks)
+    parser.add_argument("--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device")
+    torch.manual_seed(0)
+    found = checks[options.what]()
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1))
