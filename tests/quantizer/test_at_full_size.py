@@ -4,17 +4,14 @@ Tensors are torch's FakeTensors: shapes, dtypes and devices, without values. A r
 models have one or two of each kind.
 """
 
-from dataclasses import replace
 
 import pytest
 import torch
-from ternary_flux.ops import TernaryWeight
-from ternary_flux.ops.packing import groups_of, packed_shape
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.model.flux import Inputs, rope
 from ternary_flux.quantizer.model.teacher import Placement, Teacher, streaming_memory
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import stand_in
 
