@@ -80,7 +80,9 @@ def main() -> None:
 
         settings = calibrate.CalibrationSettings(batch=1, sweeps=args.sweeps)
         output = folder / "ternary.safetensors"
-        calibrate.calibrate(teacher, states, conditioning, output, folder / "work", settings, on_block=show)
+        calibrate.calibrate(
+            teacher, states, conditioning, target=output, folder=folder / "work", settings=settings, on_block=show
+        )
         sizes = output.stat().st_size / 1e6, teacher.checkpoint.file.header.size / 1e6
         print("ternary file: {:.0f} MB, of {:.0f} MB".format(*sizes))
     print(f"peak memory {peak():.2f} GiB on {args.device}")

@@ -64,8 +64,9 @@ def calibrate(
     teacher: Teacher,
     states: Sequence[States],
     conditioning: Conditioning,
+    *,
     target: str | os.PathLike,
-    work: str | os.PathLike,
+    folder: str | os.PathLike,
     settings: CalibrationSettings | None = None,
     identity: Mapping[str, object] | None = None,
     overwrite: bool = False,
@@ -75,23 +76,23 @@ def calibrate(
     """Quantize all block Linears of the teacher and write a ternary file.
 
     `states` are noisy states of the teacher's pictures (`Trajectories.states`). Finished blocks are kept in the folder
-    `work`, and a run that was interrupted continues with the next one and writes the same file; `identity` tells runs
+    `folder`, and a run that was interrupted continues with the next one and writes the same file; `identity` tells runs
     apart (ValueError where the folder belongs to another). `on_block` is called after every block. The fits, by block,
     are also written to `fits.json` there. `sha256` of the teacher's file saves reading it once more.
     """
     settings = settings or CalibrationSettings()
     check_target(target, 0, overwrite, [teacher.checkpoint.path])
-    work = Path(work)
-    keep_settings(work, asdict(settings) | dict(identity or {}))
+    folder = Path(folder)
+    keep_settings(folder, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
     with torch.inference_mode():
-        streams = Streams(teacher, states, conditioning, work / "activations", settings.batch)
+        streams = Streams(teacher, states, conditioning, folder / "activations", settings.batch)
         for name in teacher.arch.block_names:
-            fits[name] = _calibrate_block(name, teacher, streams, work / f"{name}.safetensors", settings)
+            fits[name] = _calibrate_block(name, teacher, streams, folder / f"{name}.safetensors", settings)
             on_block(name, fits[name])
     blocks = {name: asdict(block) for name, block in fits.items()}
-    write_json(work / "fits.json", blocks)
-    write(teacher.checkpoint, work, target, settings, fits, overwrite, sha256)
+    write_json(folder / "fits.json", blocks)
+    _assemble(teacher.checkpoint, folder, target, settings=settings, fits=fits, overwrite=overwrite, sha256=sha256)
     streams.remove()
     return fits
 
@@ -127,7 +128,13 @@ def _calibrate_block(
                 module = student.get_submodule(linear)
                 rank, terms = (0, 2) if precisions[linear] == "two-terms" else (settings.rank, 1)
                 solution = gptq.solve(
-                    module.weight, module.bias, collected.pop(linear), rank, settings.damping, settings.sweeps, terms
+                    module.weight,
+                    module.bias,
+                    collected.pop(linear),
+                    rank=rank,
+                    damping=settings.damping,
+                    sweeps=settings.sweeps,
+                    terms=terms,
                 )
                 results[linear] = solution
                 _apply(module, solution.weight, solution.bias)
@@ -174,10 +181,11 @@ def _read_layer(file: TensorFile, linear: str, shape: tuple[int, int]) -> tuple[
     return TernaryWeight(shape=shape, **parts), bias
 
 
-def write(
+def _assemble(
     checkpoint: Checkpoint,
-    work: Path,
+    folder: Path,
     target: str | os.PathLike,
+    *,
     settings: CalibrationSettings,
     fits: dict[str, BlockFit],
     overwrite: bool = False,
@@ -200,11 +208,11 @@ def write(
     sha256 = sha256 or checkpoint.sha256()
     header = metadata.build(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, sha256)
     header |= precision.metadata(settings.precisions)
-    started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, timezone.utc)
+    started = datetime.fromtimestamp((folder / "settings.json").stat().st_mtime, timezone.utc)
     header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
     with create_ternary(target, plan, dense, header, metadata.header_room(arch), overwrite) as writer:
         for block in arch.block_names:
-            file = TensorFile(work / f"{block}.safetensors")
+            file = TensorFile(folder / f"{block}.safetensors")
             for linear, shape in arch.block_linears(block).items():
                 if f"{block}.{linear}" not in plan:
                     continue

@@ -52,6 +52,7 @@ def solve(
     weight: Tensor,
     bias: Tensor | None,
     moments: Moments,
+    *,
     rank: int = 0,
     damping: float = DAMPING,
     sweeps: int = SWEEPS,

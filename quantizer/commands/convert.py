@@ -47,7 +47,17 @@ def run(args: argparse.Namespace) -> None:
     with Bars() as bars:
         work = options.open_workspace(args, args.source, folder, on_progress=bars.show)
         codes = {"auto": None, "train": True, "freeze": False}[args.codes]
-        whole = Run(work, args.output, args.budget, args.rank, codes, args.packing, args.growth, args.force, bars.say)
+        whole = Run(
+            work,
+            args.output,
+            args.budget,
+            rank=args.rank,
+            codes=codes,
+            packing=args.packing,
+            growth=args.growth,
+            overwrite=args.force,
+            on_message=bars.say,
+        )
         stages = whole.run()
     print(expectation(stages))
     print(f"{args.output} written; {folder} can be deleted")

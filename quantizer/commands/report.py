@@ -41,5 +41,6 @@ def run(args: argparse.Namespace) -> None:
     if not files:
         raise ValueError("give ternary files as NAME=FILE, or --work with the work folder of a conversion")
     folder = args.work or args.output / "work"
-    work = options.open_workspace(args, args.teacher, folder, held_out=args.held_out)
-    print(report(work, files, args.output, args.pictures, args.vae and taesd_decoder(args.vae)))
+    work = options.open_workspace(args, args.teacher, folder)
+    decode = args.vae and taesd_decoder(args.vae)
+    print(report(work, files, args.output, pictures=args.pictures, held_out=args.held_out, decode=decode))

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..interrupts import whole_steps
 from ..model.flux import Flux
 from ..model.student import as_stored, rate_groups, stored_dtypes
 from ..pictures.pool import Pool
-from ..pictures.quality import Quality, measure
+from ..pictures.quality import HeldOut, Quality, measure
 from ..pictures.states import Batch
 from .optimizer import Adam
 from .schedule import RATES, TIMED_STEPS, learning_rates, schedule
@@ -62,11 +62,10 @@ class Distiller:
         model: Flux,
         start: TernaryFile,
         pool: Pool,
-        holdout: Sequence[Batch],
-        swapped: Sequence[Tensor],
+        held_out: HeldOut,
         settings: DistillSettings,
     ):
-        self.model, self.pool, self.holdout, self.swapped, self.settings = model, pool, holdout, swapped, settings
+        self.model, self.pool, self.held_out, self.settings = model, pool, held_out, settings
         self.start, self.dtypes = start, stored_dtypes(model, start)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.rate_groups, rates = rate_groups(self.parameters), learning_rates(model, settings.rates)
@@ -126,7 +125,7 @@ class Distiller:
         """Quality of what would be written now; the best is kept. Raises Collapse where prompts lost influence."""
         started = time.perf_counter()
         with as_stored(self.model, self.dtypes, self.average):
-            quality = measure(self.model, self.holdout, self.swapped)
+            quality = measure(self.model, self.held_out)
         self.evaluation_seconds = time.perf_counter() - started
         best = self.best_error
         self.log.append({"step": self.step, **asdict(quality)})

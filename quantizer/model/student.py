@@ -117,6 +117,7 @@ def save_student(
     path: str | os.PathLike,
     model: Flux,
     start: TernaryFile,
+    *,
     metadata: Mapping[str, str],
     packing: str | None = None,
     overwrite: bool = False,

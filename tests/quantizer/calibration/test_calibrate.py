@@ -51,7 +51,9 @@ class Case:
     def run(self, name: str, work: str, **arguments):
         settings = CalibrationSettings(batch=4, sweeps=1, **arguments)
         target = self.folder / f"{name}.safetensors"
-        report = calibrate.calibrate(self.teacher, self.states, self.conditioning, target, self.folder / work, settings)
+        report = calibrate.calibrate(
+            self.teacher, self.states, self.conditioning, target=target, folder=self.folder / work, settings=settings
+        )
         return target, report
 
     def error(self, path) -> float:
@@ -104,22 +106,24 @@ def test_an_interrupted_run_gives_the_same_file(case, tmp_path, mixed):
         raise Stop
 
     path = tmp_path / "resumed.safetensors"
-    arguments = (case.teacher, case.states, case.conditioning, path, tmp_path / "resumed")
+    arguments, places = (case.teacher, case.states, case.conditioning), {"target": path, "folder": tmp_path / "resumed"}
     settings = CalibrationSettings(batch=4, sweeps=1, precisions=precisions)
     with pytest.raises(Stop):
-        calibrate.calibrate(*arguments, settings, on_block=stop)
+        calibrate.calibrate(*arguments, **places, settings=settings, on_block=stop)
     assert not path.exists()
     done = []
-    resumed = calibrate.calibrate(*arguments, settings, on_block=lambda name, _: done.append(name))
+    resumed = calibrate.calibrate(*arguments, **places, settings=settings, on_block=lambda name, _: done.append(name))
     first, report = case.run(f"again-{mixed}", f"once-{mixed}", precisions=precisions)
     assert report == resumed and done == list(case.teacher.arch.block_names)
     files = [open_ternary(p) for p in (path, first)]
     assert files[0].file.entries == files[1].file.entries
     assert all((files[0].file.bytes(key) == files[1].file.bytes(key)).all() for key in files[0].file.entries)
     with pytest.raises(ValueError, match="its batch is 4, not 8"):
-        calibrate.calibrate(*arguments, CalibrationSettings(batch=8, sweeps=1, precisions=precisions), overwrite=True)
+        calibrate.calibrate(
+            *arguments, **places, settings=CalibrationSettings(batch=8, sweeps=1, precisions=precisions), overwrite=True
+        )
     with pytest.raises(FileExistsError):
-        calibrate.calibrate(*arguments, settings)
+        calibrate.calibrate(*arguments, **places, settings=settings)
 
 
 def test_low_rank_factors_and_packing(case):

@@ -58,7 +58,8 @@ def on_block(result):
 
 settings = BlockSettings(steps=2, batch=1, states=2, codes=True, eight_bit=True, warmup=1)
 start = open_ternary(folder / "start.safetensors", check_codes=False)
-train_blocks(start, teacher, pool, folder / "out.safetensors", folder / "work", settings, on_block=on_block)
+places = {"target": folder / "out.safetensors", "folder": folder / "work"}
+train_blocks(start, teacher, pool, **places, settings=settings, on_block=on_block)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(json.dumps({"peak": peak, "blocks": blocks}))
 """
