@@ -4,7 +4,6 @@ Tensors are torch's FakeTensors: shapes, dtypes and devices, without values. A r
 models have one or two of each kind.
 """
 
-
 import pytest
 import torch
 from ternary_flux.quantizer.files.architecture import Architecture

@@ -16,6 +16,7 @@ from ternary_flux.quantizer.model.student import add_low_rank, load_student, sav
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import Pool
 from ternary_flux.quantizer.pictures.quality import HeldOut, measure
+from ternary_flux.quantizer.pictures.sampler import one_by_one
 from ternary_flux.quantizer.pictures.states import LabelledStates, States
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
@@ -64,7 +65,7 @@ def data(files):
 
     pool = Pool([states(STATES, range(PROMPTS - 4))], cond)
     held = Pool([states(8, range(PROMPTS - 4, PROMPTS))], cond)
-    return teacher, pool, HeldOut.of([held.batch(0, torch.arange(8))], teacher)
+    return teacher, pool, HeldOut.of([held.batch(0, torch.arange(8))], one_by_one(teacher))
 
 
 def make(files, data, rank=0, codes=False, **settings):
@@ -125,12 +126,12 @@ def test_codes_rest_in_the_last_part_of_a_run(files, data, monkeypatch):
 @pytest.mark.parametrize("rank, codes", [(0, False), (4, False), (0, True), (4, True)])
 def test_learns_and_writes_what_it_evaluated(files, data, tmp_path, rank, codes):
     distiller, start = make(files, data, rank, codes, steps=48)
-    before = measure(distiller.model, data[2], data[3]).error
+    before = measure(distiller.model, data[2]).error
     distill(distiller)
     assert distiller.best_error < 0.8 * before
     save_student(tmp_path / "out.safetensors", distiller.model, start, metadata=start.metadata)
     written = open_ternary(tmp_path / "out.safetensors")
-    quality = measure(load_student(written), data[2], data[3])
+    quality = measure(load_student(written), data[2])
     assert quality.error == pytest.approx(distiller.best_error, rel=1e-5)
     same = all(torch.equal(written.weight(n).trits, start.weight(n).trits) for n in start.layers)
     assert same == (not codes)
@@ -216,16 +217,16 @@ def test_lost_conditioning_stops_the_run(files, data):
 
 
 def test_quality_of_the_teacher_itself(data):
-    teacher, _, holdout, swapped = data
-    quality = measure(teacher, holdout, swapped)
+    teacher, _, held_out = data
+    quality = measure(teacher, held_out)
     assert quality.error == 0
     assert quality.response == pytest.approx(1) and quality.alignment == pytest.approx(1)
     assert all(error in (0, None) for error in quality.by_timestep)
 
 
 def test_quality_of_silence(data):
-    _, _, holdout, swapped = data
-    quality = measure(lambda latent, *_: torch.zeros_like(latent), holdout, swapped)
+    _, _, held_out = data
+    quality = measure(lambda latent, *_: torch.zeros_like(latent), held_out)
     assert quality.error == pytest.approx(1) and quality.response == 0
 
 
