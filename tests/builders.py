@@ -50,9 +50,19 @@ def write_conditioning(path: Path, arch: Architecture, prompts: int = 20, tokens
 
 
 def ternary_weight(
-    n: int, k: int, scales: str = "integer", rank: int = 0, seed: int = 0, terms: int = 1
+    n: int,
+    k: int,
+    scales: str = "integer",
+    rank: int = 0,
+    seed: int = 0,
+    terms: int = 1,
+    column: torch.dtype | None = None,
 ) -> TernaryWeight:
-    """A random weight [N, K]; `scales`: "row", "integer" groups, or groups in "bf16", "fp16" or "fp32"."""
+    """A random weight [N, K].
+
+    scales   "row", "integer" groups, or groups in "bf16", "fp16" or "fp32"
+    column   dtype of a scale for each input, None for none
+    """
     g = generator(seed)
     codes = torch.randint(-1, 2, (n, terms * k), dtype=torch.int8, generator=g)
     groups = terms * groups_of(k), n
@@ -63,4 +73,5 @@ def ternary_weight(
         row = (torch.rand(groups, generator=g) * 0.01 + 1e-3).to(_DTYPES[scales])
     down = torch.randn(rank, k, generator=g).bfloat16() if rank else None
     up = torch.randn(n, rank, generator=g).bfloat16() if rank else None
-    return TernaryWeight.from_codes(codes, row, group, down, up, terms)
+    inputs = (torch.randn(k, generator=g) * 0.7).exp().to(column) if column else None
+    return TernaryWeight.from_codes(codes, row, group, down, up, terms, inputs)

@@ -49,6 +49,6 @@ def run(args: argparse.Namespace) -> None:
     if not files:
         raise ValueError("give ternary files as NAME=FILE, or --work with the work folder of a conversion")
     folder = args.work or args.output / "work"
-    work = options.open_workspace(args, args.teacher, folder, held_out=args.held_out)
+    work = options.open_workspace(args, args.teacher, folder)
     decode = vae_decoder(args.vae, work.arch) if args.vae else None
-    print(report(work, files, args.output, args.pictures, decode))
+    print(report(work, files, args.output, pictures=args.pictures, held_out=args.held_out, decode=decode))

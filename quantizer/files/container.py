@@ -16,10 +16,10 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -250,6 +250,13 @@ class TensorFile:
         entry = self.entries[key]
         return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.start)
 
+    def read_ahead(self, keys: Iterable[str]) -> None:
+        """Let the system start to read these tensors from the disk, where it takes such requests."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            for entry in (self.entries[key] for key in keys):
+                start = entry.start - entry.start % mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_WILLNEED, start, entry.stop - start)
+
     def tensor(self, key: str) -> Tensor:
         entry = self.entries[key]
         if entry.dtype not in DTYPES:
@@ -274,6 +281,7 @@ class TensorWriter:
     file: BinaryIO
     written: dict[str, int] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)
+    ahead: dict[str, dict[int, Any]] = field(default_factory=dict)  # pieces that wait for those before them
 
     def write(self, key: str, data: Tensor | np.ndarray) -> None:
         """Write a whole tensor; its dtype and shape must be the planned ones."""
@@ -285,14 +293,16 @@ class TensorWriter:
         self.write_bytes(key, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
     def write_bytes(self, key: str, data, offset: int = 0) -> None:
-        """Write a piece of a tensor, `offset` bytes from its start. A tensor's pieces come from start to end."""
-        entry, written = self.entries[key], self.written.get(key, 0)
-        if offset != written:
-            raise ValueError(f"{key}: byte {offset} where byte {written} is next")
-        self.file.seek(entry.start + offset)
-        self.file.write(data)
-        self.written[key] = written + len(data)
-        self.checksums[key] = zlib.crc32(data, self.checksums.get(key, 0))
+        """Write a piece of a tensor, `offset` bytes from its start. A piece ahead of its turn is held until then."""
+        if offset < self.written.get(key, 0):
+            raise ValueError(f"{key}: byte {offset} was written already")
+        ahead = self.ahead.setdefault(key, {})
+        ahead[offset] = data
+        while (piece := ahead.pop(self.written.get(key, 0), None)) is not None:
+            self.file.seek(self.entries[key].start + self.written.get(key, 0))
+            self.file.write(piece)
+            self.written[key] = self.written.get(key, 0) + len(piece)
+            self.checksums[key] = zlib.crc32(piece, self.checksums.get(key, 0))
 
 
 def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -16,7 +16,7 @@ from ..files.summary import sizes
 from ..files.ternary import TernaryFile, open_ternary
 from ..model.flux import Inputs
 from ..model.student import load_student
-from ..pictures.quality import BINS, Quality, measure
+from ..pictures.quality import BINS, HeldOut, Quality, measure
 from ..pictures.sampler import noise_levels, sample
 from ..pictures.trajectories import Picture, initial_noise
 from ..pipeline.workspace import Workspace
@@ -49,18 +49,25 @@ class Measured:
 
 
 def report(
-    work: Workspace, files: Mapping[str, Path], folder: Path, pictures: int = 4, decode: Decode | None = None
+    work: Workspace,
+    files: Mapping[str, Path],
+    folder: Path,
+    *,
+    pictures: int = 4,
+    held_out: int = 16,
+    decode: Decode | None = None,
 ) -> Path:
     """Compare ternary files (by name, in the order of the stages) with their teacher; returns the page's path.
 
-    Writes report.html and its charts as PNG. `decode` makes pictures of latents; without it their colours are a
-    projection of the latent channels.
+    Writes report.html and its charts as PNG. `pictures` are shown; quality is measured at states of `held_out`.
+    `decode` makes pictures of latents; without it their colours are a projection of the latent channels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chosen = work.trajectories.plan("holdout", pictures)
     chosen = [picture for picture in chosen if picture.shape == chosen[0].shape]
     theirs = _trajectory(work.teacher, work, chosen)
-    measured = [_measure(work, name, path, chosen, theirs) for name, path in files.items()]
+    held = work.hold_out(held_out)
+    measured = [_measure(work, held, name, path, theirs=theirs, pictures=chosen) for name, path in files.items()]
     images = _charts(work, chosen, theirs[-1], measured, decode or preview(theirs[-1]))
     for name, image in images.items():
         (folder / f"{name}.png").write_bytes(image)
@@ -70,13 +77,21 @@ def report(
     return path
 
 
-def _measure(work: Workspace, name: str, path: Path, pictures: Sequence[Picture], theirs: Sequence[Tensor]) -> Measured:
+def _measure(
+    work: Workspace,
+    held_out: HeldOut,
+    name: str,
+    path: Path,
+    *,
+    theirs: Sequence[Tensor],
+    pictures: Sequence[Picture],
+) -> Measured:
     file = open_ternary(path)
     model = load_student(file, work.device).requires_grad_(False)
     ours = _trajectory(_on_device(model, work.device), work, pictures)
     # Both start from the same noise: the first state differs by nothing.
     divergence = [float((a - b).norm() / b.norm()) for a, b in zip(ours[1:], theirs[1:], strict=True)]
-    quality = measure(model, work.holdout, work.swapped)
+    quality = measure(model, held_out)
     return Measured(
         name,
         path,

@@ -14,7 +14,7 @@ from ternary_flux.quantizer.model.flux import Inputs
 from ternary_flux.quantizer.model.student import add_low_rank, load_student, save_student, ternary_linears, train_codes
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import Pool
-from ternary_flux.quantizer.pictures.quality import measure, swapped_velocities
+from ternary_flux.quantizer.pictures.quality import HeldOut, measure
 from ternary_flux.quantizer.pictures.states import LabelledStates, States
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests import builders
@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(files):
-    """Teacher, pool, held-out batches, and the teacher's velocities there under other prompts."""
+    """Teacher, pool, and what is held out."""
     teacher = builders.flux(ARCH)
     cond = conditioning.read(files / "cond.safetensors", ARCH)
     generator = torch.Generator().manual_seed(2)
@@ -49,8 +49,7 @@ def data(files):
 
     pool = Pool([states(STATES, range(PROMPTS - 4))], cond)
     held = Pool([states(8, range(PROMPTS - 4, PROMPTS))], cond)
-    holdout = [held.batch(0, torch.arange(8))]
-    return teacher, pool, holdout, swapped_velocities(teacher, holdout)
+    return teacher, pool, HeldOut.of([held.batch(0, torch.arange(8))], teacher)
 
 
 def make(files, data, rank=0, codes=False, **settings):
@@ -114,7 +113,7 @@ def test_learns_and_writes_what_it_evaluated(files, data, tmp_path, rank, codes)
     before = measure(distiller.model, data[2], data[3]).error
     distill(distiller)
     assert distiller.best_error < 0.8 * before
-    save_student(tmp_path / "out.safetensors", distiller.model, start, start.metadata)
+    save_student(tmp_path / "out.safetensors", distiller.model, start, metadata=start.metadata)
     written = open_ternary(tmp_path / "out.safetensors")
     quality = measure(load_student(written), data[2], data[3])
     assert quality.error == pytest.approx(distiller.best_error, rel=1e-5)
@@ -203,16 +202,16 @@ def test_lost_conditioning_stops_the_run(files, data):
 
 
 def test_quality_of_the_teacher_itself(data):
-    teacher, _, holdout, swapped = data
-    quality = measure(teacher, holdout, swapped)
+    teacher, _, held_out = data
+    quality = measure(teacher, held_out)
     assert quality.error == 0
     assert quality.response == pytest.approx(1) and quality.alignment == pytest.approx(1)
     assert all(error in (0, None) for error in quality.by_timestep)
 
 
 def test_quality_of_silence(data):
-    _, _, holdout, swapped = data
-    quality = measure(lambda latent, *_: torch.zeros_like(latent), holdout, swapped)
+    _, _, held_out = data
+    quality = measure(lambda latent, *_: torch.zeros_like(latent), held_out)
     assert quality.error == pytest.approx(1) and quality.response == 0
 
 

@@ -14,6 +14,8 @@ from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests.builders import ternary_weight
 from ternary_flux.tests.quantizer import synthetic
 
+COLUMNS = {"": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 def write(path, weight, packing="planes32", **options):
     plan = LayerPlan.of(weight, packing)
@@ -32,12 +34,13 @@ def write(path, weight, packing="planes32", **options):
     scales=st.sampled_from(["integer", "row", "bf16", "fp16", "fp32"]),
     rank=st.sampled_from([0, 0, 3]),
     terms=st.sampled_from([1, 2]),
+    columns=st.sampled_from(list(COLUMNS)),
 )
-def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, terms):
-    weight = ternary_weight(n, k, scales, rank, terms=terms)
+def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, terms, columns):
+    weight = ternary_weight(n, k, scales, rank, terms=terms, column=COLUMNS[columns])
     path = write(tmp_path_factory.mktemp("files") / "x.safetensors", weight, packing)
     file = open_ternary(path)
-    assert file.layers == {"x": LayerPlan((n, k), packing, scales, rank, terms)}
+    assert file.layers == {"x": LayerPlan((n, k), packing, scales, rank, terms, columns)}
     assert file.shapes == {"x.weight": (n, k), "x.bias": (n,)}
     assert file.metadata == {"note": "n"}
     read = file.weight("x")
@@ -53,7 +56,7 @@ def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, terms):
 
 
 def test_keys_and_dtypes_are_those_of_the_specification(tmp_path):
-    stored = load_file(write(tmp_path / "x.safetensors", ternary_weight(6, 200, rank=2)))
+    stored = load_file(write(tmp_path / "x.safetensors", ternary_weight(6, 200, rank=2, column=torch.bfloat16)))
     found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in stored.items() if key != "x.comfy_quant"}
     assert found == {
         "x.weight": (torch.uint8, (2, 6, 32)),
@@ -61,6 +64,7 @@ def test_keys_and_dtypes_are_those_of_the_specification(tmp_path):
         "x.weight_group": (torch.uint8, (2, 6)),
         "x.weight_down": (torch.bfloat16, (2, 200)),
         "x.weight_up": (torch.bfloat16, (6, 2)),
+        "x.weight_column": (torch.bfloat16, (200,)),
         "x.bias": (torch.bfloat16, (6,)),
     }
     weight = ternary_weight(6, 200)
@@ -114,7 +118,7 @@ def poke(index, value):
 
 
 Q, W = "x.comfy_quant", "x.weight"
-S, G, D, U = (f"x.weight_{part}" for part in ("scale", "group", "down", "up"))
+S, G, D, U, C = (f"x.weight_{part}" for part in ("scale", "group", "down", "up", "column"))
 DAMAGES = {
     "JSON": (damage(Q, text(b"{")), Q, "the JSON cannot be read"),
     "JSON bytes": (damage(Q, text(b"\xff\xfe")), Q, "the JSON cannot be read"),
@@ -131,6 +135,11 @@ DAMAGES = {
     "three terms": (damage(Q, text(JSON | {"terms": 3})), Q, "3 terms"),
     "terms as float": (damage(Q, text(JSON | {"terms": 2.0})), Q, "2.0 terms"),
     "terms as truth": (damage(Q, text(JSON | {"terms": True})), Q, "True terms"),
+    "unknown field": (damage(Q, text(JSON | {"basis": "hadamard"})), Q, "the field 'basis' is unknown.*update this"),
+    "unknown part": (damage("x.weight_bias", torch.ones(6)), "x.weight_bias", "knows no such part.*update this pack"),
+    "column dtype": (damage(C, lambda t: t.half()), C, r"F16 \[200\] where F32 \[200\]"),
+    "column shape": (damage(C, lambda t: t[:199].clone()), C, r"BF16 \[199\] where BF16 \[200\]"),
+    "column NaN": (damage(C, poke(7, float("nan"))), C, "a scale is not finite"),
     "terms that are not there": (damage(Q, text(JSON | {"terms": 2})), W, r"U8 \[2, 6, 32\] where U8 \[4, 6, 32\]"),
     "other shape": (damage(Q, text(JSON | {"shape": [6, 300]})), W, r"U8 \[2, 6, 32\] where U8 \[3, 6, 32\]"),
     "no JSON": (lambda state: state.pop(Q), "", "this is no FLUX transformer"),
@@ -160,7 +169,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("change, key, message", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_files(tmp_path, change, key, message):
-    state = load_file(write(tmp_path / "x.safetensors", ternary_weight(6, 200, rank=2)))
+    state = load_file(write(tmp_path / "x.safetensors", ternary_weight(6, 200, rank=2, column=torch.bfloat16)))
     if key == "y.weight":
         state[key] = None
     change(state)
