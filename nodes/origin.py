@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from ..quantizer.files.architecture import canonical
-from ..quantizer.files.checkpoint import find_prefix
 from ..quantizer.files.container import DTYPES, TensorFile
+from ..quantizer.files.identity import find_prefix
 from ..quantizer.files.ternary import TernaryFile
 from .files import stamp
 
@@ -44,7 +44,7 @@ class Origin:
             file = TensorFile(self.path)
         except (OSError, ValueError):
             return None
-        return file.tensor(f"{find_prefix(file.entries)}{name}.weight_scale").clone()
+        return file.tensor(f"{find_prefix(file.entries) or ''}{name}.weight_scale").clone()
 
     def check(self) -> None:
         """Raise RuntimeError where a file that is still read was written over.
