@@ -12,20 +12,16 @@ from safetensors.torch import save_file
 from ternary_flux.benchmarks import comfyui, miniature
 from ternary_flux.quantizer import cli
 from ternary_flux.quantizer.files.architecture import Architecture
-from ternary_flux.quantizer.model.flux import Flux
-from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.report import charts
 from ternary_flux.quantizer.report.decoders import preview, vae_decoder
+from ternary_flux.tests import builders
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
 
 
 def test_a_page_with_everything(tmp_path, capsys):
-    generator = torch.Generator().manual_seed(0)
-    state = {name: 0.08 * torch.randn(p.shape, generator=generator) for name, p in Flux(ARCH).named_parameters()}
-    save_file(state, tmp_path / "tiny.safetensors")
-    context, pooled = torch.randn(20, 5, 32, generator=generator), torch.randn(20, 24, generator=generator)
-    conditioning.write(tmp_path / "cond.safetensors", [f"<prompt> {i}" for i in range(20)], context, pooled)
+    builders.write_flux(tmp_path / "tiny.safetensors", ARCH)
+    builders.write_conditioning(tmp_path / "cond.safetensors", ARCH)
     dense, rounded = tmp_path / "tiny.safetensors", tmp_path / "rounded.safetensors"
     assert cli.run(["round", str(dense), "-o", str(rounded)]) == 0
     fixed = ["--teacher", dense, "--conditioning", tmp_path / "cond.safetensors", "--size", "64x64", "--held-out", 2]
