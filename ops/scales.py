@@ -5,6 +5,10 @@ from torch import Tensor
 
 MAX_MULTIPLIER = 127
 
+# Error of group scales above which "auto" activations do not round them. On the miniature 8-bit activations change the
+# velocity by 2.1 %; scales that are off by 0.5 % make that 2.3 %, by 1 % 2.7 %, by 2 % 3.6 %.
+SHOWS = 0.01
+
 
 def fit_integer_groups(scales: Tensor) -> tuple[Tensor, Tensor]:
     """Fit scales [ceil(K/128), N] >= 0 by row[n] * group[j, n].

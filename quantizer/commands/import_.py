@@ -26,6 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ...ops.scales import SHOWS
     from ..console import progress
     from ..files.atomic import check_target
     from ..files.summary import in_bytes
@@ -45,3 +46,5 @@ def run(args: argparse.Namespace) -> None:
         f"int8 kernels round these scales when the file is loaded, by {mean:.2%} in the mean and "
         f"{summary.scale_errors[worst]:.2%} in {worst}; full precision takes them as they are"
     )
+    if shown := sum(error > SHOWS for error in summary.scale_errors.values()):
+        print(f"in {shown} Linears that is more than {SHOWS:.0%}: the loader's `auto` computes them in full precision")

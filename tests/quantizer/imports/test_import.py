@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -147,6 +148,21 @@ def test_any_checkpoint_whose_groups_are_ternary(tmp_path, arch, prefix):
     exported = load_file(tmp_path / "export.safetensors")
     assert exported.keys() == state.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in state.items())
+
+
+def test_scales_that_int8_kernels_cannot_have_are_told(tmp_path, capsys):
+    """One group of 1 and others of 1.49/127 in a row: each of the others is off by 0.5/127."""
+    arch = synthetic.replace(synthetic.FLUX1, hidden=256)
+    state = synthetic.tensors(arch)
+    for name, (n, k) in arch.linear_shapes.items():
+        scale = torch.full((n, k), 0.01171875)
+        scale[:, :128] = 1
+        state[f"{name}.weight"] = (torch.randint(-1, 2, (n, k)) * scale).bfloat16()
+    save_file(state, tmp_path / "apart.safetensors")
+    assert run(["import", str(tmp_path / "apart.safetensors"), "-o", str(tmp_path / "out.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"and 1\.1\d% in single_blocks\.\d\.linear2;", said)
+    assert "in 4 Linears that is more than 1%" in said  # those with 8 or 10 groups
 
 
 FIRST = "transformer_blocks.0.attn.to_k"
