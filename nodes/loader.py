@@ -119,7 +119,8 @@ class LoadTernaryFlux(io.ComfyNode):
         except (FormatError, OSError) as error:
             raise ValueError(explain(error, file)) from None
         model = load_file(opened, activations, backend)
-        return io.NodeOutput(model, ui=ui.PreviewText(status(opened, model.load_device, activations, backend)))
+        said = [status(opened, model.load_device, activations, backend), *scale_errors(model)]
+        return io.NodeOutput(model, ui=ui.PreviewText("\n".join(said)))
 
 
 def _listed(choices: dict[str, str]) -> str:
@@ -201,6 +202,21 @@ def status(file: TernaryFile, device: torch.device, activations: str, backend: s
             f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         ]
     )
+
+
+def scale_errors(model) -> list[str]:
+    """A line on the scales that were rounded for 8-bit activations when the model was loaded; none where none were."""
+    layers = [m for m in model.model.modules() if getattr(m, "scale_error", None) is not None]
+    if not layers:
+        return []
+    rounded = [layer.scale_error for layer in layers if layer.weight._params.scale.ndim == 1]
+    lines = []
+    if rounded:
+        mean = sum(rounded) / len(rounded)
+        lines.append(f"group scales rounded for int8, by {mean:.2%} (at most {max(rounded):.2%})")
+    if kept := len(layers) - len(rounded):
+        lines.append(f"{kept} of {len(layers)} layers in full precision: their scales are too far apart for int8")
+    return lines
 
 
 def stage(file: TernaryFile) -> str:

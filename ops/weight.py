@@ -121,5 +121,6 @@ class TernaryWeight:
             return self, 0.0
         scales = self.scale.float()
         row, group = fit_integer_groups(scales)
-        error = (row * group - scales).norm() / scales.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        change = (row * group - scales) * (scales > 0)  # the trits of a group of scale 0 are zeros
+        error = change.norm() / scales.norm().clamp_min(torch.finfo(torch.float32).tiny)
         return replace(self, scale=row, group=group), float(error)

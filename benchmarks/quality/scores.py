@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...quantizer.model.flux import Inputs
 from ...quantizer.pictures.quality import HeldOut, measure
-from ...quantizer.pictures.sampler import noise_levels
+from ...quantizer.pictures.sampler import noise_levels, one_by_one
 from ...quantizer.pictures.states import Batch
 from ..miniature import autoencoder, scenes
 from ..miniature.checker import check
@@ -108,7 +108,7 @@ class Stage:
                 velocity = teacher(latent, t, context, pooled).clone()
                 batches.append(Batch(Inputs(latent, t, context, pooled), velocity))
                 latent = latent + (after - now) * velocity
-            self._held_out = HeldOut.of(batches, teacher)
+            self._held_out = HeldOut.of(batches, one_by_one(teacher))
         return self._held_out
 
     @cached_property

@@ -93,8 +93,8 @@ def calibrate(
     fits: dict[str, BlockFit] = {}
     with torch.inference_mode():
         streams = Streams(teacher, states, conditioning, folder / "activations", settings.batch)
-        for name in teacher.arch.block_names:
-            fits[name] = _calibrate_block(name, teacher, streams, folder / f"{name}.safetensors", settings)
+        for name, block in teacher.blocks():
+            fits[name] = _calibrate_block(name, block, streams, folder / f"{name}.safetensors", settings)
             on_block(name, fits[name])
     blocks = {name: asdict(block) for name, block in fits.items()}
     write_json(folder / "fits.json", blocks)
@@ -110,12 +110,12 @@ def enough_states(arch: Architecture, tokens: int) -> int:
 
 
 def _calibrate_block(
-    name: str, teacher: Teacher, streams: Streams, path: Path, settings: CalibrationSettings
+    name: str, dense: nn.Module, streams: Streams, path: Path, settings: CalibrationSettings
 ) -> BlockFit:
-    dense = teacher.block(name)
     student = deepcopy(dense)
     precisions = {
-        linear: settings.precisions.get(f"{name}.{linear}", "ternary") for linear in teacher.arch.block_linears(name)
+        linear: settings.precisions.get(f"{name}.{linear}", "ternary")
+        for linear in streams.teacher.arch.block_linears(name)
     }
     for linear, chosen in precisions.items():
         if chosen == "int8":

@@ -75,9 +75,9 @@ def train_blocks(
     ours = _prepare(load_stem(start, device), pool, settings, device)
     theirs = _prepare(teacher.stem, pool, settings, device)
     parts = []
-    for name in start.architecture.block_names:
+    for name, dense in teacher.blocks():
         part = folder / f"{name}.safetensors"
-        targets = _through(teacher.block(name), theirs, settings.stream)
+        targets = _through(dense, theirs, settings.stream)
         if not part.exists():
             block = load_block(start, name, start.architecture, device)
             layers = ternary_linears(block, f"{name}.")

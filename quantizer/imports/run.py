@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..files.container import DTYPES, FormatError
 from ..files.identity import find_prefix
 from ..files.layer import SCALES, LayerPlan
 from ..files.ternary import create_ternary
+from ..threads import single_threaded_pool
 from .locate import configuration, locate
 from .packagings import Packaging, packaging_of
 from .tensors import DENSE_DTYPES, PickledFile, SafetensorsFiles, Tensors
@@ -167,12 +168,13 @@ def import_model(
         with create_ternary(target, layers, dense, _metadata(source, packing), 0, overwrite) as writer:
             for name in dense:
                 writer.dense(name, _dense(source, name))
-            tensors.release()
-            for name, plan in layers.items():
-                weight = _weight(source, name, plan, on_progress)
-                summary.scale_errors[name] = weight.with_integer_groups()[1]
-                writer.layer(name, weight)
                 tensors.release()
+            with single_threaded_pool() as pool:
+                for name, plan in layers.items():
+                    weight = _weight(source, name, plan, pool, on_progress)
+                    summary.scale_errors[name] = weight.with_integer_groups()[1]
+                    writer.layer(name, weight)
+                    tensors.release()
             writer.metadata["ternary.source_sha256"] = digest.result()
     summary.target_bytes, summary.seconds = os.path.getsize(target), time.monotonic() - started
     return summary
@@ -218,20 +220,28 @@ def _dense(source: Source, name: str) -> Tensor:
     return diffusers.join(name, parts) if source.diffusers else parts[0]
 
 
-def _weight(source: Source, name: str, plan: LayerPlan, on_progress: Callable[[int], object]) -> TernaryWeight:
+def _weight(source: Source, name: str, plan: LayerPlan, pool: Executor, on_progress: Callable) -> TernaryWeight:
+    """A ternary Linear with the rows of its parts, one below the other."""
     n, k = plan.shape
     trits = torch.empty(groups_of(k), n, 32, dtype=torch.uint8)
     scale = torch.empty(groups_of(k), n, dtype=SCALES[plan.scales])
-    position, zeros = 0, 0
+
+    def convert(linear: str, start: int, stop: int, position: int) -> tuple[int, int]:
+        """Puts some rows in their place; returns how many weights they are and how many of them zeros."""
+        codes, scales = source.packaging.rows(linear, start, stop)
+        place = slice(position, position + stop - start)
+        trits[:, place], scale[:, place] = pack_planes32(codes), scales.t()
+        return codes.numel(), codes.numel() - int(codes.count_nonzero())
+
+    pieces, position = [], 0
     for linear in _linears(source, name):
         rows = source.rows(linear)
-        for start in range(0, rows, _ROWS):
-            codes, scales = source.packaging.rows(linear, start, min(start + _ROWS, rows))
-            place = slice(position, position + len(codes))
-            trits[:, place], scale[:, place] = pack_planes32(codes), scales.t()
-            zeros += codes.numel() - int(codes.count_nonzero())
-            position += len(codes)
-            on_progress(codes.numel())
+        pieces += [(linear, i, min(i + _ROWS, rows), position + i) for i in range(0, rows, _ROWS)]
+        position += rows
+    zeros = 0
+    for count, empty in pool.map(lambda piece: convert(*piece), pieces):
+        zeros += empty
+        on_progress(count)
     if not zeros and n * k >= _CERTAIN:
         key = source.parts[f"{name}.weight"][0]
         problem = "no weight is zero: this is a binary (1-bit) model, such as Bonsai Image's binary variant"

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,8 @@ from torch import Tensor
 from ..files.container import TensorFile, save
 from ..model.flux import Inputs
 from .conditioning import Conditioning
-from .quality import BINS, HeldOut, Model
-from .sampler import noise_levels, sample, with_control_channels
+from .quality import BINS, HeldOut
+from .sampler import Velocities, noise_levels, sample_together, with_control_channels
 from .states import Batch, LabelledStates, States
 from .trajectories import Picture, Trajectories, batches, initial_noise
 
@@ -73,7 +73,7 @@ class Pool:
 
 
 def training_pool(
-    teacher: Model,
+    velocities: Velocities,
     trajectories: Trajectories,
     pictures: Sequence[Picture],
     *,
@@ -85,54 +85,74 @@ def training_pool(
 ) -> Pool:
     """`count` states of these pictures with the teacher's velocities; those not known yet are kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    groups = []
-    for group in trajectories.labelled_states(pictures, count, seed):
-        states, velocity, unknown = group.states, group.velocity, torch.nonzero(~group.known).flatten()
-        on_progress(len(states) - len(unknown))
-        for rows in unknown.split(_CHUNK):
-            path = folder / f"{_digest(states, rows)}.safetensors"
-            if not path.exists():
-                inputs = [states.inputs(part, trajectories.conditioning) for part in rows.split(batch)]
-                save(path, {"velocity": torch.cat([teacher(*part).cpu() for part in inputs])}, overwrite=True)
-            velocity[rows] = TensorFile(path).tensor("velocity").float()
-            on_progress(len(rows))
-        groups.append(LabelledStates(states, velocity))
-    return Pool(groups, trajectories.conditioning)
+    groups = trajectories.labelled_states(pictures, count, seed)
+    on_progress(sum(int(group.known.sum()) for group in groups))
+    chunks = [(group, rows) for group in groups for rows in torch.nonzero(~group.known).flatten().split(_CHUNK)]
+    paths = [folder / f"{_digest(group.states, rows)}.safetensors" for group, rows in chunks]
+    missing = [chunk for chunk, path in zip(chunks, paths, strict=True) if not path.exists()]
+    parts = (
+        group.states.inputs(part, trajectories.conditioning) for group, rows in missing for part in rows.split(batch)
+    )
+    computed = velocities(parts)
+    for (group, rows), path in zip(chunks, paths, strict=True):
+        if not path.exists():
+            velocity = torch.cat([next(computed).cpu() for _ in rows.split(batch)])
+            save(path, {"velocity": velocity}, overwrite=True)
+        group.velocity[rows] = TensorFile(path).tensor("velocity").float()
+        on_progress(len(rows))
+    return Pool([LabelledStates(group.states, group.velocity) for group in groups], trajectories.conditioning)
 
 
-def hold_out(teacher: Model, trajectories: Trajectories, count: int, *, folder: Path, batch: int = 8) -> HeldOut:
+def hold_out(
+    velocities: Velocities, trajectories: Trajectories, count: int, *, folder: Path, batch: int = 8, together: int = 1
+) -> HeldOut:
     """States on the teacher's own path to `count` pictures of held-out prompts; the velocities are kept in `folder`.
 
-    Every batch has one time and, as far as there are that many, different prompts.
+    Every batch has one time and, as far as there are that many, different prompts. `together`: batches sampled at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    parts = list(batches(trajectories.plan("holdout", count), batch))
+    paths = [folder / f"holdout-{count}-{batch}-{number:04d}.safetensors" for number in range(len(parts))]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    for start in range(0, len(missing), together):
+        numbers = missing[start : start + together]
+        recorded = _record(velocities, trajectories, [parts[number] for number in numbers])
+        for number, tensors in zip(numbers, recorded, strict=True):
+            save(paths[number], tensors, overwrite=True)
     states: list[Batch] = []
-    for number, pictures in enumerate(batches(trajectories.plan("holdout", count), batch)):
-        path = folder / f"holdout-{count}-{batch}-{number:04d}.safetensors"
-        conditions = context, pooled, guidance = trajectories.conditions(pictures)
-        if not path.exists():
-            save(path, dict(_record(teacher, trajectories, pictures, conditions)), overwrite=True)
-        file = TensorFile(path)
-        stride = -(-trajectories.steps // _HOLDOUT_TIMES)
-        for step in range(0, trajectories.steps, stride):
+    levels = noise_levels(trajectories.steps, trajectories.shift).tolist()
+    for pictures, path in zip(parts, paths, strict=True):
+        conditions, file = trajectories.conditions(pictures), TensorFile(path)
+        for step in _recorded_steps(trajectories):
             latent, velocity = (file.tensor(f"{kind}.{step}").clone() for kind in ("latent", "velocity"))
-            t = torch.full((len(pictures),), float(noise_levels(trajectories.steps, trajectories.shift)[step]))
+            t = torch.full((len(pictures),), levels[step])
             states.append(Batch(Inputs(latent, t, *conditions), velocity))
     path = folder / f"swapped-{count}-{batch}.safetensors"
     if not path.exists():
-        swapped = HeldOut.of(states, teacher).swapped
+        swapped = HeldOut.of(states, velocities).swapped
         save(path, {str(number): velocity.cpu() for number, velocity in enumerate(swapped)}, overwrite=True)
     file = TensorFile(path)
     return HeldOut(states, [file.tensor(str(number)).clone() for number in range(len(states))])
 
 
-def _record(teacher: Model, trajectories: Trajectories, pictures, conditions) -> Iterator[tuple[str, Tensor]]:
-    """The latents and velocities of every step of the teacher's sampling."""
+def _recorded_steps(trajectories: Trajectories) -> range:
+    return range(0, trajectories.steps, -(-trajectories.steps // _HOLDOUT_TIMES))
+
+
+def _record(
+    velocities: Velocities, trajectories: Trajectories, parts: Sequence[Sequence[Picture]]
+) -> list[dict[str, Tensor]]:
+    """The latents and velocities of the recorded steps of the teacher's sampling, of each part."""
     arch, levels = trajectories.arch, noise_levels(trajectories.steps, trajectories.shift)
-    path = list(sample(teacher, initial_noise(pictures), levels, arch, conditions))
-    for step, (_, latent, velocity) in enumerate(path[:-1]):
-        yield f"latent.{step}", with_control_channels(latent, arch).cpu()
-        yield f"velocity.{step}", velocity.cpu()
+    noise = [initial_noise(pictures) for pictures in parts]
+    recorded: list[dict[str, Tensor]] = [{} for _ in parts]
+    path = sample_together(velocities, noise, levels, arch, lambda number: trajectories.conditions(parts[number]))
+    for step, (_, latents, steps) in enumerate(path):
+        if step in _recorded_steps(trajectories):
+            for tensors, latent, velocity in zip(recorded, latents, steps, strict=True):
+                tensors[f"latent.{step}"] = with_control_channels(latent, arch).cpu()
+                tensors[f"velocity.{step}"] = velocity.cpu()
+    return recorded
 
 
 def subset(batches: Sequence[Batch], count: int) -> list[Batch]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .sampler import Velocities
 from .states import Batch
 
 BINS = 10  # of the timestep, equally wide
@@ -44,8 +45,8 @@ class HeldOut:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, batches: Sequence[Batch], teacher: Model) -> "HeldOut":
-        return cls(batches, [teacher(*batch.inputs.swapped()) for batch in batches])
+    def of(cls, batches: Sequence[Batch], velocities: Velocities) -> "HeldOut":
+        return cls(batches, list(velocities(batch.inputs.swapped() for batch in batches)))
 
     def to(self, device: torch.device | str) -> "HeldOut":
         return HeldOut([batch.to(device) for batch in self.batches], [velocity.to(device) for velocity in self.swapped])

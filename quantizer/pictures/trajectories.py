@@ -22,13 +22,13 @@ from ..files.container import TensorFile, save
 from ..files.work_folder import keep_settings
 from .conditioning import Conditioning
 from .sampler import (
-    Velocity,
+    Velocities,
     default_shift,
     default_steps,
     draw_times,
     latent_shape,
     noise_levels,
-    sample,
+    sample_together,
     with_control_channels,
 )
 from .states import LabelledStates, States
@@ -119,28 +119,41 @@ class Trajectories:
 
     def generate(
         self,
-        velocity: Velocity,
+        velocities: Velocities,
         pictures: Sequence[Picture],
         batch: int = 8,
+        together: int = 1,
         on_progress: Callable[[int], object] = lambda pictures: None,
     ) -> None:
-        """Paint those of the pictures that are not there yet, `batch` at a time. `on_progress` counts all of them."""
+        """Paint those of the pictures that are not there yet, `batch` at a time and so many batches together.
+
+        `on_progress` counts all of them. ValueError where a picture is not finite.
+        """
         todo = [picture for picture in pictures if not self._path(picture).exists()]
         on_progress(len(pictures) - len(todo))
         levels = noise_levels(self.steps, self.shift)
-        for same in batches(todo, batch):
-            conditions = self.conditions(same)
-            path = list(sample(velocity, initial_noise(same), levels, self.arch, conditions))
-            for row, picture in enumerate(same):
-                passed = [path[step][1:] for step in self._passed(picture)]
-                tensors = {
-                    "latent": path[-1][1][row].float(),
-                    "passed": torch.stack([latent[row] for latent, _ in passed]).half(),
-                    "velocity": torch.stack([velocities[row] for _, velocities in passed]).half(),
-                }
-                if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                    raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
-                save(self._path(picture), tensors, overwrite=True)
+        for same in batches(todo, batch * together):
+            parts = list(batches(same, batch))
+            passed = {picture: self._passed(picture) for picture in same}
+            kept: dict[Picture, list[tuple[Tensor, Tensor]]] = {picture: [] for picture in same}
+            noise = [initial_noise(part) for part in parts]
+            path = sample_together(velocities, noise, levels, self.arch, lambda part: self.conditions(parts[part]))  # noqa: B023
+            for step, (_, latents, steps) in enumerate(path):
+                for part, latent, velocity in zip(parts, latents, steps, strict=False):
+                    for row, picture in enumerate(part):
+                        if step in passed[picture]:
+                            kept[picture].append((latent[row].half(), velocity[row].half()))
+            for part, latent in zip(parts, latents, strict=True):
+                for row, picture in enumerate(part):
+                    states, velocity = zip(*kept.pop(picture), strict=True)
+                    tensors = {
+                        "latent": latent[row].float(),
+                        "passed": torch.stack(states),
+                        "velocity": torch.stack(velocity),
+                    }
+                    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                        raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
+                    save(self._path(picture), tensors, overwrite=True)
             on_progress(len(same))
 
     def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor | None, ...]:

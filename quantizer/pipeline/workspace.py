@@ -104,6 +104,10 @@ class Workspace:
         """States that the teacher runs at a time."""
         return max(1, min(64, 4096 // self.tokens))
 
+    def _together(self, batch: int) -> int:
+        """Batches that the teacher takes at once."""
+        return self.teacher.placement.together(batch, self.tokens)
+
     @property
     def state_capacity(self) -> int:
         """States, with the teacher's velocities, that a fifth of the free main memory holds."""
@@ -143,13 +147,14 @@ class Workspace:
         """Let the teacher sample the first `count` of its training pictures."""
         pictures = self.trajectories.plan("train", count)
         progress = self.counter("pictures", count)
-        self.trajectories.generate(self.teacher, pictures, self.teacher_batch, progress)
+        batch, together = self.teacher_batch, self._together(self.teacher_batch)
+        self.trajectories.generate(self.teacher.velocities, pictures, batch, together, progress)
         return pictures
 
     def label_states(self, pictures: int, count: int) -> Pool:
         """`count` states of so many pictures with the teacher's velocities, in main memory."""
         return training_pool(
-            self.teacher,
+            self.teacher.velocities,
             self.trajectories,
             self.sample_pictures(pictures),
             count=count,
@@ -161,8 +166,16 @@ class Workspace:
 
     def hold_out(self, pictures: int) -> HeldOut:
         """States of so many pictures of held-out prompts, on the device."""
-        folder, batch = self.folder / "velocities", max(2, self.teacher_batch)
-        return hold_out(self.teacher, self.trajectories, pictures, folder=folder, batch=batch).to(self.device)
+        batch = max(2, self.teacher_batch)
+        held_out = hold_out(
+            self.teacher.velocities,
+            self.trajectories,
+            pictures,
+            folder=self.folder / "velocities",
+            batch=batch,
+            together=self._together(batch),
+        )
+        return held_out.to(self.device)
 
     def release_teacher(self) -> None:
         """Free the teacher's memory; it is read again when it is needed."""

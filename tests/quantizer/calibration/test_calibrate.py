@@ -45,7 +45,7 @@ class Case:
         settings = trajectories.PictureSettings(sizes, steps=2)
         self.trajectories = trajectories.Trajectories(folder / "pictures", arch, self.conditioning, settings, "random")
         pictures = self.trajectories.plan("train", 6)
-        self.trajectories.generate(self.teacher, pictures)
+        self.trajectories.generate(self.teacher.velocities, pictures)
         self.states = self.trajectories.states(pictures, 24)
 
     def run(self, name: str, work: str, **arguments):

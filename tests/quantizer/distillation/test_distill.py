@@ -15,6 +15,7 @@ from ternary_flux.quantizer.model.student import add_low_rank, load_student, sav
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import Pool
 from ternary_flux.quantizer.pictures.quality import HeldOut, measure
+from ternary_flux.quantizer.pictures.sampler import one_by_one
 from ternary_flux.quantizer.pictures.states import LabelledStates, States
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests import builders
@@ -49,7 +50,7 @@ def data(files):
 
     pool = Pool([states(STATES, range(PROMPTS - 4))], cond)
     held = Pool([states(8, range(PROMPTS - 4, PROMPTS))], cond)
-    return teacher, pool, HeldOut.of([held.batch(0, torch.arange(8))], teacher)
+    return teacher, pool, HeldOut.of([held.batch(0, torch.arange(8))], one_by_one(teacher))
 
 
 def make(files, data, rank=0, codes=False, **settings):
