@@ -14,14 +14,14 @@ SWAPPED = "final_layer.adaLN_modulation.1"  # its halves change places
 
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 _ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-_NORMS = {
+_NORMS: dict[str, tuple[str, ...]] = {
     "img_attn.norm.query_norm": ("attn.norm_q",),
     "img_attn.norm.key_norm": ("attn.norm_k",),
     "txt_attn.norm.query_norm": ("attn.norm_added_q",),
     "txt_attn.norm.key_norm": ("attn.norm_added_k",),
 }
-_SINGLE_NORMS = {"norm.query_norm": ("attn.norm_q",), "norm.key_norm": ("attn.norm_k",)}
-_ATTENTION = {
+_SINGLE_NORMS: dict[str, tuple[str, ...]] = {"norm.query_norm": ("attn.norm_q",), "norm.key_norm": ("attn.norm_k",)}
+_ATTENTION: dict[str, tuple[str, ...]] = {
     "img_attn.qkv": _QKV,
     "txt_attn.qkv": _ADDED_QKV,
     "img_attn.proj": ("attn.to_out.0",),
@@ -39,7 +39,7 @@ def _embedder(name: str, diffusers: str) -> dict[str, tuple[str, ...]]:
     return {f"{name}.in_layer": (f"{diffusers}.linear_1",), f"{name}.out_layer": (f"{diffusers}.linear_2",)}
 
 
-_OUTSIDE = {
+_OUTSIDE: dict[int, dict[str, tuple[str, ...]]] = {
     1: _ENDS
     | _embedder("time_in", "time_text_embed.timestep_embedder")
     | _embedder("vector_in", "time_text_embed.text_embedder")
@@ -53,7 +53,7 @@ _OUTSIDE = {
         "single_stream_modulation.lin": ("single_stream_modulation.linear",),
     },
 }
-_DOUBLE = {
+_DOUBLE: dict[int, dict[str, tuple[str, ...]]] = {
     1: _NORMS
     | _ATTENTION
     | {
@@ -73,7 +73,7 @@ _DOUBLE = {
         "txt_mlp.2": ("ff_context.linear_out",),
     },
 }
-_SINGLE = {
+_SINGLE: dict[int, dict[str, tuple[str, ...]]] = {
     1: _SINGLE_NORMS | {"modulation.lin": ("norm.linear",), "linear1": (*_QKV, "proj_mlp"), "linear2": ("proj_out",)},
     2: _SINGLE_NORMS | {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
 }

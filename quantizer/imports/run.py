@@ -82,10 +82,14 @@ def open_source(path: str | os.PathLike) -> Source:
     files = locate(path)
     said = configuration(files)
     pickled = files[0].suffix.lower() in (".pt", ".pth", ".bin", ".ckpt")
-    tensors: Tensors = PickledFile(files[0]) if pickled else SafetensorsFiles(files)
+    tensors: Tensors
+    if pickled:
+        tensors = PickledFile(files[0])
+    else:
+        tensors = SafetensorsFiles(files)
     _refuse_other_basis(files, said, tensors)
     packaging = packaging_of(tensors, said)
-    shapes = {f"{linear}.weight": shape for linear, shape in packaging.linears.items()}
+    shapes: dict[str, tuple[int, ...]] = {f"{linear}.weight": shape for linear, shape in packaging.linears.items()}
     shapes |= {key: shape for key, shape in tensors.shapes.items() if key not in packaging.keys}
     try:
         theirs, parts = _parameters(shapes)
