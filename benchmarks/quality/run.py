@@ -9,7 +9,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,9 +78,18 @@ def main() -> None:
 
 
 def run(
-    scale: Scale, folder: Path, results: Path, picture: Path, device: torch.device, weights: Path = WEIGHTS
+    scale: Scale,
+    folder: Path,
+    results: Path,
+    picture: Path,
+    device: torch.device,
+    weights: Path = WEIGHTS,
+    without: Collection[str] = (),
 ) -> dict:
-    """Make every model that is missing in `work`, score all, write the JSON and the picture."""
+    """Make every model that is missing in `folder`, score all, write the JSON and the picture.
+
+    `without`: names of recipes that are left out, and that no other starts from.
+    """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     stage = Stage.load(weights, scale.prompts, scale.seeds, device)
@@ -91,6 +100,8 @@ def run(
     pictures: dict[str, np.ndarray] = {}
     reference: Scores | None = None
     for label, make in recipes(scale, work, states).items():
+        if label in without:
+            continue
         path, seconds = timed(folder / "models", label, make)
         model, size, bits = dense_of(path, device)
         scores = evaluate(model, stage, work.teacher, reference)

@@ -147,11 +147,12 @@ def _flux(source: Source, parts: Mapping[str, tuple[Part, ...]]) -> Identity:
         return Identity("incomplete", f"this is no whole FLUX transformer: {error}", remedy)
     parameters, foreign = {}, []
     for name in architecture.shapes:
-        encodings = [_encoding(source, part.key, layers) for part in parts[name]]
-        if unknown := next((encoding for encoding in encodings if isinstance(encoding, str)), None):
+        found = [(_encoding(source, part.key, layers), part) for part in parts[name]]
+        rows = tuple(Rows(encoding, part) for encoding, part in found if not isinstance(encoding, str))
+        if unknown := next((encoding for encoding, _ in found if isinstance(encoding, str)), None):
             foreign.append((unknown, parts[name][0].key))
         else:
-            parameters[name] = tuple(Rows(e, part) for e, part in zip(encodings, parts[name], strict=True))
+            parameters[name] = rows
     if foreign:
         unknown, key = foreign[0]
         what = f"this is {architecture.name} with {len(foreign)} tensors in {_STATED.get(unknown, unknown):.60}"
