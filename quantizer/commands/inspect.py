@@ -19,5 +19,5 @@ def run(args: argparse.Namespace) -> None:
     from ..files.summary import summarize
 
     with Bars() as bars:
-        lines = summarize(args.file, args.layers, lambda done, total: bars.show("bytes checked", done, total))
+        lines = summarize(args.file, args.layers, lambda done, total: total > 1e9 and bars.show("checked", done, total))
     print("\n".join(lines))

@@ -338,8 +338,8 @@ def _other(source: Source) -> Identity:
     if known := _relative(source.entries, _OTHERS):
         return known
     said = source.files[0].architecture if source.gguf else source.metadata.get("modelspec.architecture", "")
-    what = f"this is a model that calls itself {said:.60}" if said else "this is no FLUX transformer that is known here"
-    if source.gguf and said not in ("", "flux"):
+    if source.gguf and said not in ("", "flux", "flux2"):
         return Identity("model", f"this is a GGUF of another model ({said:.60})", "Give one of FLUX.1 or FLUX.2")
     first = ", ".join(f"{key:.80}" for key in list(source.entries)[:3])
+    what = f"this is no FLUX transformer that is known here{f', but {said:.60}' if said else ''}"
     return Identity("other", f"{what} (its first keys: {first})", "Give a transformer of FLUX.1 or FLUX.2")

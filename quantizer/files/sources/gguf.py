@@ -164,6 +164,10 @@ class _Reader:
             raise FormatError(self.path, f"the file is truncated within its header; {_AGAIN}")
         return struct.unpack_from(layout, self.data, start)
 
+    def skip(self, count: int) -> None:
+        self.position += count
+        self.unpack("<")
+
     def string(self) -> str:
         (length,) = self.unpack("<Q")
         start, self.position = self.position, self.position + length
@@ -181,14 +185,13 @@ class _Reader:
             raise FormatError(self.path, f"the header holds a field of the unknown type {kind}; {_AGAIN}")
         inner, length = self.unpack("<IQ")
         if inner in _SCALARS:
-            self.position += length * struct.calcsize(f"<{_SCALARS[inner]}")
+            self.skip(length * struct.calcsize(f"<{_SCALARS[inner]}"))
             return None
         self.strings += length
         if inner != _STRING or self.strings > _MOST_STRINGS:
             raise FormatError(self.path, f"the header holds {length:,} values of type {inner} in a field; {_AGAIN}")
         for _ in range(length):
-            (size,) = self.unpack("<Q")
-            self.position += size
+            self.skip(*self.unpack("<Q"))
         return None
 
 
