@@ -3,8 +3,8 @@
 Every move multiplies channels by s where they are made and divides by s where they are read, so that the function
 stays the same but for fp32 rounding, and only what quantization meets changes:
 
-- inputs of FLUX.1's qkv, mlp.0 and linear1: rows of shift and of 1 + scale in the modulation. FLUX.2's modulation has no
-  biases, which the constant in 1 + scale would need
+- inputs of FLUX.1's qkv, mlp.0 and linear1: rows of shift and of 1 + scale in the modulation. FLUX.2's modulation has
+  no biases, which the constant in 1 + scale would need
 - inputs of proj and of the attention half of linear2: rows of the values, the same in the image and the text stream
 - inputs of FLUX.2's mlp.2 and of the MLP half of linear2: rows of the linear half of its gate. FLUX.1's GELU allows no
   such move

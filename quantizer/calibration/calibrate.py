@@ -34,8 +34,8 @@ from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
 from . import columns, gptq
 from .gptq import LayerFit
-from .sensitivity import rounded
 from .moments import Moments
+from .sensitivity import rounded
 from .streams import Streams
 
 

@@ -136,7 +136,7 @@ def stated_errors(file: TernaryFile) -> dict[str, float]:
 
 
 def _dense(arch: Architecture, header: Header, layers: bool) -> Iterator[str]:
-    plans = {name: LayerPlan(shape) for name, shape in arch.linear_shapes.items()}
+    plans = {name: LayerPlan(shape, columns="bf16") for name, shape in arch.linear_shapes.items()}
     weights = sum(math.prod(shape) for shape in arch.shapes.values())
     ternary = sum(math.prod(plan.shape) for plan in plans.values())
     yield f"{header.path}: dense FLUX; `round` makes it ternary"
