@@ -105,7 +105,7 @@ def training_pool(
             if not path.exists():
                 inputs = states.inputs(rows, trajectories.conditioning)
                 pieces = zip(*(_split(x, batch, len(rows)) for x in inputs), strict=True)
-                _keep(path, {"velocity": torch.cat([teacher(*piece).cpu() for piece in pieces])})
+                keep_tensors(path, {"velocity": torch.cat([teacher(*piece).cpu() for piece in pieces])})
             velocity[rows] = TensorFile(path).tensor("velocity").float()
             on_progress(len(rows))
         groups.append(LabelledStates(states, velocity))
@@ -125,7 +125,7 @@ def holdout_batches(
         path = folder / f"holdout-{count}-{batch}-{number:04d}.safetensors"
         conditions = trajectories.conditions(pictures)
         if not path.exists():
-            _keep(path, dict(_record(teacher, trajectories, pictures, conditions)))
+            keep_tensors(path, dict(_record(teacher, trajectories, pictures, conditions)))
         file = TensorFile(path)
         stride = -(-trajectories.steps // _HOLDOUT_TIMES)
         for step in range(0, trajectories.steps, stride):
@@ -170,7 +170,8 @@ def _split(x: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
     return [None] * -(-rows // size) if x is None else x.split(size)
 
 
-def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
+def keep_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file of these tensors, in the place of what is there."""
     plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with create(path, plan, {}, overwrite=True) as file:
         for name, tensor in tensors.items():

@@ -13,11 +13,12 @@ from torch import Tensor
 from ..files.architecture import Architecture
 from ..files.atomic import check_target
 from ..files.checkpoint import fingerprint, open_checkpoint
+from ..files.container import TensorFile
 from ..files.ternary import open_ternary
 from ..model.student import load_student
 from ..model.teacher import Teacher, free_memory
 from ..pictures import conditioning
-from ..pictures.pool import Pool, holdout_batches, to_device, training_pool
+from ..pictures.pool import Pool, holdout_batches, keep_tensors, to_device, training_pool
 from ..pictures.quality import Quality, measure, swapped_velocities
 from ..pictures.sampler import latent_shape
 from ..pictures.states import Batch
@@ -61,11 +62,12 @@ class Workspace:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     on_progress: Progress = _silent
 
-    def check(self, target: Path, overwrite: bool, *sources: Path) -> None:
+    def check(self, target: Path | None, overwrite: bool, *sources: Path) -> None:
         """Raises ValueError or OSError, before anything is written, where these inputs do not fit each other, and where
         `target` cannot be written or is one of them. `sources` are further inputs.
         """
-        check_target(target, 0, overwrite, [self.dense, self.conditioning_file, *sources])
+        if target is not None:
+            check_target(target, 0, overwrite, [self.dense, self.conditioning_file, *sources])
         for size in self.sizes:
             latent_shape(self.arch, size)
         self.conditioning  # noqa: B018  read, and compared with the model
@@ -170,13 +172,12 @@ class Workspace:
     @cached_property
     def swapped(self) -> list[Tensor]:
         """The teacher's velocities at the held-out states under other prompts, on the device."""
-        path = self.folder / "velocities" / f"swapped-{self.held_out}.pt"
+        path = self.folder / "velocities" / f"swapped-{self.held_out}.safetensors"
         if not path.exists():
-            velocities = [velocity.cpu() for velocity in swapped_velocities(self.teacher, self.holdout)]
-            partial = path.with_suffix(".partial")
-            torch.save(velocities, partial)
-            os.replace(partial, path)
-        return [velocity.to(self.device) for velocity in torch.load(path)]
+            velocities = swapped_velocities(self.teacher, self.holdout)
+            keep_tensors(path, {str(i): velocity.cpu() for i, velocity in enumerate(velocities)})
+        file = TensorFile(path)
+        return [file.tensor(str(i)).to(self.device) for i in range(len(file.entries))]
 
     def release_teacher(self) -> None:
         """Free the teacher's memory; it is read again when it is needed."""
