@@ -13,7 +13,7 @@ from ..ops.packing import pack_base3
 from ..quantizer.files.layer import PARTS, LayerPlan, read_plan, read_weight
 from . import layout
 from .compat import core
-from .lora import Branch, DensePatches, Effect
+from .lora import DensePatches, Patched
 
 comfy = core()
 
@@ -47,12 +47,8 @@ def operations(
     return TernaryOps
 
 
-class _TernaryLinear:
+class _TernaryLinear(Patched):
     """Mixin before core's mixed-precision Linear."""
-
-    branch: Branch | None = None  # LoRAs computed beside the quantized product
-    attached: tuple = (None, Effect())  # the patcher's: what identifies the loaded patches, and their effect
-    hooked = False  # the patcher's: whether a hook's effect stands in for the attached one
 
     packing = "planes32"  # in the file
     _choice: Choice | None = None
@@ -81,6 +77,7 @@ class _TernaryLinear:
         device = self.factory_kwargs["device"] or weight.device
         self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
         self.packing = configuration["packing"]
+        self._configuration = LayerPlan.of(weight).comfy_quant
         quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations, self._backend)
         self.weight = layout.parameter(quantized)
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments)
@@ -160,7 +157,8 @@ class _TernaryLinear:
         state_dict = {} if destination is None else destination
         if self.bias is not None:
             state_dict[f"{prefix}bias"] = self.bias
-        state_dict.update(entries(self.weight, prefix))
+        state_dict.update(self.weight.state_dict(f"{prefix}weight"))
+        state_dict[f"{prefix}comfy_quant"] = self._configuration  # kept: core asks once for every key it merges
         return state_dict
 
 

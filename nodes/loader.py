@@ -114,7 +114,7 @@ class LoadTernaryFlux(io.ComfyNode):
     def execute(cls, file: str, activations: str, backend: str = "auto") -> io.NodeOutput:
         try:
             opened = check(files.find(str(file)), check_codes=True)
-        except FormatError as error:
+        except (FormatError, OSError) as error:
             raise ValueError(explain(error, file)) from None
         model = load_file(opened, activations, backend)
         return io.NodeOutput(model, ui=ui.PreviewText(status(opened, model.load_device, activations, backend)))
@@ -126,7 +126,7 @@ def _listed(choices: dict[str, str]) -> str:
 
 def explain(error: Exception, name: str) -> str:
     """An error for people: the file by the name that they know, not by the server's path."""
-    path = getattr(error, "path", None)
+    path = getattr(error, "path", None) or getattr(error, "filename", None)
     return str(error) if path is None else str(error).replace(str(path), name)
 
 

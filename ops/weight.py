@@ -1,6 +1,7 @@
 """`TernaryWeight`: the trits and scales of one Linear, as they lie in the file and in the kernels' memory."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ class TernaryWeight:
         return self.trits.device
 
     def to(self, device) -> "TernaryWeight":
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)
 
     def rows(self, start: int, stop: int) -> "TernaryWeight":
         """The rows start..stop, as views."""

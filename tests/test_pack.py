@@ -3,9 +3,9 @@
 import ast
 import subprocess
 import sys
+import tomllib
 
 import pytest
-import tomllib
 
 import _pack
 
@@ -16,7 +16,8 @@ SOURCES = [path for layer in LAYERS for path in sorted((_pack.ROOT / layer).rglo
 # The quantizer's rooms: each may use itself and those on earlier floors, beside what all may use.
 FLOORS = (
     {"files"},
-    {"model", "pictures", "rounding"},
+    {"model", "rounding"},
+    {"pictures"},
     {"calibration", "distillation"},
     {"pipeline"},
     {"report"},

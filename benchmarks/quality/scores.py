@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...quantizer.model.flux import Inputs
 from ...quantizer.pictures.quality import measure, swapped_velocities
 from ...quantizer.pictures.sampler import noise_levels
 from ...quantizer.pictures.states import Batch
@@ -95,7 +96,7 @@ class Stage:
         return np.stack(columns, axis=1)
 
     def trajectories(self, teacher: Callable[..., Tensor]) -> tuple[list[Batch], list[Tensor]]:
-        """The teacher's own states on the way to held-out pictures, and its velocities there under other prompts."""
+        """The teacher's own states on the path to held-out pictures, and its velocities there under other prompts."""
         if not hasattr(self, "_trajectories"):
             context, pooled = self.encode(self.prompts)
             # Neighbours of a batch swap prompts: they must not be of one category.
@@ -105,7 +106,7 @@ class Stage:
             for now, after in zip(levels[:-1], levels[1:], strict=True):
                 t = torch.full((len(mixed),), now, device=self.device)
                 velocity = teacher(latent, t, context, pooled).clone()
-                batches.append(Batch(latent, t, context, pooled, None, velocity))
+                batches.append(Batch(Inputs(latent, t, context, pooled), velocity))
                 latent = latent + (after - now) * velocity
             self._trajectories = batches, swapped_velocities(teacher, batches)
         return self._trajectories

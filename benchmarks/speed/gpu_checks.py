@@ -1,6 +1,6 @@
 """On a GPU: every kernel against float64, and the quantizer beside the same run on the CPU.
 
-    python -m benchmarks.speed.gpu_checks kernels|quantizer      prints what is wrong, or a line a device
+python -m benchmarks.speed.gpu_checks kernels|quantizer      prints what is wrong, or a line a device
 """
 
 import argparse

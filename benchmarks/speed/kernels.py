@@ -311,7 +311,7 @@ def main() -> None:
     elif reason := backend.unavailable(torch.device("cuda", 0)):
         sys.exit(f"the kernels cannot run here: {reason}. Use --dry to run every path on the CPU")
     peak = {} if options.dry else timing.ceilings()
-    report = {"machine": timing.machine(), "ceilings": peak, "rows": []}
+    report: dict = {"machine": timing.machine(), "ceilings": peak, "rows": []}
     print(json.dumps(report["machine"]))
     for name, value in peak.items():
         print(f"ceiling {name}: {value / 1e12:.2f} T/s")

@@ -9,8 +9,8 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -21,11 +21,16 @@ from ..files import metadata, precision
 from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
 from ..files.checkpoint import Checkpoint
+<<<<<<< HEAD
 from ..files.container import FormatError, TensorFile, create
+=======
+from ..files.container import TensorFile, save
+>>>>>>> main
 from ..files.layer import LayerPlan
 from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary
 from ..files.work_folder import keep_settings
+from ..model.flux import linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
@@ -101,15 +106,6 @@ def enough_states(arch: Architecture, tokens: int) -> int:
     return max(256, -(-32 * inputs // tokens))
 
 
-def stages(arch: Architecture, block: str) -> list[list[str]]:
-    """The Linears of a block in the order of quantization; those of a stage do not depend on each other."""
-    if block.startswith("single_blocks."):
-        return [[name] for name in arch.block_linears(block)]
-    parts = ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
-    present = arch.block_linears(block)
-    return [pair for part in parts if (pair := [f"{s}_{part}" for s in ("img", "txt") if f"{s}_{part}" in present])]
-
-
 def _calibrate_block(
     name: str, teacher: Teacher, streams: Streams, path: Path, settings: CalibrationSettings
 ) -> BlockFit:
@@ -120,19 +116,19 @@ def _calibrate_block(
     }
     for linear, chosen in precisions.items():
         if chosen == "int8":
-            weight = student.get_submodule(linear).weight
+            weight = linear_of(student, linear).weight
             weight.copy_(rounded(weight, chosen))
     if path.exists():
         layers = _load_block(path, student)
     else:
         results = {}
-        for stage in stages(teacher.arch, name):
-            stage = [linear for linear in stage if precisions[linear] != "int8"]
-            if not stage:
+        for stage in dense.stages:
+            linears = tuple(linear for linear in stage.linears if precisions[linear] != "int8")
+            if not linears:
                 continue
-            collected = streams.moments(dense, student, stage)
-            for linear in stage:
-                module = student.get_submodule(linear)
+            collected = streams.moments(dense, student, replace(stage, linears=linears))
+            for linear in linears:
+                module = linear_of(student, linear)
                 rank, terms = (0, 2) if precisions[linear] == "two-terms" else (settings.rank, 1)
                 solution = gptq.solve(
                     module.weight, module.bias, collected.pop(linear), rank, settings.damping, settings.sweeps, terms
@@ -158,11 +154,8 @@ def _save_block(path: Path, results: Mapping[str, gptq.Solution]) -> None:
         tensors |= {f"{linear}.{part}": tensor for part, tensor in solution.weight.tensors.items()}
         if solution.bias is not None:
             tensors[f"{linear}.bias"] = solution.bias.bfloat16()
-    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     fits = json.dumps({linear: asdict(solution.fit) for linear, solution in results.items()})
-    with create(path, plan, {"fits": fits}, overwrite=True) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
+    save(path, tensors, {"fits": fits}, overwrite=True)
 
 
 def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
@@ -172,8 +165,8 @@ def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         raise FormatError(path, "its description of the fits is damaged; delete the file and start again") from None
     for linear in fits:
-        module = student.get_submodule(linear)
-        weight, bias = _read_layer(file, linear, tuple(module.weight.shape))
+        module = linear_of(student, linear)
+        weight, bias = _read_layer(file, linear, (module.out_features, module.in_features))
         _apply(module, weight.to(module.weight.device), bias)
     return fits
 
@@ -211,7 +204,7 @@ def write(
     sha256 = sha256 or checkpoint.sha256()
     header = metadata.build(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, sha256)
     header |= precision.metadata(settings.precisions)
-    started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, timezone.utc)
+    started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, UTC)
     header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
     with create_ternary(target, plan, dense, header, metadata.header_room(arch), overwrite) as writer:
         for block in arch.block_names:

@@ -16,7 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from ..files.container import FormatError, TensorFile, create
+=======
+from ..files import container
+from ..files.container import TensorFile
+>>>>>>> main
 from ..files.ternary import TernaryFile
 from ..interrupts import whole_steps
 from ..model.flux import Flux
@@ -83,11 +88,11 @@ class Distiller:
 
     def loss(self, batch: Batch) -> Tensor:
         """Squared velocity error relative to the teacher's mean square at that timestep, mean over the batch."""
-        device = batch.latent.device
+        device = batch.velocity.device
         with torch.autocast(device.type, self.settings.autocast, enabled=self.settings.autocast is not None):
             velocity = forward(self.model, batch, self.settings.recompute)
         error = (velocity.float() - batch.velocity.float()).square().mean((1, 2, 3))
-        return (error / self.power[self.pool.bin(batch.t)]).mean()
+        return (error / self.power[self.pool.bin(batch.inputs.t)]).mean()
 
     def advance(self) -> float:
         """One step; returns its loss."""
@@ -155,11 +160,8 @@ class Distiller:
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"adam.{name}": value for name, value in self.optimizer.state_dict().items()}
         progress = {"step": self.step, "total": self.total, "used": self.used, "log": self.log}
-        plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         metadata = {"progress": json.dumps(progress), "settings": self.fingerprint()}
-        with create(path, plan, metadata, overwrite=True) as file:
-            for name, tensor in tensors.items():
-                file.write(name, tensor)
+        container.save(path, tensors, metadata, overwrite=True)
 
     def resume(self, path: str | os.PathLike) -> bool:
         """Go on from a snapshot if there is one that fits. Raises ValueError for one of other settings."""
@@ -186,8 +188,12 @@ class Distiller:
                 if kind == "adam":
                     adam[name] = file.tensor(key)
                 else:
-                    target = {"parameter": self.parameters, "average": self.average, "best": self.best}[kind]
-                    target[name].copy_(file.tensor(key))
+                    of_kind: dict[str, Mapping[str, Tensor]] = {
+                        "parameter": self.parameters,
+                        "average": self.average,
+                        "best": self.best,
+                    }
+                    of_kind[kind][name].copy_(file.tensor(key))
         self.optimizer.load_state_dict(adam)
         return True
 
@@ -201,7 +207,9 @@ class Distiller:
 
 
 def distill(
-    distiller: Distiller, snapshot: str | os.PathLike | None = None, on_step: Callable[[dict], None] = lambda row: None
+    distiller: Distiller,
+    snapshot: str | os.PathLike | None = None,
+    on_step: Callable[[dict], object] = lambda row: None,
 ) -> None:
     """Run to the end, from `snapshot` if it exists, and leave the best student in the model.
 

@@ -2,6 +2,9 @@
 
 Layout: 8 bytes little-endian header length, the JSON header, the tensors' bytes without holes. The header precedes the
 data and holds every shape, so a writer plans all tensors first and can then write them in any order and in pieces.
+
+Reading and writing are our own because the safetensors library writes files from tensors that are all in memory (a
+ternary FLUX.1 is made in 0.7 GB from 24 GB), and because a damaged file is refused here with its key and a remedy.
 """
 
 import contextlib
@@ -283,6 +286,19 @@ def create(
             raise ValueError(f"{path}: the metadata outgrew its room by {len(header) - data_start} bytes")
         file.seek(0)
         file.write(struct.pack("<Q", data_start - 8) + header[8:].ljust(data_start - 8))
+
+
+def save(
+    path: str | os.PathLike,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write tensors that are in memory as a safetensors file, atomically. Raises OSError as `create`."""
+    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with create(path, plan, metadata or {}, overwrite=overwrite) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
 
 
 def _header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], header_room: int) -> bytes:

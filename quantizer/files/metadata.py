@@ -2,7 +2,12 @@
 
 import json
 from collections.abc import Mapping
+<<<<<<< HEAD
 from datetime import datetime, timezone
+=======
+from datetime import UTC, datetime
+from importlib import metadata as installed
+>>>>>>> main
 from pathlib import Path
 
 from ..version import version
@@ -35,7 +40,7 @@ def build(
         "modelspec.architecture": kept.get("modelspec.architecture", architecture.name.lower()),
         "modelspec.implementation": f"https://github.com/black-forest-labs/{implementation}",
         "modelspec.title": f"{title} (ternary, 1.58-bit)",
-        "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ternary.format": FORMAT,
         "ternary.quantizer": f"comfyui-ternary-flux {version()}",
         "ternary.base_model": architecture.name,

@@ -1,15 +1,18 @@
 """The dense model that is imitated: held in memory where it fits, read from its checkpoint block by block elsewhere."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TypeVar
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from ..files.checkpoint import Checkpoint
-from .flux import DoubleBlock, Flux, SingleBlock
+from .flux import Flux, Inputs, Tokens, make_block
 
 _RESIDENT = 0.6  # of the free memory that a model held in it may take
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Teacher:
@@ -39,27 +42,24 @@ class Teacher:
         """The block of this name, on the device; it must not be changed."""
         return self._blocks.get(name) or self._read(name)
 
+    def prepare(self, inputs: Inputs) -> Tokens:
+        """The tokens before the first block; inputs on any device, in any dtype."""
+        return self.stem.prepare(*inputs.to(self.device, self.dtype))
+
     @torch.inference_mode()
     def __call__(
         self, latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
         """The velocity, fp32; arguments as in `Flux.forward`, on any device."""
-        tokens = self.stem.prepare(*self.cast(latent, t, context, pooled, guidance))
+        tokens = self.prepare(Inputs(latent, t, context, pooled, guidance))
         for name in self.arch.block_names:
             tokens = self.block(name)(tokens)
         return self.stem.finish(tokens).float()
 
-    def cast(self, latent, t, context, pooled, guidance) -> tuple[Tensor | None, ...]:
-        """The arguments of a forward on the teacher's device, in its dtype; times and guidance in fp32."""
-        latent, context, pooled = (x if x is None else x.to(self.device, self.dtype) for x in (latent, context, pooled))
-        t, guidance = (x if x is None else x.to(self.device, torch.float32) for x in (t, guidance))
-        return latent, t, context, pooled, guidance
-
     def _read(self, name: str) -> nn.Module:
-        kind = DoubleBlock if name.startswith("double_blocks.") else SingleBlock
-        return self._load(_build(kind, self.arch), f"{name}.")
+        return self._load(_build(make_block, self.arch, name), f"{name}.")
 
-    def _load(self, module: nn.Module, prefix: str) -> nn.Module:
+    def _load(self, module: _Module, prefix: str) -> _Module:
         names: Iterable[str] = module.state_dict()
         tensors = {name: self.checkpoint.tensor(prefix + name) for name in names}
         tensors = {name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in tensors.items()}
@@ -67,17 +67,13 @@ class Teacher:
         return module.requires_grad_(False).eval()
 
 
-def _build(kind: type[nn.Module], *arguments) -> nn.Module:
+def _build(make: Callable[..., _Module], *arguments) -> _Module:
     with torch.device("meta"):
-        return kind(*arguments)
+        return make(*arguments)
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
-        return 8 << 30
+    return psutil.virtual_memory().available

@@ -27,6 +27,10 @@ class TernaryLinear(nn.Module):
     in planes32 where memory is dearer than time.
     """
 
+    start_scale: Tensor
+    frozen: Tensor | None
+    latent: nn.Parameter | None
+
     def __init__(self, weight: TernaryWeight, bias: Tensor | None, packed: bool = False):
         super().__init__()
         self.out_features, self.in_features = weight.shape

@@ -3,33 +3,23 @@
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files.container import TensorFile, create
+from ..files.container import TensorFile, save
+from ..model.flux import Inputs
 from .conditioning import Conditioning
 from .quality import BINS, Model
 from .sampler import noise_levels, sample, with_control_channels
-from .states import Batch, States
+from .states import Batch, LabelledStates, States
 from .trajectories import Picture, Trajectories, batches, initial_noise
 
 _CHUNK = 64  # states whose velocities are kept in one file
 _HOLDOUT_TIMES = 10  # at most, of one held-out trajectory
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledStates:
-    """States of one size and the teacher's velocities there."""
-
-    states: States
-    velocity: Tensor  # [S, out_channels, H, W]
-
-    def __len__(self) -> int:
-        return len(self.states)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +33,7 @@ class Pool:
     def batch(self, group: int, rows: Tensor, device: torch.device | str = "cpu") -> Batch:
         """These states of a group, fp32, on the device."""
         source = self.groups[group]
-        inputs = (x if x is None else x.to(device) for x in source.states.inputs(rows, self.conditioning))
-        return Batch(*inputs, source.velocity[rows].to(device, torch.float32))
+        return Batch(source.states.inputs(rows, self.conditioning), source.velocity[rows].float()).to(device)
 
     def draw(self, index: int, size: int, seed: int, device: torch.device | str = "cpu") -> Batch:
         """Batch number `index` of an endless sequence of epochs, each of which has every state once, in its own order.
@@ -96,16 +85,20 @@ def training_pool(
     """`count` states of these pictures with the teacher's velocities; those not known yet are kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     groups = []
-    for states in trajectories.states(pictures, count, seed, velocities=True):
-        velocity = states.velocity
-        unknown = torch.nonzero(velocity.flatten(1)[:, 0].isnan()).flatten()
+    for group in trajectories.labelled_states(pictures, count, seed):
+        states, velocity, unknown = group.states, group.velocity, torch.nonzero(~group.known).flatten()
         on_progress(len(states) - len(unknown))
         for rows in unknown.split(_CHUNK):
             path = folder / f"{_digest(states, rows)}.safetensors"
             if not path.exists():
+<<<<<<< HEAD
                 inputs = states.inputs(rows, trajectories.conditioning)
                 pieces = zip(*(_split(x, batch, len(rows)) for x in inputs), strict=True)
                 keep_tensors(path, {"velocity": torch.cat([teacher(*piece).cpu() for piece in pieces])})
+=======
+                inputs = [states.inputs(part, trajectories.conditioning) for part in rows.split(batch)]
+                save(path, {"velocity": torch.cat([teacher(*part).cpu() for part in inputs])}, overwrite=True)
+>>>>>>> main
             velocity[rows] = TensorFile(path).tensor("velocity").float()
             on_progress(len(rows))
         groups.append(LabelledStates(states, velocity))
@@ -123,15 +116,19 @@ def holdout_batches(
     result = []
     for number, pictures in enumerate(batches(trajectories.plan("holdout", count), batch)):
         path = folder / f"holdout-{count}-{batch}-{number:04d}.safetensors"
-        conditions = trajectories.conditions(pictures)
+        conditions = context, pooled, guidance = trajectories.conditions(pictures)
         if not path.exists():
+<<<<<<< HEAD
             keep_tensors(path, dict(_record(teacher, trajectories, pictures, conditions)))
+=======
+            save(path, dict(_record(teacher, trajectories, pictures, conditions)), overwrite=True)
+>>>>>>> main
         file = TensorFile(path)
         stride = -(-trajectories.steps // _HOLDOUT_TIMES)
         for step in range(0, trajectories.steps, stride):
             latent, velocity = (file.tensor(f"{kind}.{step}").clone() for kind in ("latent", "velocity"))
             t = torch.full((len(pictures),), float(noise_levels(trajectories.steps, trajectories.shift)[step]))
-            result.append(Batch(latent, t, *conditions, velocity))
+            result.append(Batch(Inputs(latent, t, *conditions), velocity))
     return result
 
 
@@ -148,12 +145,7 @@ def subset(batches: Sequence[Batch], count: int) -> list[Batch]:
     """About `count` of these states, at least one, spread over the batches."""
     chosen = batches[:: max(1, -(-len(batches) // max(1, count)))]
     rows = max(1, count // len(chosen))
-    return [Batch(**{name: x if x is None else x[:rows] for name, x in vars(batch).items()}) for batch in chosen]
-
-
-def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    moved = {name: value.to(device) for name, value in vars(batch).items() if value is not None}
-    return replace(batch, **moved)
+    return [batch.rows(slice(rows)) for batch in chosen]
 
 
 def _digest(states: States, rows: slice) -> str:
@@ -164,6 +156,7 @@ def _digest(states: States, rows: slice) -> str:
         if part is not None:
             digest.update(part[rows].numpy().tobytes())
     return digest.hexdigest()[:24]
+<<<<<<< HEAD
 
 
 def _split(x: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
@@ -176,3 +169,5 @@ def keep_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with create(path, plan, {}, overwrite=True) as file:
         for name, tensor in tensors.items():
             file.write(name, tensor)
+=======
+>>>>>>> main

@@ -38,7 +38,7 @@ Model = Callable[..., Tensor]
 @torch.no_grad()
 def swapped_velocities(teacher: Model, batches: Iterable[Batch]) -> list[Tensor]:
     """The teacher's velocities at the same states under the neighbour's prompt, which `measure` compares with."""
-    return [teacher(*batch.swapped().inputs) for batch in batches]
+    return [teacher(*batch.inputs.swapped()) for batch in batches]
 
 
 @torch.no_grad()
@@ -48,10 +48,10 @@ def measure(model: Model, batches: Iterable[Batch], swapped: Iterable[Tensor]) -
     own_square = their_square = product = 0.0
     for batch, their_swapped in zip(batches, swapped, strict=True):
         own, their = model(*batch.inputs).float(), batch.velocity.float()
-        places = (batch.t * BINS).long().clamp_(0, BINS - 1).cpu()
+        places = (batch.inputs.t * BINS).long().clamp_(0, BINS - 1).cpu()
         error.index_add_(0, places, (own - their).square().sum((1, 2, 3)).cpu().double())
         power.index_add_(0, places, their.square().sum((1, 2, 3)).cpu().double())
-        own_change = own - model(*batch.swapped().inputs).float()
+        own_change = own - model(*batch.inputs.swapped()).float()
         their_change = their - their_swapped.float()
         own_square += float(own_change.square().sum())
         their_square += float(their_change.square().sum())

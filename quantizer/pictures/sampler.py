@@ -79,9 +79,9 @@ def latent_shape(arch: Architecture, size: tuple[int, int]) -> tuple[int, int, i
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """`1024x1024,832x1216` as (width, height) pairs."""
     try:
-        sizes = tuple(tuple(int(side) for side in size.split("x")) for size in text.lower().split(","))
+        pairs = [[int(side) for side in size.split("x")] for size in text.lower().split(",")]
     except ValueError:
-        sizes = ()
-    if not sizes or any(len(size) != 2 for size in sizes):
+        pairs = []
+    if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"sizes {text!r} are not of the form 1024x1024,832x1216 (width x height in pixels)")
-    return sizes
+    return tuple((width, height) for width, height in pairs)

@@ -17,6 +17,7 @@ from ..files.atomic import atomic_file, check_target
 from ..files.checkpoint import Checkpoint
 from ..files.summary import sizes
 from ..files.ternary import TernaryFile, open_ternary
+from ..model.flux import Inputs
 from ..model.student import load_student
 from ..pictures.quality import BINS, Quality, measure
 from ..pictures.sampler import noise_levels, sample
@@ -122,7 +123,7 @@ def _measure(work: Workspace, name: str, path: Path, pictures: Sequence[Picture]
 def _on_device(model, device: torch.device):
     def velocity(*inputs: Tensor | None) -> Tensor:
         with torch.no_grad():
-            return model(*(x if x is None else x.to(device) for x in inputs)).cpu()
+            return model(*Inputs(*inputs).to(device)).cpu()
 
     return velocity
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from ternary_flux.ops import resolve
 from ternary_flux.tests.nodes import adapters, tiny
 
 QKV = "double_blocks.0.img_attn.qkv"
@@ -26,7 +27,8 @@ def test_the_model_is_as_small_in_memory_as_in_the_file(comfy, path):
 
 def test_int8_activations_are_close(comfy, path, reference):
     error = tiny.distance(tiny.run(comfy.loader.load(str(path), "int8")), reference)
-    assert 1e-4 < error < 0.05
+    rounded = resolve(tiny.CPU, "int8").activations == "int8"  # a CPU without int8 products keeps full precision
+    assert (1e-4 if rounded else 0) < error < 0.05
 
 
 @pytest.mark.parametrize("activations", ["auto", "int8", "full"])

@@ -130,6 +130,18 @@ def test_dense(monkeypatch, scales, scratch, dtype, bound):
         assert error(y, x.double() @ dense.t() + (0 if b is None else b.double())) < bound
 
 
+@pytest.mark.parametrize("rank, terms", [(0, 1), (5, 2)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float16, 1e-3), (torch.bfloat16, 3e-3), (torch.float32, 1e-6)])
+def test_turing(monkeypatch, dtype, bound, rank, terms):
+    """No product in a kernel; bf16 is rounded once, at the end."""
+    turing = configs.Chip("interpreter", "sm_75", 8, False, (), ("full",), products=False)
+    monkeypatch.setattr(configs, "chip", lambda device: turing)
+    weight, dense = make(300, 392, "integer", rank, terms=terms)
+    x, bias = torch.randn(3, 392).to(dtype), torch.randn(300).to(dtype)
+    y = triton.linear(x, weight, bias, "full")
+    assert y.dtype == dtype and error(y, x.double() @ dense.t() + bias.double()) < bound
+
+
 @pytest.mark.parametrize("terms", [1, 2])
 def test_dense_with_low_rank(monkeypatch, terms):
     monkeypatch.setattr(dispatch, "SCRATCH_BYTES", 1 << 17)

@@ -88,6 +88,19 @@ def test_dequantize():
         assert code.spills == 0 and bool(code.products) == (up is not None)
 
 
+@pytest.mark.parametrize("dtype, rank", [(torch.float16, 16), (torch.bfloat16, 0), (torch.float32, 0)])
+def test_turing_only_dequantizes(dtype, rank):
+    """Triton has no matrix instructions there: torch multiplies, bf16 in fp32, and the low-rank branch apart."""
+    x, weight = torch.ones(40, 3072, dtype=dtype), codegen.sample_weight(256, 3072, rank=rank)
+    (launch,) = codegen.launches(75, x, weight, torch.zeros(256, dtype=dtype), "full")
+    code = codegen.machine_code(launch)
+    assert launch.name == "_dequantize" and code.spills == 0 and not code.products
+    assert code.shared <= codegen.SHARED_MEMORY[75]
+    assert "bf16" not in launch.compiled.asm["ptx"]
+    with pytest.raises(ValueError, match="sm_75 has no kernel for int8 activations"):
+        codegen.launches(75, x, weight)
+
+
 def test_portable_branch_compiles_for_amd():
     """The portable decode, to AMD's assembly: matrix instructions, nothing kept in scratch memory."""
     chip = codegen.configs.Chip("AMD", "portable", 104, False, (), ("int8", "full"))

@@ -80,25 +80,32 @@ def test_int8_is_exact_integer_arithmetic(scales, dims, seed, terms):
     )
 
 
+@pytest.fixture(params=[True, False], ids=["int_mm", "fp32"])
+def int8_products(request, monkeypatch):
+    """As on this machine, and as where torch._int_mm saturates or is missing: fp32 blocks give the same integers."""
+    if not request.param:
+        monkeypatch.setattr(eager, "_int_mm_is_exact", lambda device: False)
+
+
 @pytest.mark.parametrize("m, k", [(5, 15360), (5, 2 * 24576), (40, 1024)])
-def test_int8_accumulates_exactly_at_the_extremes(m, k):
+def test_int8_accumulates_exactly_at_the_extremes(int8_products, m, k):
     """All products +127*127: FLUX.1's and twice (two terms) FLUX.2's longest row, beyond what fp32 holds exactly."""
-    weight = TernaryWeight.from_codes(
-        torch.ones(16, k, dtype=torch.int8), torch.ones(16), torch.full((k // 128, 16), 127, dtype=torch.uint8)
-    )
-    x = torch.full((m, k), 127.0)
+    groups = torch.full((k // 128, 16), 127, dtype=torch.uint8)
+    weight = TernaryWeight.from_codes(torch.ones(16, k, dtype=torch.int8), torch.ones(16), groups)
+    x = torch.full((m, k), 127.0)  # a token scale of 1
     x[:, 0] = 126.0  # odd tail in the low bits
-    codes = x.to(torch.int8)
-    integer = eager._integer_weight(weight)
-    assert torch.equal(eager._matmul_int32(codes, integer), (codes.long() @ integer.long().t()).int())
+    y = ternary_linear(x, weight, activations="int8", backend="eager")
+    assert torch.equal(y, torch.full((m, 16), 127 * (127 * k - 1)).float())
 
 
-def test_int8_without_an_exact_int_mm(monkeypatch):
-    """Where torch._int_mm saturates or is missing, fp32 blocks give the same integers."""
-    codes = torch.randint(-127, 128, (9, 3072), dtype=torch.int8)
-    weight = torch.randint(-127, 128, (24, 3072), dtype=torch.int8)
-    monkeypatch.setattr(eager, "_int_mm_is_exact", lambda device: False)
-    assert torch.equal(eager._matmul_int32(codes, weight), (codes.long() @ weight.long().t()).int())
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("scales", ["row", "integer"])
+def test_int8_equals_the_integer_product(int8_products, scales, terms):
+    weight = random_weight(24, 3000, scales, terms=terms)
+    codes = torch.randint(-127, 128, (9, 3000))
+    codes[:, 0] = 127
+    y = ternary_linear(codes.float(), weight, activations="int8", backend="eager")
+    torch.testing.assert_close(y.double(), reference(codes, weight), rtol=1e-6, atol=1e-6)
 
 
 def test_int8_quality():
@@ -115,6 +122,43 @@ def test_dtypes_and_leading_dimensions(dtype, bound, activations):
     assert y.shape == (2, 7, 48) and y.dtype == dtype and y.is_contiguous()
     bound += 0.012 * (activations == "int8")
     assert relative_error(y, reference(x, weight, torch.ones(48).double())) < bound
+
+
+@pytest.mark.parametrize("m", [1, 70])
+@pytest.mark.parametrize(
+    "activations, scales, terms, rank",
+    [
+        ("full", "row", 1, 0),
+        ("full", "integer", 2, 3),
+        ("full", "float", 1, 3),
+        ("full", "float", 2, 0),
+        ("int8", "row", 1, 0),
+        ("int8", "integer", 2, 3),
+    ],
+)
+def test_outputs_in_several_parts(monkeypatch, activations, scales, terms, rank, m):
+    """The last part is smaller and K ends within a group."""
+    weight, x, bias = random_weight(333, 500, scales, rank, terms=terms), torch.randn(m, 500), torch.randn(333)
+    whole = ternary_linear(x, weight, bias, activations)
+    monkeypatch.setattr(eager, "SCRATCH_BYTES", 100 * 4 * terms * 512)
+    y = ternary_linear(x, weight, bias, activations)
+    torch.testing.assert_close(y, whole, rtol=1e-5, atol=1e-5)
+    assert relative_error(y, reference(x, weight, bias.double())) < (0.012 if activations == "int8" else 1e-6)
+
+
+def test_half_precision_without_fast_products(monkeypatch):
+    """On a CPU whose matmul is slow in 16 bits the product and its epilogue are fp32: one rounding, at the end."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    weight = random_weight(48, 300, rank=2)
+    for dtype, bound in ((torch.float16, 4e-4), (torch.bfloat16, 3e-3)):
+        x = torch.randn(7, 300, dtype=dtype)
+        y = ternary_linear(x, weight, torch.ones(48))
+        assert y.dtype == dtype and relative_error(y, reference(x, weight, torch.ones(48).double())) < bound
+
+
+def test_inputs_with_gradients_are_taken_as_numbers():
+    x = torch.randn(2, 128, requires_grad=True)
+    assert not ternary_linear(x, random_weight(8, 128)).requires_grad
 
 
 def test_zero_token_gives_the_bias():
@@ -136,11 +180,23 @@ def test_scratch_is_bounded(monkeypatch):
             return out
 
     for activations in ("full", "int8"):
+        sizes.clear()
         with Sizes():
             y = ternary_linear(x, weight, activations=activations)
         bound = 0.012 if activations == "int8" else 1e-6
         assert relative_error(y, reference(x, weight)) < bound
-    assert (1 << 15) < max(sizes) <= 1 << 16
+        assert (1 << 15) < max(sizes) <= 1 << 16
+    monkeypatch.undo()
+    largest = TernaryWeight(  # FLUX.2 [dev]'s linear1, without its memory
+        torch.empty(48, 55296, 32, dtype=torch.uint8, device="meta"),
+        torch.empty(55296, device="meta"),
+        (55296, 6144),
+        torch.empty(48, 55296, dtype=torch.uint8, device="meta"),
+    )
+    sizes.clear()
+    with Sizes():
+        eager.linear(torch.empty(1, 6144, dtype=torch.bfloat16, device="meta"), largest, None, "full")
+    assert 32 << 20 < max(sizes) <= eager.SCRATCH_BYTES == 64 << 20
 
 
 @pytest.mark.parametrize("terms", [1, 2])
@@ -179,9 +235,16 @@ def test_resolve_says_why():
     choice = resolve("cpu")
     assert choice.backend is eager and choice.activations == "full"
     assert "cpu" in choice.reason
-    assert resolve("cpu", "int8").activations == "int8"
     with pytest.raises(ValueError, match="int4"):
         resolve("cpu", "int4")
+
+
+def test_int8_is_offered_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(eager, "_int_mm_is_exact", lambda device: True)
+    assert resolve("cpu", "int8").activations == "int8" and resolve("cpu", "e4m3").activations == "int8"
+    monkeypatch.setattr(eager, "_int_mm_is_exact", lambda device: False)
+    choice = resolve("cpu", "int8")
+    assert choice.activations == "full" and "no int8 kernel for cpu, full instead" in choice.reason
 
 
 def test_every_backend_has_the_same_interface():

@@ -1,5 +1,7 @@
 """From a layer's input to kernel launches: which kernels, with which tiles, in which order."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
@@ -36,7 +38,9 @@ def linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activations: s
     bias = None if bias is None else bias.detach()
     chip = configs.chip(x.device)
     if activations == "full":
-        return _full(x, weight, bias, chip)
+        return _full(x, weight, bias, chip) if chip.products else _full_on_turing(x, weight, bias, chip)
+    if not chip.products:
+        raise ValueError(f"{chip.name} has no kernel for {activations} activations: use full")
     if activations == "int8" and weight.scale.ndim == 2:
         raise ValueError("int8 activations need row x integer scales: convert the weight with with_integer_groups()")
     return _eight_bit(x, weight, bias, activations, chip)
@@ -60,6 +64,17 @@ def _full(x: Tensor, weight: TernaryWeight, bias: Tensor | None, chip: configs.C
     low, up = _low_rank(x, weight)
     x = x if weight.terms == 1 else weight.repeat_inputs(x)
     return linear_a16(x, weight, low, up, bias, x.new_empty(x.shape[0], weight.shape[0]), tile, chip)
+
+
+def _full_on_turing(x: Tensor, weight: TernaryWeight, bias: Tensor | None, chip: configs.Chip) -> Tensor:
+    """Dequantize in Triton, all products in torch. bf16, which Turing does not have, is multiplied in fp32."""
+    dtype = x.dtype
+    x = x.float() if dtype == torch.bfloat16 else x
+    y = dense_product(x, replace(weight, down=None, up=None), bias, chip)
+    if weight.up is not None:
+        down, up = _factors(weight, x.dtype)
+        y.addmm_(dense_linear(x, down), up.t())
+    return y.to(dtype)
 
 
 def dense_product(x: Tensor, weight: TernaryWeight, bias: Tensor | None, chip: configs.Chip) -> Tensor:

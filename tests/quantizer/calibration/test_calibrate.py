@@ -1,6 +1,7 @@
 """Calibration of tiny FLUX.1 and FLUX.2 models with random weights."""
 
 import hashlib
+from copy import deepcopy
 
 import pytest
 import safetensors.torch
@@ -13,7 +14,7 @@ from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.model.flux import Flux, Stage
 from ternary_flux.quantizer.model.teacher import Teacher
 from ternary_flux.quantizer.pictures import trajectories
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
@@ -145,19 +146,40 @@ def test_the_teacher_reads_blocks_when_they_are_needed(case):
 
 def test_stages_have_every_linear_once_and_in_order(case):
     arch = case.teacher.arch
-    for block in arch.block_names:
-        flat = [name for stage in calibrate.stages(arch, block) for name in stage]
-        assert sorted(flat) == sorted(arch.block_linears(block))
-        positions = [name.split(".")[-1] for name in flat]
-        assert positions.index("qkv" if block.startswith("double") else "linear1") < len(flat) - 1
+    order = {"double": ["attn.qkv", "attn.proj", "mlp.0", "mlp.2"], "single": ["linear1", "linear2"]}
+    modulation = {"double": ["mod.lin"], "single": ["modulation.lin"]}
+    for name in arch.block_names:
+        kind, stages = name.split("_")[0], case.teacher.block(name).stages
+        flat = [linear for stage in stages for linear in stage.linears]
+        assert sorted(flat) == sorted(arch.block_linears(name))
+        first = [stage.linears[0].removeprefix("img_") for stage in stages]
+        assert first == (modulation[kind] if arch.version == 1 else []) + order[kind]
+
+
+def test_gates_are_those_of_the_branch_that_a_linear_is_in(case):
+    """Another output of a Linear that adds to the tokens changes them by its gate, and nothing else."""
+    with torch.inference_mode():
+        for name in case.teacher.arch.block_names:
+            block = deepcopy(case.teacher.block(name))
+            tokens = case.teacher.prepare(case.states[0].inputs(slice(0, 2), case.conditioning))
+            gates = block.gates(tokens)
+            assert set(gates) == {linear for s in block.stages if s.role != "modulate" for linear in s.linears}
+            for stage in (stage for stage in block.stages if stage.role == "add"):
+                for linear in stage.linears:
+                    run = getattr(block, stage.half)
+                    before = block.stream(linear, run(tokens))
+                    handle = block.get_submodule(linear).register_forward_hook(lambda _, inputs, output: output + 1)
+                    changed = block.stream(linear, run(tokens)) - before
+                    handle.remove()
+                    torch.testing.assert_close(changed, gates[linear].expand_as(changed), rtol=1e-3, atol=1e-4)
 
 
 def test_moments_are_of_what_the_linears_get(case):
     with torch.inference_mode():
         streams = Streams(case.teacher, case.states, case.conditioning, case.folder / "streams", batch=5)
         block = case.teacher.block("double_blocks.0")
-        names = ["img_mlp.0", "txt_mlp.0"]
-        moments = streams.moments(block, block, names)
+        names = ("img_mlp.0", "txt_mlp.0")
+        moments = streams.moments(block, block, Stage(names, "inner"))
         tokens = streams.groups[0].tokens(case.teacher.stem, slice(0, 5), 0)
         seen = inputs_of(block, names, tokens)
     assert {name: x.shape[-1] for name, x in seen.items()} == {name: 128 for name in names}

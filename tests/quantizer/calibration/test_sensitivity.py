@@ -10,7 +10,7 @@ from ternary_flux.quantizer.files.container import FormatError
 from ternary_flux.quantizer.files.export import export_checkpoint
 from ternary_flux.quantizer.files.precision import int8
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.model.flux import Flux, Inputs
 from ternary_flux.quantizer.model.student import load_student, save_student
 from ternary_flux.quantizer.model.teacher import Teacher
 from ternary_flux.quantizer.pictures.states import Batch
@@ -32,12 +32,12 @@ def made(tmp_path_factory):
     save_file(state, folder / "dense.safetensors")
     model.load_state_dict({name: value.float() for name, value in state.items()})
     round_checkpoint(folder / "dense.safetensors", folder / "round.safetensors")
-    inputs = [torch.randn(4, 16, 4, 4, generator=generator), torch.rand(4, generator=generator)]
-    inputs += [torch.randn(4, 5, 32, generator=generator), torch.randn(4, 24, generator=generator), None]
+    states = torch.randn(4, 16, 4, 4, generator=generator), torch.rand(4, generator=generator)
+    inputs = Inputs(*states, torch.randn(4, 5, 32, generator=generator), torch.randn(4, 24, generator=generator))
     with torch.no_grad():
         velocity = model(*inputs)
     dense, file = open_checkpoint(folder / "dense.safetensors"), open_ternary(folder / "round.safetensors")
-    return dense, file, Batch(*inputs, velocity)
+    return dense, file, Batch(inputs, velocity)
 
 
 def original(dense):

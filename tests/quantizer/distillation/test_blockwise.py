@@ -13,8 +13,8 @@ from ternary_flux.quantizer.model.flux import Flux
 from ternary_flux.quantizer.model.student import load_student
 from ternary_flux.quantizer.model.teacher import Teacher
 from ternary_flux.quantizer.pictures import conditioning
-from ternary_flux.quantizer.pictures.pool import LabelledStates, Pool
-from ternary_flux.quantizer.pictures.states import States
+from ternary_flux.quantizer.pictures.pool import Pool
+from ternary_flux.quantizer.pictures.states import LabelledStates, States
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
 ARCHITECTURES = {

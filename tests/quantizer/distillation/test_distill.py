@@ -11,12 +11,12 @@ from ternary_flux.quantizer.distillation.schedule import RATES, learning_rates, 
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.model.flux import Flux, Inputs
 from ternary_flux.quantizer.model.student import add_low_rank, load_student, save_student, ternary_linears, train_codes
 from ternary_flux.quantizer.pictures import conditioning
-from ternary_flux.quantizer.pictures.pool import LabelledStates, Pool
+from ternary_flux.quantizer.pictures.pool import Pool
 from ternary_flux.quantizer.pictures.quality import measure, swapped_velocities
-from ternary_flux.quantizer.pictures.states import Batch, States
+from ternary_flux.quantizer.pictures.states import LabelledStates, States
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=True)
@@ -246,9 +246,9 @@ def test_rates_follow_the_size_of_the_parameters(files, data):
 
 def test_an_epoch_draws_every_state_once(data):
     pool = data[1]
-    drawn = torch.cat([pool.draw(i, 8, seed=3).t for i in range(STATES // 8)])
+    drawn = torch.cat([pool.draw(i, 8, seed=3).inputs.t for i in range(STATES // 8)])
     assert torch.equal(drawn.sort().values, pool.groups[0].states.t.sort().values)
-    again = torch.cat([pool.draw(i + STATES // 8, 8, seed=3).t for i in range(STATES // 8)])
+    again = torch.cat([pool.draw(i + STATES // 8, 8, seed=3).inputs.t for i in range(STATES // 8)])
     assert not torch.equal(drawn, again) and torch.equal(again.sort().values, drawn.sort().values)
 
 
@@ -258,11 +258,10 @@ def test_batches_of_several_sizes_do_not_mix(data):
     wide = States(states.latent.repeat(1, 1, 1, 2)[:16], states.t[:16], states.prompt[:16], None)
     group = LabelledStates(states, velocity)
     both = Pool([group, LabelledStates(wide, velocity[:16])], pool.conditioning)
-    shapes = [tuple(both.draw(i, 8, seed=0).latent.shape) for i in range(8)]
+    shapes = [tuple(both.draw(i, 8, seed=0).inputs.latent.shape) for i in range(8)]
     assert shapes.count((8, 16, 4, 4)) == 6 and shapes.count((8, 16, 4, 8)) == 2
 
 
 def test_swapping_needs_neighbours():
     x = torch.arange(3.0)[:, None, None]
-    batch = Batch(x[..., None], x[:, 0, 0], x, None, None, x[..., None])
-    assert batch.swapped().context.flatten().tolist() == [2, 0, 1]
+    assert Inputs(x[..., None], x[:, 0, 0], x).swapped().context.flatten().tolist() == [2, 0, 1]

@@ -24,9 +24,9 @@ from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.container import create
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.pictures.pool import LabelledStates, Pool
+from ternary_flux.quantizer.pictures.pool import Pool
 from ternary_flux.quantizer.model.teacher import Teacher
-from ternary_flux.quantizer.pictures.states import States
+from ternary_flux.quantizer.pictures.states import LabelledStates, States
 
 folder = Path(sys.argv[2])
 arch = Architecture(1, 3072, 1, 1, 16, 16, context_dim=4096, vec_dim=768, guidance=True)

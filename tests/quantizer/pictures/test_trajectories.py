@@ -173,13 +173,11 @@ def test_half_of_the_states_are_those_that_the_sampler_passed(tmp_path):
 def test_velocities_come_with_the_states_that_were_passed(tmp_path):
     trajectories, plan = painted(tmp_path, 4)
     levels = sampler.noise_levels(12, trajectories.shift).float()
-    assert all(group.velocity is None for group in trajectories.states(plan, 40))
-    for group in trajectories.states(plan, 40, velocities=True):
-        known = torch.isin(group.t, levels)
-        assert torch.equal(group.velocity.flatten(1).isnan().any(1), ~known)
-        assert torch.equal(group.velocity.flatten(1).isnan().all(1), ~known)
-        theirs = velocity(*group.inputs(slice(None), trajectories.conditioning))
-        torch.testing.assert_close(group.velocity[known], theirs[known], rtol=1e-2, atol=1e-2)
+    for plain, group in zip(trajectories.states(plan, 40), trajectories.labelled_states(plan, 40), strict=True):
+        assert torch.equal(plain.latent, group.states.latent)
+        assert torch.equal(group.known, torch.isin(plain.t, levels))
+        theirs = velocity(*plain.inputs(slice(None), trajectories.conditioning))
+        torch.testing.assert_close(group.velocity[group.known], theirs[group.known], rtol=1e-2, atol=1e-2)
 
 
 def test_the_teacher_answers_for_fresh_noise_only_and_only_once(tmp_path):

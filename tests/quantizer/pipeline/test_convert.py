@@ -13,7 +13,7 @@ from ternary_flux.quantizer import cli
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.model.flux import Flux, Inputs
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import subset
 from ternary_flux.quantizer.pictures.states import Batch
@@ -126,10 +126,10 @@ def test_a_mixed_conversion_grows_as_far_as_it_may(source):
 
 
 def test_fewer_states_of_all_batches():
-    batches = [Batch(*(torch.full((4, 1), float(i)) for _ in range(3)), None, None, torch.ones(4)) for i in range(10)]
-    counts = {count: [len(batch.t) for batch in subset(batches, count)] for count in (0, 3, 10, 25, 100)}
+    batches = [Batch(Inputs(*(torch.full((4, 1), float(i)) for _ in range(3))), torch.ones(4)) for i in range(10)]
+    counts = {count: [len(batch.inputs.t) for batch in subset(batches, count)] for count in (0, 3, 10, 25, 100)}
     assert counts == {0: [1], 3: [1] * 3, 10: [1] * 10, 25: [2] * 10, 100: [4] * 10}
-    assert [float(batch.t[0]) for batch in subset(batches, 3)] == [0, 4, 8]
+    assert [float(batch.inputs.t[0]) for batch in subset(batches, 3)] == [0, 4, 8]
 
 
 def test_a_work_folder_of_another_conversion_is_refused(converted, capsys):
