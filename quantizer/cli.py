@@ -1,18 +1,11 @@
 """The `ternary-flux` command (also `python -m quantizer`): one module for each subcommand.
 
-<<<<<<< HEAD
 A command module has `add_parser(subparsers)`, which declares the arguments, `EXAMPLE`, the arguments of a call, and
 `run(args)`, which returns an exit code or None. Only the chosen command's module is imported. A mistake of the user
 (ValueError, OSError) becomes one line on stderr and exit code 2. A command that can be resumed says so with
 `set_defaults(interrupted="...")`, the end of the line printed after Ctrl-C.
-=======
-A command module has `add_parser(subparsers)`, which declares the arguments, and `run(args)`, which returns an exit code
-or None. Only the chosen command's module is imported. A mistake of the user (ValueError, OSError) becomes one line on
-stderr and exit code 2. A command that can be resumed says so with `set_defaults(interrupted="...")`, the end of the
-line printed after Ctrl-C.
 
 argparse, because the pack adds no dependency to ComfyUI's where the standard library does.
->>>>>>> main
 """
 
 import argparse

@@ -21,11 +21,7 @@ from ..files import metadata, precision
 from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
 from ..files.checkpoint import Checkpoint
-<<<<<<< HEAD
-from ..files.container import FormatError, TensorFile, create
-=======
-from ..files.container import TensorFile, save
->>>>>>> main
+from ..files.container import FormatError, TensorFile, save
 from ..files.layer import LayerPlan
 from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary

@@ -9,13 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from ..files.atomic import check_space, in_bytes, reserve
 from ..files.container import size_of
-from ..model.flux import Flux, Tokens
-=======
 from ..model.flux import Flux, Stage, Tokens, linear_of
->>>>>>> main
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States

@@ -16,12 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from ..files.container import FormatError, TensorFile, create
-=======
 from ..files import container
-from ..files.container import TensorFile
->>>>>>> main
+from ..files.container import FormatError, TensorFile
 from ..files.ternary import TernaryFile
 from ..interrupts import whole_steps
 from ..model.flux import Flux

@@ -2,12 +2,7 @@
 
 import json
 from collections.abc import Mapping
-<<<<<<< HEAD
-from datetime import datetime, timezone
-=======
 from datetime import UTC, datetime
-from importlib import metadata as installed
->>>>>>> main
 from pathlib import Path
 
 from ..version import version

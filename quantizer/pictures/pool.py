@@ -91,14 +91,8 @@ def training_pool(
         for rows in unknown.split(_CHUNK):
             path = folder / f"{_digest(states, rows)}.safetensors"
             if not path.exists():
-<<<<<<< HEAD
-                inputs = states.inputs(rows, trajectories.conditioning)
-                pieces = zip(*(_split(x, batch, len(rows)) for x in inputs), strict=True)
-                keep_tensors(path, {"velocity": torch.cat([teacher(*piece).cpu() for piece in pieces])})
-=======
                 inputs = [states.inputs(part, trajectories.conditioning) for part in rows.split(batch)]
                 save(path, {"velocity": torch.cat([teacher(*part).cpu() for part in inputs])}, overwrite=True)
->>>>>>> main
             velocity[rows] = TensorFile(path).tensor("velocity").float()
             on_progress(len(rows))
         groups.append(LabelledStates(states, velocity))
@@ -118,11 +112,7 @@ def holdout_batches(
         path = folder / f"holdout-{count}-{batch}-{number:04d}.safetensors"
         conditions = context, pooled, guidance = trajectories.conditions(pictures)
         if not path.exists():
-<<<<<<< HEAD
-            keep_tensors(path, dict(_record(teacher, trajectories, pictures, conditions)))
-=======
             save(path, dict(_record(teacher, trajectories, pictures, conditions)), overwrite=True)
->>>>>>> main
         file = TensorFile(path)
         stride = -(-trajectories.steps // _HOLDOUT_TIMES)
         for step in range(0, trajectories.steps, stride):
@@ -156,18 +146,3 @@ def _digest(states: States, rows: slice) -> str:
         if part is not None:
             digest.update(part[rows].numpy().tobytes())
     return digest.hexdigest()[:24]
-<<<<<<< HEAD
-
-
-def _split(x: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
-    return [None] * -(-rows // size) if x is None else x.split(size)
-
-
-def keep_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file of these tensors, in the place of what is there."""
-    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with create(path, plan, {}, overwrite=True) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
-=======
->>>>>>> main

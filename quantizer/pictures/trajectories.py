@@ -146,16 +146,8 @@ class Trajectories:
                 }
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
                     raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
-<<<<<<< HEAD
-                plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-                with create(self._path(picture), plan, {}, overwrite=True) as file:
-                    for name, tensor in tensors.items():
-                        file.write(name, tensor)
-            on_progress(len(missing))
-=======
                 save(self._path(picture), tensors, overwrite=True)
-            on_progress(len(same))
->>>>>>> main
+            on_progress(len(missing))
 
     def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor | None, ...]:
         """Context, pooled vector and guidance of some pictures."""

@@ -13,20 +13,12 @@ from torch import Tensor
 from ..files.architecture import Architecture
 from ..files.atomic import check_target
 from ..files.checkpoint import fingerprint, open_checkpoint
-<<<<<<< HEAD
-from ..files.container import TensorFile
-=======
 from ..files.container import TensorFile, save
->>>>>>> main
 from ..files.ternary import open_ternary
 from ..model.student import load_student
 from ..model.teacher import Teacher, free_memory
 from ..pictures import conditioning
-<<<<<<< HEAD
-from ..pictures.pool import Pool, holdout_batches, keep_tensors, to_device, training_pool
-=======
 from ..pictures.pool import Pool, holdout_batches, training_pool
->>>>>>> main
 from ..pictures.quality import Quality, measure, swapped_velocities
 from ..pictures.sampler import latent_shape
 from ..pictures.states import Batch
@@ -183,15 +175,9 @@ class Workspace:
         path = self.folder / "velocities" / f"swapped-{self.held_out}.safetensors"
         if not path.exists():
             velocities = swapped_velocities(self.teacher, self.holdout)
-<<<<<<< HEAD
-            keep_tensors(path, {str(i): velocity.cpu() for i, velocity in enumerate(velocities)})
-        file = TensorFile(path)
-        return [file.tensor(str(i)).to(self.device) for i in range(len(file.entries))]
-=======
             save(path, {str(number): velocity for number, velocity in enumerate(velocities)})
         file = TensorFile(path)
         return [file.tensor(str(number)).to(self.device, copy=True) for number in range(len(file.entries))]
->>>>>>> main
 
     def release_teacher(self) -> None:
         """Free the teacher's memory; it is read again when it is needed."""
