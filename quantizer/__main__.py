@@ -3,7 +3,11 @@
 """
 
 import os
+import signal
 import sys
+
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # Ctrl-C before there is anything to unwind
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 if __package__ != "ternary_flux.quantizer":
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -1,15 +1,16 @@
 """The `ternary-flux` command (also `python -m quantizer`): one module for each subcommand.
 
-A command module has `add_parser(subparsers)`, which declares the arguments, `EXAMPLE`, the arguments of a call, and
-`run(args)`, which returns an exit code or None. Only the chosen command's module is imported. A mistake of the user
-(ValueError, OSError) becomes one line on stderr and exit code 2. A command that can be resumed says so with
-`set_defaults(interrupted="...")`, the end of the line printed after Ctrl-C.
+A command module has `add_parser(subparsers)`, which declares the arguments, `EXAMPLE`, the arguments of a call,
+`run(args)`, which returns an exit code or None, and `LIGHT` where it can run without torch. Only the chosen command's
+module is imported. A mistake of the user (ValueError, OSError) becomes one line on stderr and exit code 2. A command
+that can be resumed says so with `set_defaults(interrupted="...")`, the end of the line printed after Ctrl-C.
 
 argparse, because the pack adds no dependency to ComfyUI's where the standard library does.
 """
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +38,8 @@ _HEAVY = ("torch", "safetensors", "tqdm")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -50,8 +53,8 @@ def run(argv: Sequence[str]) -> int:
                 if args is None:
                     return 0
                 interrupted = args.interrupted
-                for heavy in _HEAVY:
-                    importlib.import_module(heavy)
+                for module in () if args.light else _HEAVY:
+                    importlib.import_module(module)
             with terminable():
                 return args.run(args) or 0
         except KeyboardInterrupt as interrupt:
@@ -59,6 +62,10 @@ def run(argv: Sequence[str]) -> int:
             return 128 + interrupt.number if isinstance(interrupt, Terminated) else INTERRUPTED
         except (ValueError, OSError, OverflowError, RecursionError, MemoryError) as error:
             print(f"{name}: {message(error)}", file=sys.stderr)
+            return MISTAKE
+        except ModuleNotFoundError as error:
+            remedy = f"use the Python that ComfyUI runs in ({program()} doctor says more)"
+            print(f"{name}: {error.name} is not installed in {sys.executable}; {remedy}", file=sys.stderr)
             return MISTAKE
         except RuntimeError as error:
             if not _out_of_memory(error):
@@ -85,7 +92,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
             subparser = subparsers.choices[name]
             subparser.formatter_class = _Help
             subparser.epilog = f"Example:\n  {subparser.prog} {command.EXAMPLE}"
-            parser.set_defaults(run=command.run)
+            parser.set_defaults(run=command.run, light=getattr(command, "LIGHT", False))
         else:
             subparsers.add_parser(name, help=summary)
     args = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -16,13 +17,19 @@ _LONGEST = 2000  # characters of a message
 
 def program() -> str:
     """The command as it was typed: what a person can type again."""
-    script = Path(sys.argv[0])
-    if script.name != "__main__.py":
-        return "ternary-flux" if script.stem == "ternary-flux" else "python -m quantizer"
-    package = getattr(sys.modules["__main__"], "__package__", "")
-    if package:
-        return f"python -m {package}"
-    return f"python {os.path.relpath(script.parent) if script.is_relative_to(Path.cwd()) else script.parent}"
+    script = Path(sys.argv[0] or ".")
+    if script.name == "__main__.py":
+        return f"{_interpreter()} -m {sys.modules['__main__'].__package__ or 'quantizer'}"
+    if script.is_dir():
+        return f"{_interpreter()} {script}"
+    return "ternary-flux" if script.stem == "ternary-flux" else f"{_interpreter()} -m quantizer"
+
+
+def _interpreter() -> str:
+    """`python` where that is this one."""
+    name = Path(sys.executable).stem
+    found = shutil.which(name)
+    return name if found and os.path.abspath(found) == os.path.abspath(sys.executable) else sys.executable
 
 
 def printable(text: str) -> str:
@@ -45,10 +52,12 @@ def message(error: BaseException) -> str:
 
 def say(*lines: str) -> None:
     """Print lines to stdout, above a bar that is there, with what a terminal would obey escaped."""
-    from tqdm import tqdm
-
+    tqdm = sys.modules.get("tqdm")  # without it there are no bars
     for line in lines:
-        tqdm.write(printable(line), file=sys.stdout)
+        if tqdm is None:
+            print(printable(line))
+        else:
+            tqdm.tqdm.write(printable(line), file=sys.stdout)
     sys.stdout.flush()
 
 
