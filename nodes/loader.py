@@ -34,6 +34,7 @@ STAGES = {
     "absmean": "rounded only: expect noise",
     "calibrate": "calibrated",
     "distill": "distilled",
+    "import": "imported bit for bit",
 }
 
 

@@ -16,7 +16,7 @@ SOURCES = [path for layer in LAYERS for path in sorted((_pack.ROOT / layer).rglo
 # The quantizer's rooms: each may use itself and those on earlier floors, beside what all may use.
 FLOORS = (
     {"files"},
-    {"model", "rounding"},
+    {"imports", "model", "rounding"},
     {"pictures"},
     {"calibration", "distillation"},
     {"pipeline"},

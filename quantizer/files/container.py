@@ -2,6 +2,7 @@
 
 Layout: 8 bytes little-endian header length, the JSON header, the tensors' bytes without holes. The header precedes the
 data and holds every shape, so a writer plans all tensors first and can then write them in any order and in pieces.
+The header's metadata has the CRC-32 of every tensor and of the header itself, for `verify`.
 
 Reading and writing are our own because the safetensors library writes files from tensors that are all in memory (a
 ternary FLUX.1 is made in 0.7 GB from 24 GB), and because a damaged file is refused here with its key and a remedy.
@@ -14,6 +15,7 @@ import mmap
 import os
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +48,7 @@ _OTHER_BITS = {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F6_E2M
 _BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | _OTHER_BITS
 _MAX_HEADER = 100_000_000
 _ALIGNMENT = 64
+_CHECKSUMS = "ternary.crc32"  # the metadata's key
 _FOREIGN = {
     b"GGUF": "a GGUF file",
     b"PK\x03\x04": "a PyTorch checkpoint (a zip of pickles)",
@@ -85,6 +88,39 @@ class Header:
     size: int
     metadata: dict[str, str]
     entries: dict[str, Entry]  # in file order
+    checksums: str | None = None  # as JSON; see `checksums_of`
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """CRC-32 of the header without them, and of the bytes of every tensor by its key."""
+
+    header: int
+    tensors: dict[str, int]
+
+    @property
+    def text(self) -> str:
+        tensors = {key: f"{value:08x}" for key, value in self.tensors.items()}
+        return json.dumps({"header": f"{self.header:08x}", "tensors": tensors}, separators=(",", ":"))
+
+
+def checksums_of(header: Header) -> Checksums | None:
+    """The checksums that the writer of a file left in it; None where there are none. FormatError if unreadable."""
+    if header.checksums is None:
+        return None
+    try:
+        match json.loads(header.checksums):
+            case {"header": str(own), "tensors": {**tensors}}:
+                return Checksums(int(own, 16), {key: int(value, 16) for key, value in tensors.items()})
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise FormatError(header.path, "the checksums cannot be read: the header is damaged; download the file again")
+
+
+def header_checksum(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> int:
+    """CRC-32 of what a header says, its checksums left out; tensors by name, wherever they lie."""
+    tensors = {key: [entry.dtype, list(entry.shape)] for key, entry in entries.items()}
+    return zlib.crc32(json.dumps([dict(metadata), tensors], sort_keys=True).encode())
 
 
 def read_header(path: str | os.PathLike) -> Header:
@@ -106,10 +142,11 @@ def read_header(path: str | os.PathLike) -> Header:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(path, "the header's metadata is not a map of strings", "__metadata__")
+    checksums = metadata.pop(_CHECKSUMS, None)  # they hold for these bytes alone and are not handed on
     entries = {key: _entry(path, key, value, 8 + length) for key, value in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     _check_contiguous(path, entries, 8 + length, size)
-    return Header(path, size, metadata, entries)
+    return Header(path, size, metadata, entries, checksums)
 
 
 def _what_else(start: bytes, size: int) -> str:
@@ -231,6 +268,7 @@ class TensorWriter:
     metadata: dict[str, str]  # may be completed until the end, within the room that `create` was given
     file: BinaryIO
     written: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
 
     def write(self, key: str, data: Tensor | np.ndarray) -> None:
         """Write a whole tensor; its dtype and shape must be the planned ones."""
@@ -242,11 +280,14 @@ class TensorWriter:
         self.write_bytes(key, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
     def write_bytes(self, key: str, data, offset: int = 0) -> None:
-        """Write a piece of a tensor, `offset` bytes from its start. Each byte must be written once."""
-        entry = self.entries[key]
+        """Write a piece of a tensor, `offset` bytes from its start. A tensor's pieces come from start to end."""
+        entry, written = self.entries[key], self.written.get(key, 0)
+        if offset != written:
+            raise ValueError(f"{key}: byte {offset} where byte {written} is next")
         self.file.seek(entry.start + offset)
         self.file.write(data)
-        self.written[key] = self.written.get(key, 0) + len(data)
+        self.written[key] = written + len(data)
+        self.checksums[key] = zlib.crc32(data, self.checksums.get(key, 0))
 
 
 def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -272,7 +313,8 @@ def create(
         dtype, shape = plan[key]
         offsets[key] = Entry(DTYPE_NAMES[dtype], tuple(shape), position, position + size_of(dtype, shape))
         position = offsets[key].stop
-    header = _header_bytes(offsets, metadata, header_room)
+    unknown = Checksums(0, dict.fromkeys(offsets, 0)).text
+    header = _header_bytes(offsets, dict(metadata) | {_CHECKSUMS: unknown}, header_room)
     data_start = len(header)
     entries = {key: Entry(e.dtype, e.shape, e.start + data_start, e.stop + data_start) for key, e in offsets.items()}
     with atomic_file(path, data_start + position, overwrite) as file:
@@ -281,7 +323,9 @@ def create(
         for key, entry in entries.items():
             if writer.written.get(key, 0) != entry.nbytes:
                 raise ValueError(f"{path}: {key}: {writer.written.get(key, 0)} of {entry.nbytes} bytes were written")
-        header = _header_bytes(offsets, writer.metadata, 0)
+        checksums = {key: writer.checksums.get(key, 0) for key in offsets}
+        found = Checksums(header_checksum(writer.metadata, entries), checksums).text
+        header = _header_bytes(offsets, writer.metadata | {_CHECKSUMS: found}, 0)
         if len(header) > data_start:
             raise ValueError(f"{path}: the metadata outgrew its room by {len(header) - data_start} bytes")
         file.seek(0)

@@ -69,8 +69,10 @@ def test_large_tensors_start_at_multiples_of_64(tmp_path):
 
 def test_a_tensor_in_pieces(tmp_path):
     with create(tmp_path / "x", {"a": (torch.uint8, (4,))}, {}) as writer:
-        writer.write_bytes("a", b"cd", 2)
         writer.write_bytes("a", b"ab")
+        with pytest.raises(ValueError, match="a: byte 1 where byte 2 is next"):
+            writer.write_bytes("a", b"c", 1)
+        writer.write_bytes("a", b"cd", 2)
     assert TensorFile(tmp_path / "x").bytes("a").tobytes() == b"abcd"
 
 
