@@ -1,29 +1,22 @@
 """The command in children of a process that has torch already: dozens of runs that can be killed or starved.
 
-Run with a folder and a function of this module; prints what went wrong, and nothing where all is well. The children are
-forked before any thread is started.
+`main` prints what went wrong, and nothing where all is well. The children are forked before any thread is started.
 """
 
 import os
 import random
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-
-import _pack
-
-_pack.load()
-
 import torch
 from ternary_flux.quantizer import cli
 from ternary_flux.quantizer.calibration import calibrate, gptq  # noqa: F401  the children need not import them
-from ternary_flux.quantizer.commands import convert, distill, embed, export, inspect, mixed, report  # noqa: F401
+from ternary_flux.quantizer.commands import convert, distill, export, import_, mixed, pack, report  # noqa: F401
 from ternary_flux.quantizer.files.container import TensorFile
+from ternary_flux.quantizer.files.export import export_checkpoint
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pipeline import convert as pipeline  # noqa: F401
 from ternary_flux.quantizer.report import page  # noqa: F401
@@ -34,10 +27,11 @@ COMMON = "--size 64x64 --sampler-steps 2 --device cpu --conditioning".split()
 
 
 def inputs(folder: Path) -> None:
-    """dense, rounded and cond: what commands read."""
+    """dense, rounded, elsewhere (dense, of ternary values) and cond: what commands read."""
     arch = synthetic.FLUX1
     synthetic.write(folder / "dense.safetensors")
     round_checkpoint(folder / "dense.safetensors", folder / "rounded.safetensors")
+    export_checkpoint(folder / "rounded.safetensors", folder / "elsewhere.safetensors")
     context, pooled = torch.randn(8, 5, arch.context_dim), torch.randn(8, arch.vec_dim)
     conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(8)], context, pooled)
 
@@ -49,6 +43,8 @@ def commands(folder: Path, output: Path) -> dict[str, list]:
     return {
         "round": ["round", dense, "-o", output],
         "export": ["export", rounded, "-o", output],
+        "pack": ["pack", rounded, "-o", output, "--packing", "base3"],
+        "import": ["import", folder / "elsewhere.safetensors", "-o", output],
         "calibrate": ["calibrate", dense, "-o", output, *COMMON, cond, "--pictures", 6, "--states", 8, "--sweeps", 1],
         "mixed": ["mixed", rounded, "-o", output, *teacher, "--pictures", 2, "--precisions", "int8"],
         "distill": ["distill", rounded, "-o", output, *teacher, "--pictures", 6, "--states", 12, "--held-out", 2]
@@ -94,18 +90,19 @@ def tensors(path: Path) -> dict[str, bytes] | list[str]:
 
 
 def killed(folder: Path, name: str, times: str) -> None:
-    """Kill a command at so many random moments: the old file, none or a whole one, and no leftovers after a whole run."""
+    """Kill a command at so many random moments: no file or a whole one, and no leftovers after an undisturbed run."""
     inputs(folder)
     places = [folder / place / "out.safetensors" for place in ("whole", "killed")]
     whole, target = (path.with_suffix("") if name == "report" else path for path in places)
-    started = time.monotonic()
     for place in places:
         place.parent.mkdir()
-    log = folder / "log"
-    if wait(fork(commands(folder, places[0])[name], log=log)):
-        print("an undisturbed run failed:", log.read_text())
-        return
-    took, rng = time.monotonic() - started, random.Random(name)
+    log, took, rng = folder / "log", 10.0, random.Random(name)
+    if name != "convert":
+        started = time.monotonic()
+        if wait(fork(commands(folder, places[0])[name], log=log)):
+            print("an undisturbed run failed:", log.read_text())
+            return
+        took = time.monotonic() - started
     again = commands(folder, places[1])[name]
     for number in range(int(times)):
         child = fork([*again, "--force"] if target.exists() else again, log=log)
@@ -167,7 +164,8 @@ def starved(folder: Path, name: str) -> None:
             print(f"{limit} bytes: left behind {found}")
 
 
-if __name__ == "__main__":
+def main(folder: str, test: str, *arguments: str) -> None:
+    """One of this module's tests, in an empty folder."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    globals()[sys.argv[2]](Path(sys.argv[1]), *sys.argv[3:])
+    globals()[test](Path(folder), *arguments)
