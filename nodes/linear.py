@@ -55,7 +55,7 @@ class _TernaryLinear(Patched):
     _choice_device: torch.device | None = None
 
     # Core's merge code looks up every state-dict key as an attribute, also those that a quantized weight adds.
-    weight_scale = weight_group = weight_down = weight_up = comfy_quant = property(lambda self: None)
+    weight_scale = weight_group = weight_down = weight_up = weight_column = comfy_quant = property(lambda self: None)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         configuration = read_configuration(state_dict, prefix)

@@ -147,14 +147,15 @@ class Streams:
 
     def advance(self, dense: nn.Module, student: nn.Module) -> tuple[float, float]:
         """Run both models through a block; returns the relative drift of image and of text tokens."""
-        difference, power = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        device = self.teacher.device
+        difference, power = (torch.zeros(2, dtype=torch.float64, device=device) for _ in range(2))
         for group in self.groups:
             for rows in group.rows(self.batch):
                 theirs = dense(group.tokens(self.teacher.stem, rows, TEACHER))
                 ours = student(group.tokens(self.teacher.stem, rows, STUDENT))
                 for i, (a, b) in enumerate(((theirs.img, ours.img), (theirs.txt, ours.txt))):
-                    difference[i] += (a.float() - b.float()).square().sum().cpu()
-                    power[i] += a.float().square().sum().cpu()
+                    difference[i] += (a.float() - b.float()).square().sum()
+                    power[i] += a.float().square().sum()
                 group.put(rows, TEACHER, theirs)
                 group.put(rows, STUDENT, ours)
         img, txt = (difference / power.clamp_min(1e-30)).sqrt().tolist()

@@ -6,6 +6,7 @@ from . import options
 from .options import count, natural, positive
 
 EXAMPLE = "flux1-dev.safetensors --conditioning prompts.safetensors -o flux1-dev-calibrated.safetensors"
+HELD_OUT = 32  # pictures that the result is measured on
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -16,9 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the model paints itself from the prompts of the conditioning file. One block at a time is in memory. "
         "It is much better than `round` and the start for `distill`, which is what makes good pictures.",
     )
-    parser.add_argument(
-        "source", type=options.model, metavar="IN", help="dense FLUX.1 or FLUX.2 checkpoint, .safetensors"
-    )
+    parser.add_argument("source", type=options.model, metavar="IN", help=options.DENSE)
     options.add_output(parser, "-calibrated")
     options.add_arguments(parser)
     parser.add_argument("--pictures", type=count, default=128, help="that the original paints (default: %(default)s)")
@@ -45,14 +44,13 @@ def run(args: argparse.Namespace) -> None:
     precisions = precisions_of(open_ternary(args.like)) if args.like else {}
     if args.like and not precisions:
         raise ValueError(f"{args.like}: all of its Linears are alike; give a file of `mixed`")
-    target = options.choose_output(args, args.source)
-    more = {"sources": filter(None, [args.like]), "pictures": args.pictures}
-    with Bars() as bars, options.open_workspace(args, args.source, target, on_progress=bars.show, **more) as work:
+    target, more = options.choose_output(args, args.source), filter(None, [args.like])
+    with Bars() as bars, options.open_workspace(args, args.source, target, more, on_progress=bars.show) as work:
         if precisions.keys() - set(work.arch.linears):
             raise ValueError(f"{args.like} was made from another model than {args.source}")
-        work.sample_pictures()
+        pictures = work.sample_pictures(args.pictures)
         wanted = args.states or enough_states(work.arch, work.tokens)
-        states = work.trajectories.states(work.training_pictures, wanted, args.seed + 1)
+        states = work.trajectories.states(pictures, wanted, args.seed + 1)
         changes = {"damping": args.damping, "sweeps": args.sweeps, "batch": args.batch or work.teacher_batch}
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = CalibrationSettings(rank=args.rank, packing=args.packing, precisions=precisions, **changes)
@@ -73,14 +71,14 @@ def run(args: argparse.Namespace) -> None:
             work.teacher,
             states,
             work.conditioning,
-            target,
-            work.folder / "calibrate",
-            settings,
-            identity,
-            args.force,
-            show,
+            target=target,
+            folder=work.folder / "calibrate",
+            settings=settings,
+            identity=identity,
+            overwrite=args.force,
+            on_block=show,
         )
-        quality = work.quality(target)
+        quality = work.measure(target, work.hold_out(HELD_OUT))
     say(
         f"{target}: {in_bytes(target.stat().st_size)}",
         f"velocity error {quality.error:.4f} on held-out prompts (relative, squared)",

@@ -16,9 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the conditioning file, calibrate on what it computed, then distill until the time is used up. Nothing but the "
         "checkpoint and the prompts is needed. An interrupted run goes on when the same command is given again.",
     )
-    parser.add_argument(
-        "source", type=options.model, metavar="IN", help="dense FLUX.1 or FLUX.2 checkpoint, .safetensors"
-    )
+    parser.add_argument("source", type=options.model, metavar="IN", help=options.DENSE)
     options.add_output(parser, "-1.58bit")
     options.add_arguments(parser)
     parser.add_argument(
@@ -49,6 +47,18 @@ def run(args: argparse.Namespace) -> None:
     target = options.choose_output(args, args.source)
     with Bars() as bars, options.open_workspace(args, args.source, target, on_progress=bars.show) as work:
         codes = {"auto": None, "train": True, "freeze": False}[args.codes]
-        whole = Run(work, target, args.budget, args.rank, codes, args.packing, args.growth, args.force, say)
+        if note := options.note_on_source(work):
+            say(note)
+        whole = Run(
+            work,
+            target,
+            args.budget,
+            rank=args.rank,
+            codes=codes,
+            packing=args.packing,
+            growth=args.growth,
+            overwrite=args.force,
+            on_message=say,
+        )
         stages = whole.run()
     say(*expectation(stages).splitlines(), f"{target} written; {work.folder} can be deleted")

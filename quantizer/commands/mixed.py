@@ -23,7 +23,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("start", type=options.model, metavar="START", help="ternary .safetensors, from `round`")
     options.add_output(parser, "-mixed")
     parser.add_argument(
-        "--teacher", type=options.model, required=True, metavar="DENSE", help="what START was made from"
+        "--teacher",
+        type=options.model,
+        required=True,
+        metavar="DENSE",
+        help=f"what START was made from; {options.DENSE}",
     )
     options.add_arguments(parser)
     options.add_work(parser)
@@ -52,10 +56,11 @@ def run(args: argparse.Namespace) -> None:
             "worse; give the file of `round`, then calibrate --like the result"
         )
     target = options.choose_output(args, args.start)
-    more = {"sources": [args.start], "held_out": args.pictures}
-    with Bars() as bars, options.open_workspace(args, args.teacher, target, on_progress=bars.show, **more) as work:
+    opened = options.open_workspace
+    with Bars() as bars, opened(args, args.teacher, target, [args.start], on_progress=bars.show) as work:
         show = work.counter("measured layers", len(file.layers))
-        measured = sensitivities(file, work.teacher, work.holdout, args.precisions, show)
+        batches = work.hold_out(args.pictures).batches
+        measured = sensitivities(file, work.teacher, batches, args.precisions, show)
         chosen = best_upgrades(measured, int(args.growth * args.start.stat().st_size))
         precisions = {name: result.precision for name, result in chosen.items()}
         write_mixed(target, file, work.teacher.checkpoint, precisions, args.force)

@@ -1,6 +1,8 @@
 """`report`: a page that shows what every stage did to a model."""
 
 import argparse
+import importlib.util
+import sys
 from pathlib import Path
 
 from . import options
@@ -22,22 +24,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("files", nargs="*", metavar="NAME=FILE", help="ternary files, in the order of the stages")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the page is written")
     parser.add_argument("--force", action="store_true", help="replace a report that is there")
-    parser.add_argument("--teacher", type=options.model, required=True, metavar="DENSE", help="the original checkpoint")
+    parser.add_argument("--teacher", type=options.model, required=True, metavar="DENSE", help=options.DENSE)
     options.add_arguments(parser)
     parser.add_argument(
         "--work", type=Path, help="the work folder of `convert`: its stages come first, its states are used"
     )
     parser.add_argument(
-        "--vae", type=options.vae, help="a VAE in TAESD form; without it latents are shown in false colours"
+        "--vae", type=options.vae, help="the model's VAE, read by ComfyUI; without it latents have false colours"
     )
     parser.add_argument("--pictures", type=count, default=4, help="to show (default: %(default)s)")
     parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            f"reports are drawn with matplotlib, which is missing: {sys.executable} -m pip install matplotlib"
+        )
     from ..console import Bars, say
     from ..files.ternary import open_ternary
-    from ..report.decoders import taesd_decoder
+    from ..report.decoders import vae_decoder
     from ..report.page import check_report, report
 
     files = {}
@@ -56,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
     check_report(args.output, files, args.force)
     for path in files.values():
         open_ternary(path)
-    decode = args.vae and taesd_decoder(args.vae)
-    more = {"sources": files.values(), "held_out": args.held_out}
-    with Bars() as bars, options.open_workspace(args, args.teacher, None, on_progress=bars.show, **more) as work:
-        page = report(work, files, args.output, args.pictures, decode, args.force)
+    with Bars() as bars, options.open_workspace(args, args.teacher, None, on_progress=bars.show) as work:
+        decode = vae_decoder(args.vae, work.arch) if args.vae else None
+        more = {"held_out": args.held_out, "decode": decode, "overwrite": args.force}
+        page = report(work, files, args.output, pictures=args.pictures, **more)
     say(str(page))

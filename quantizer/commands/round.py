@@ -19,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "It needs no GPU and under 2 GB of memory. Weights-only ternary FLUX is not expected to make good pictures: "
         "this is the start for the later stages, and a test of the pipeline.",
     )
-    parser.add_argument("source", type=options.model, metavar="IN", help="FLUX.1 or FLUX.2, .safetensors, 16 or 32 bit")
+    parser.add_argument("source", type=options.model, metavar="IN", help=options.DENSE)
     options.add_output(parser, "-rounded")
     options.add_packing(parser)
     parser.add_argument(
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from ..rounding.round import round_checkpoint
 
     target = options.choose_output(args, args.source)
-    check_target(target, 0, args.force, [args.source])
+    check_target(target, 0, args.force)
     arch = open_checkpoint(args.source).architecture
     weights = sum(n * k for n, k in arch.linear_shapes.values())
     with hold(target), progress(weights, f"rounding {arch.name}") as bar:
@@ -46,8 +46,12 @@ def run(args: argparse.Namespace) -> None:
     ratio = summary.source_bytes / summary.target_bytes
     rate = summary.weights / summary.seconds / 1e6
     say(
-        f"{target}: {in_bytes(summary.target_bytes)}, {ratio:.2f} times smaller than {args.source.name}",
+        f"{target}: {in_bytes(summary.target_bytes)}, {ratio:.2f} times smaller than {summary.source}",
         f"{len(summary.errors)} ternary Linears, {summary.weights / 1e6:,.1f} M weights at {rate:.0f} M/s",
         f"relative weight error {summary.mean_error:.4f}",
-        *_STATUS.format(program=program()).splitlines(),
     )
+    if summary.ignored:
+        say(f"{summary.ignored} other tensors of {summary.source} were left out: they are not the transformer's")
+    if summary.lossy:
+        say(f"decoded from {summary.lossy}: what that lost is lost here too; the original in 16 bits is better")
+    say(*_STATUS.format(program=program()).splitlines())

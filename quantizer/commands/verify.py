@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     import time
 
     from ..console import progress, say
-    from ..files.container import read_header
     from ..files.atomic import in_bytes
+    from ..files.container import read_header
     from ..files.verify import verify
 
     entries = read_header(args.file).entries

@@ -62,25 +62,36 @@ def train_blocks(
     start: TernaryFile,
     teacher: Teacher,
     pool: Pool,
+    *,
     target: str | os.PathLike,
-    work: Path,
+    folder: Path,
     settings: BlockSettings,
     device: torch.device | str = "cpu",
     on_block: Callable[[BlockResult], object] = lambda result: None,
     overwrite: bool = False,
 ) -> None:
-    """Train block after block and write a ternary file; finished blocks are kept in `work` and not trained again."""
-    work.mkdir(parents=True, exist_ok=True)
+    """Train block after block and write a ternary file; finished blocks are kept in `folder` and not trained again."""
+    folder.mkdir(parents=True, exist_ok=True)
     ours = _prepare(load_stem(start, device), pool, settings, device)
     theirs = _prepare(teacher.stem, pool, settings, device)
     parts = []
     for name in start.architecture.block_names:
-        part = work / f"{name}.safetensors"
+        part = folder / f"{name}.safetensors"
         targets = _through(teacher.block(name), theirs, settings.stream)
         if not part.exists():
             block = load_block(start, name, start.architecture, device)
             layers = ternary_linears(block, f"{name}.")
-            on_block(train_block(name, block, layers, teacher.checkpoint, ours, theirs, targets, settings))
+            result = train_block(
+                name,
+                block,
+                layers,
+                teacher=teacher.checkpoint,
+                inputs=ours,
+                before=theirs,
+                targets=targets,
+                settings=settings,
+            )
+            on_block(result)
             _write_part(part, name, block, layers, start)
             del block, layers
         parts.append(open_ternary(part))
@@ -93,6 +104,7 @@ def train_block(
     name: str,
     block: nn.Module,
     layers: Mapping[str, TernaryLinear],
+    *,
     teacher: Checkpoint,
     inputs: Sequence[Tokens],
     before: Sequence[Tokens],

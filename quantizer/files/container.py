@@ -16,17 +16,17 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .atomic import atomic_file
-from .inputs import check_file
+from .inputs import check_regular
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -46,7 +46,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # dtypes that a header may hold and torch need not know
 _OTHER_BITS = {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 _BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | _OTHER_BITS
-_MAX_HEADER = 100_000_000
+# Headers of real models have some 100 KB and a few thousand tensors; a picture in the metadata may add megabytes.
+_MAX_HEADER = 1 << 24
+_MOST_TENSORS = 50_000
+_MOST_BRACKETS = 4 * _MOST_TENSORS
+_MOST_DIMENSIONS = 16
 _ALIGNMENT = 64
 _CHECKSUMS = "ternary.crc32"  # the metadata's key
 _FOREIGN = {
@@ -129,12 +133,14 @@ def read_header(path: str | os.PathLike) -> Header:
     Raises FormatError, OSError.
     """
     path = Path(path)
-    size = check_file(path).st_size
+    size = check_regular(path).st_size
     with open(path, "rb") as file:
         start = file.read(24)
         length = int.from_bytes(start[:8], "little")
-        if start[8:9] != b"{" or length > _MAX_HEADER:
+        if start[8:9] != b"{":
             raise FormatError(path, _what_else(start, size))
+        if length > _MAX_HEADER:
+            raise FormatError(path, f"a header of {length:,} bytes is not read; download or convert the file again")
         if 8 + length > size:
             raise FormatError(path, "the file is truncated within its header; download or convert it again")
         file.seek(8)
@@ -157,6 +163,9 @@ def _what_else(start: bytes, size: int) -> str:
 
 
 def _parse(path: Path, text: bytes) -> dict:
+    if text.count(b"{") > _MOST_BRACKETS or text.count(b"[") > _MOST_BRACKETS:
+        raise FormatError(path, "a header with this many entries is not read; download or convert the file again")
+
     def unique(pairs):
         keys = dict(pairs)
         if len(keys) != len(pairs):
@@ -165,8 +174,13 @@ def _parse(path: Path, text: bytes) -> dict:
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except FormatError:
+        raise
     except (ValueError, RecursionError) as error:
         raise FormatError(path, f"the header is not valid JSON ({error}); download or convert the file again") from None
+    if len(header) > _MOST_TENSORS:
+        problem = f"a header with {len(header):,} tensors is not read; download or convert the file again"
+        raise FormatError(path, problem)
     return header
 
 
@@ -177,9 +191,9 @@ def _entry(path: Path, key: str, value: object, data_start: int) -> Entry:
         case _:
             raise FormatError(path, "the header's entry is not a dtype, shape and data_offsets", key)
     if dtype not in _BITS:
-        raise FormatError(path, f"unknown dtype {dtype}", key)
-    if not all(type(length) is int and length >= 0 for length in shape):
-        raise FormatError(path, f"invalid shape {shape}", key)
+        raise FormatError(path, f"unknown dtype {dtype:.32}", key)
+    if len(shape) > _MOST_DIMENSIONS or not all(type(length) is int and 0 <= length < 1 << 63 for length in shape):
+        raise FormatError(path, f"invalid shape {str(shape[:_MOST_DIMENSIONS]):.200}", key)
     if start < 0 or (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:
         raise FormatError(path, f"{stop - start} bytes do not hold {dtype} {shape}", key)
     return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
@@ -198,16 +212,16 @@ def _check_contiguous(path: Path, entries: Mapping[str, Entry], position: int, s
         raise FormatError(path, f"{size - position:,} bytes follow the last tensor; download or convert the file again")
 
 
-class TensorFile:
-    """A safetensors file, memory-mapped. Tensors share the map's memory, are read-only, and keep it alive."""
+class MappedFile:
+    """A file in memory, which must stay what it was when it was opened."""
 
-    def __init__(self, path: str | os.PathLike):
-        self.header = read_header(path)
+    path: Path
+    entries: Mapping[str, Entry]
+
+    def _open_map(self, path: str | os.PathLike) -> None:
         with open(path, "rb") as file:
             self._status = _status(os.fstat(file.fileno()))
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(self._map) != self.header.size:
-            raise self._changed()
 
     def check_unchanged(self) -> None:
         """Raises FormatError where the file was written to, or replaced, since it was opened."""
@@ -218,12 +232,28 @@ class TensorFile:
         if status != self._status:
             raise self._changed()
 
-    def _changed(self) -> FormatError:
-        return FormatError(self.path, "the file changed while it was read; wait until it is complete and start again")
+    def bytes(self, key: str) -> np.ndarray:
+        """The tensor's bytes, uint8."""
+        entry = self.entries[key]
+        self._check_length(entry)
+        return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.start)
 
     def _check_length(self, entry: Entry) -> None:
         """Reading a map beyond the end of a file that became shorter ends the process."""
         if self._map.size() < entry.stop:
+            raise self._changed()
+
+    def _changed(self) -> FormatError:
+        return FormatError(self.path, "the file changed while it was read; wait until it is complete and start again")
+
+
+class TensorFile(MappedFile):
+    """A safetensors file, memory-mapped. Tensors share the map's memory, are read-only, and keep it alive."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.header = read_header(path)
+        self._open_map(path)
+        if len(self._map) != self.header.size:
             raise self._changed()
 
     @property
@@ -234,11 +264,21 @@ class TensorFile:
     def entries(self) -> dict[str, Entry]:
         return self.header.entries
 
-    def bytes(self, key: str) -> np.ndarray:
-        """The tensor's bytes, uint8."""
-        entry = self.entries[key]
-        self._check_length(entry)
-        return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.start)
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes."""
+        return self.header.size
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self.header.metadata
+
+    def read_ahead(self, keys: Iterable[str]) -> None:
+        """Let the system start to read these tensors from the disk, where it takes such requests."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            for entry in (self.entries[key] for key in keys):
+                start = entry.start - entry.start % mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_WILLNEED, start, entry.stop - start)
 
     def tensor(self, key: str) -> Tensor:
         entry = self.entries[key]
@@ -269,6 +309,7 @@ class TensorWriter:
     file: BinaryIO
     written: dict[str, int] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)
+    ahead: dict[str, dict[int, Any]] = field(default_factory=dict)  # pieces that wait for those before them
 
     def write(self, key: str, data: Tensor | np.ndarray) -> None:
         """Write a whole tensor; its dtype and shape must be the planned ones."""
@@ -280,14 +321,16 @@ class TensorWriter:
         self.write_bytes(key, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
     def write_bytes(self, key: str, data, offset: int = 0) -> None:
-        """Write a piece of a tensor, `offset` bytes from its start. A tensor's pieces come from start to end."""
-        entry, written = self.entries[key], self.written.get(key, 0)
-        if offset != written:
-            raise ValueError(f"{key}: byte {offset} where byte {written} is next")
-        self.file.seek(entry.start + offset)
-        self.file.write(data)
-        self.written[key] = written + len(data)
-        self.checksums[key] = zlib.crc32(data, self.checksums.get(key, 0))
+        """Write a piece of a tensor, `offset` bytes from its start. A piece ahead of its turn is held until then."""
+        if offset < self.written.get(key, 0):
+            raise ValueError(f"{key}: byte {offset} was written already")
+        ahead = self.ahead.setdefault(key, {})
+        ahead[offset] = data
+        while (piece := ahead.pop(self.written.get(key, 0), None)) is not None:
+            self.file.seek(self.entries[key].start + self.written.get(key, 0))
+            self.file.write(piece)
+            self.written[key] = self.written.get(key, 0) + len(piece)
+            self.checksums[key] = zlib.crc32(piece, self.checksums.get(key, 0))
 
 
 def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 
-def check_file(path: str | os.PathLike, wanted: str = "a .safetensors file") -> os.stat_result:
+def check_regular(path: str | os.PathLike, wanted: str = "a .safetensors or .gguf file") -> os.stat_result:
     """What the system knows of a regular file. Raises OSError for a folder, device or pipe, which reading would block,
     and where there is nothing.
     """
@@ -21,7 +21,7 @@ def check_file(path: str | os.PathLike, wanted: str = "a .safetensors file") -> 
 
 def read_text(path: str | os.PathLike, wanted: str = "a text file") -> str:
     """A text file in UTF-8, with a byte order mark or without. ValueError, with the line, for another encoding."""
-    check_file(path, wanted)
+    check_regular(path, wanted)
     data = Path(path).read_bytes()
     for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         if data.startswith(mark):

@@ -16,9 +16,8 @@ from torch.nn.functional import pad
 
 from ...ops import GROUP_SIZE
 from ...ops.packing import groups_of
-from ..files.checkpoint import DENSE_DTYPES
 from ..files.container import DTYPES, FormatError
-from .tensors import Tensors
+from .tensors import DENSE_DTYPES, Tensors
 
 _BINARY = "this is a binary (1-bit) model, such as Bonsai Image's binary variant"
 _ONLY = "ternary models are imported; download the ternary variant"

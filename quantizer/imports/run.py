@@ -18,13 +18,13 @@ from ...ops.packing import groups_of, pack_planes32
 from ..files import diffusers, metadata
 from ..files.architecture import Architecture, canonical, detect
 from ..files.atomic import check_target
-from ..files.checkpoint import DENSE_DTYPES, find_prefix
 from ..files.container import DTYPES, FormatError
+from ..files.identity import find_prefix
 from ..files.layer import SCALES, LayerPlan
 from ..files.ternary import create_ternary
 from .locate import configuration, locate
 from .packagings import Packaging, packaging_of
-from .tensors import PickledFile, SafetensorsFiles, Tensors
+from .tensors import DENSE_DTYPES, PickledFile, SafetensorsFiles, Tensors
 
 METHOD = "import"
 _ROWS = 512  # converted at a time
@@ -102,7 +102,7 @@ def _parameters(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bool, dict[str, 
     if diffusers.is_diffusers(key.removeprefix(prefix) for key in shapes):
         found = diffusers.parameters(key.removeprefix(prefix) for key in shapes if key.startswith(prefix))
         return True, {name: tuple(prefix + part for part in parts) for name, parts in found.items()}
-    prefix = find_prefix(shapes)
+    prefix = find_prefix(shapes) or ""
     return False, {canonical(key.removeprefix(prefix)): (key,) for key in shapes if key.startswith(prefix)}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..files.container import DTYPE_NAMES, DTYPES, FormatError, TensorFile
 
+DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HELD = 1 << 28  # mapped bytes that may stay in memory
 _OTHER = {"U32": torch.uint8, "U16": torch.uint8}  # given as bytes
 

@@ -57,6 +57,11 @@ class Tokens:
     modulation: tuple[tuple[Tensor, ...], ...] | None  # FLUX.2: 6 for image, 6 for text, 3 single: [B, 1, hidden]
     grid: tuple[int, int]  # token rows and columns of the image
 
+    @property
+    def count(self) -> int:
+        """Image and text tokens of all states."""
+        return len(self.img) * (self.img.shape[1] + self.txt.shape[1])
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Tokens":
         """Elsewhere and in another dtype; positions stay as they are."""
         modulation = self.modulation
@@ -178,7 +183,7 @@ class HeadNorm(nn.Module):
         self.register_load_state_dict_pre_hook(_accept_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale)
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype))  # of one dtype: the fused kernel
 
 
 def _accept_weight(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..comfyui import import_comfyui
-from ..files.inputs import check_file
+from ..files.inputs import check_regular
 from .conditioning import create_conditioning
 
 _FLUX2_TOKENS = 512  # to which ComfyUI's Flux2 model pads contexts, with zeros on the left
@@ -32,7 +32,7 @@ def embed(
     for path in encoders:
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: there is no such text encoder file")
-        check_file(path, "a text encoder's file")
+        check_regular(path, "a text encoder's file")
     import_comfyui()
     clip, flux2 = _load(encoders)
     options = _same_length(clip, prompts)

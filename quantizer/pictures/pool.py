@@ -13,7 +13,7 @@ from torch import Tensor
 from ..files.container import TensorFile, save
 from ..model.flux import Inputs
 from .conditioning import Conditioning
-from .quality import BINS, Model
+from .quality import BINS, HeldOut, Model
 from .sampler import noise_levels, sample, with_control_channels
 from .states import Batch, LabelledStates, States
 from .trajectories import Picture, Trajectories, batches, initial_noise
@@ -76,6 +76,7 @@ def training_pool(
     teacher: Model,
     trajectories: Trajectories,
     pictures: Sequence[Picture],
+    *,
     count: int,
     folder: Path,
     batch: int = 8,
@@ -99,15 +100,13 @@ def training_pool(
     return Pool(groups, trajectories.conditioning)
 
 
-def holdout_batches(
-    teacher: Model, trajectories: Trajectories, count: int, folder: Path, batch: int = 8
-) -> list[Batch]:
-    """States on the teacher's own path to `count` pictures of held-out prompts, with velocities; kept in `folder`.
+def hold_out(teacher: Model, trajectories: Trajectories, count: int, *, folder: Path, batch: int = 8) -> HeldOut:
+    """States on the teacher's own path to `count` pictures of held-out prompts; the velocities are kept in `folder`.
 
     Every batch has one time and, as far as there are that many, different prompts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    result = []
+    states: list[Batch] = []
     for number, pictures in enumerate(batches(trajectories.plan("holdout", count), batch)):
         path = folder / f"holdout-{count}-{batch}-{number:04d}.safetensors"
         conditions = context, pooled, guidance = trajectories.conditions(pictures)
@@ -118,8 +117,13 @@ def holdout_batches(
         for step in range(0, trajectories.steps, stride):
             latent, velocity = (file.tensor(f"{kind}.{step}").clone() for kind in ("latent", "velocity"))
             t = torch.full((len(pictures),), float(noise_levels(trajectories.steps, trajectories.shift)[step]))
-            result.append(Batch(Inputs(latent, t, *conditions), velocity))
-    return result
+            states.append(Batch(Inputs(latent, t, *conditions), velocity))
+    path = folder / f"swapped-{count}-{batch}.safetensors"
+    if not path.exists():
+        swapped = HeldOut.of(states, teacher).swapped
+        save(path, {str(number): velocity.cpu() for number, velocity in enumerate(swapped)}, overwrite=True)
+    file = TensorFile(path)
+    return HeldOut(states, [file.tensor(str(number)).clone() for number in range(len(states))])
 
 
 def _record(teacher: Model, trajectories: Trajectories, pictures, conditions) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ..files.atomic import check_target
 from ..files.checkpoint import Checkpoint, Piece, open_checkpoint
 from ..files.container import FormatError
 from ..files.layer import LayerPlan
+from ..files.sources.encodings import NOT_FINITE, check_finite
 from ..files.ternary import TernaryWriter, create_ternary
 from .one_term import Matrix, Rows, round_rows
 
@@ -26,6 +28,9 @@ _IN_FLIGHT = 8  # pieces of 4 MB that are read ahead of the rounding
 @dataclass(frozen=True)
 class Summary:
     base_model: str
+    source: str  # its name
+    lossy: str  # what the source's weights were rounded to before, "" for nothing
+    ignored: int  # tensors of the source that are not the model's
     errors: dict[str, float]  # ternary Linear -> relative error of its weight
     weights: int  # in the ternary Linears
     source_bytes: int
@@ -45,7 +50,7 @@ def round_checkpoint(
     overwrite: bool = False,
     on_progress: Callable[[int], object] = lambda weights: None,
 ) -> Summary:
-    """Round every block Linear of a dense FLUX checkpoint and write a ternary file; the other tensors become bf16.
+    """Round every block Linear of a dense FLUX and write a ternary file; the other parameters become bf16.
 
     `on_progress` is called with the number of weights done since the last call. Raises FormatError for an unsuitable
     source, OSError for an unwritable target, ValueError where both are the same file; nothing is left behind then, nor
@@ -53,15 +58,16 @@ def round_checkpoint(
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source)
-    check_target(target, 0, overwrite, [source])
+    check_target(target, 0, overwrite, checkpoint.files)
     arch = checkpoint.architecture
     layers = {name: LayerPlan(shape, packing) for name, shape in arch.linear_shapes.items()}
     names = {f"{layer}.weight" for layer in layers}
-    dense = {name: (torch.bfloat16, checkpoint.entry(name).shape) for name in checkpoint.names if name not in names}
+    dense = {name: (torch.bfloat16, checkpoint.shape(name)) for name in checkpoint.names if name not in names}
 
     def header(errors: dict[str, float], **sha256: str) -> dict[str, str]:
         settings = {"packing": packing}
-        return metadata.build(arch, checkpoint.path, checkpoint.metadata, method, settings, errors, **sha256)
+        name, lossy = Path(checkpoint.name), checkpoint.lossy
+        return metadata.build(arch, name, checkpoint.metadata, method, settings, errors, lossy=lossy, **sha256)
 
     with create_ternary(
         target, layers, dense, header(dict.fromkeys(layers, 0.0)), metadata.header_room(arch), overwrite
@@ -72,8 +78,9 @@ def round_checkpoint(
         errors = {name: one_pass.errors[name] for name in layers}
         writer.metadata.update(header(errors, sha256=one_pass.digest.hexdigest()))
     weights = sum(n * k for n, k in arch.linear_shapes.values())
-    sizes = checkpoint.file.header.size, os.path.getsize(target)
-    return Summary(arch.name, errors, weights, *sizes, time.monotonic() - started)
+    sizes = checkpoint.nbytes, os.path.getsize(target)
+    source, seconds = checkpoint.identity, time.monotonic() - started
+    return Summary(arch.name, checkpoint.name, source.lossy, source.ignored, errors, weights, *sizes, seconds)
 
 
 @contextlib.contextmanager
@@ -119,19 +126,22 @@ class _Pass:
         """The rounded rows of a ternary layer, or the bf16 bytes of a dense tensor."""
         if piece.name is None:
             return None
-        values = torch.frombuffer(piece.data, dtype=self.checkpoint.dtype(piece.name))
+        values, key = piece.values().view(piece.rows, -1), piece.encoding.key
         layer = self._layer(piece)
         if layer is None:
-            return values.bfloat16().view(torch.uint8).numpy()
-        values = values.view(piece.rows, -1)
+            values = values.bfloat16()
+            check_finite(values, self.checkpoint.path, key)
+            return values.flatten().view(torch.uint8).numpy()
         step = Matrix.chunk_rows(self.writer.layers[layer].shape)
         try:
             return [
                 (piece.start + start, round_rows(values[start : start + step].float().numpy(), self.method))
                 for start in range(0, piece.rows, step)
             ]
-        except ValueError as error:
-            raise FormatError(self.checkpoint.path, f"{error}; the checkpoint is damaged", piece.name) from None
+        except FormatError:
+            raise
+        except ValueError:
+            raise FormatError(self.checkpoint.path, NOT_FINITE, key) from None
 
     def _finish(self, piece: Piece, converted: Future, hashed: Future) -> None:
         hashed.result()

@@ -11,7 +11,14 @@ from ternary_flux.tests.nodes import adapters, tiny
 from torch.nn.functional import linear
 
 N, K = 96, 200
-VARIANTS = {"integer": {}, "float": {"float_groups": True}, "low rank": {"rank": 8}, "two terms": {"terms": 2}}
+VARIANTS = {
+    "integer": {},
+    "float": {"float_groups": True},
+    "low rank": {"rank": 8},
+    "two terms": {"terms": 2},
+    "column scales": {"columns": True},
+    "column scales, low rank": {"columns": True, "rank": 8},
+}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -59,9 +66,10 @@ def tensors_of(weight):
     return [weight._qdata, *(getattr(weight._params, field) for field in weight._params._tensor_fields())]
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("terms, bound", [(1, 0.01), (2, 0.15)])  # one term is 0.36 off from two
-def test_quantizing_keeps_a_ternary_weight(comfy, terms, bound):
-    ternary = tiny.ternary_weight((N, 256), tiny.generator(0), terms=terms)
+def test_quantizing_keeps_a_ternary_weight(comfy, terms, bound, columns):
+    ternary = tiny.ternary_weight((N, 256), tiny.generator(0), terms=terms, columns=columns)
     weight = comfy.layout.wrap(ternary, torch.float32, "full")
     options = {"scale": "recalculate", "stochastic_rounding": 1, "inplace_ops": True}
     again = weight.requantize_from_float(weight.dequantize(), **options)

@@ -69,7 +69,16 @@ def test_the_status_says_how_far_the_conversion_went(comfy, tmp_path, metadata, 
     assert len(lines) == 5
 
 
-FORMS = [{"rank": 8}, {"float_groups": True}, {"packing": "base3"}, {"terms": 2}, {"terms": 2, "packing": "base3"}]
+FORMS = [
+    {"rank": 8},
+    {"float_groups": True},
+    {"packing": "base3"},
+    {"terms": 2},
+    {"terms": 2, "packing": "base3"},
+    {"columns": True},
+    {"columns": True, "rank": 8, "packing": "base3"},
+    {"columns": True, "terms": 2},
+]
 
 
 @pytest.mark.parametrize("variant", FORMS)

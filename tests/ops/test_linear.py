@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import _pack
 
+COLUMNS = st.sampled_from([None, torch.bfloat16, torch.float32])
 DIMENSIONS = st.tuples(st.integers(0, 20), st.integers(1, 70), st.integers(1, 520))
 
 
-def random_weight(n, k, scales="integer", rank=0, seed=0, terms=1):
+def random_weight(n, k, scales="integer", rank=0, seed=0, terms=1, column=None):
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(-1, 2, (n, terms * k), dtype=torch.int8, generator=g)
     groups = terms * -(-k // 128)
@@ -28,7 +30,9 @@ def random_weight(n, k, scales="integer", rank=0, seed=0, terms=1):
         row = (torch.rand(groups, n, generator=g) * 0.01 + 1e-3).to(torch.bfloat16)
     down = torch.randn(rank, k, generator=g).bfloat16() if rank else None
     up = torch.randn(n, rank, generator=g).bfloat16() if rank else None
-    return TernaryWeight.from_codes(codes, row, group, down, up, terms)
+    if column is not None:
+        column = (torch.randn(k, generator=g) * 0.7).exp().to(column)
+    return TernaryWeight.from_codes(codes, row, group, down, up, terms, column)
 
 
 def reference(x, weight, bias=None):
@@ -41,6 +45,8 @@ def reference(x, weight, bias=None):
             scale = scale * weight.group.double()
     terms = zip(weight.codes().double().split(k, 1), scale.chunk(weight.terms), strict=True)
     dense = sum(codes * term.t().repeat_interleave(128, 1)[:, :k] for codes, term in terms)
+    if weight.column is not None:
+        dense = dense * weight.column.double()
     if weight.up is not None:
         dense = dense + weight.up.double() @ weight.down.double()
     return torch.nn.functional.linear(x.double(), dense, bias)
@@ -52,11 +58,11 @@ def relative_error(y, expected):
 
 @pytest.mark.parametrize("scales", ["row", "integer", "float"])
 @pytest.mark.parametrize("rank", [0, 3])
-@given(dims=DIMENSIONS, seed=st.integers(0, 1000), with_bias=st.booleans(), terms=st.integers(1, 2))
+@given(dims=DIMENSIONS, seed=st.integers(0, 1000), with_bias=st.booleans(), terms=st.integers(1, 2), column=COLUMNS)
 @settings(max_examples=20)
-def test_full(scales, rank, dims, seed, with_bias, terms):
+def test_full(scales, rank, dims, seed, with_bias, terms, column):
     m, n, k = dims
-    weight = random_weight(n, k, scales, rank, seed, terms)
+    weight = random_weight(n, k, scales, rank, seed, terms, column)
     x = torch.randn(m, k)
     bias = torch.randn(n).double() if with_bias else None
     # bf16 group scales are exact in fp32, so only the summation order differs
@@ -66,17 +72,30 @@ def test_full(scales, rank, dims, seed, with_bias, terms):
 
 
 @pytest.mark.parametrize("scales", ["row", "integer"])
-@given(dims=DIMENSIONS, seed=st.integers(0, 1000), terms=st.integers(1, 2))
+@given(dims=DIMENSIONS, seed=st.integers(0, 1000), terms=st.integers(1, 2), column=COLUMNS)
 @settings(max_examples=25)
-def test_int8_is_exact_integer_arithmetic(scales, dims, seed, terms):
+def test_int8_is_exact_integer_arithmetic(scales, dims, seed, terms, column):
     """int8 equals the float64 product of the quantized tokens: the only error is the epilogue's fp32 rounding."""
     m, n, k = dims
-    weight = random_weight(n, k, scales, seed=seed, terms=terms)
+    weight = random_weight(n, k, scales, seed=seed, terms=terms, column=column)
     x = torch.randn(m, k)
-    scale = (x.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
-    quantized = (x / scale).round().double() * scale.double()
+    scaled = x if column is None else x * weight.column
+    scale = (scaled.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
+    quantized = (scaled / scale).round().double() * scale.double()
+    expected = reference(quantized, replace(weight, column=None))
+    torch.testing.assert_close(ternary_linear(x, weight, activations="int8").double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activations", ["full", "int8"])
+def test_the_low_rank_part_sees_the_inputs_as_they_come(activations):
+    """A column scale of 0 takes an input from the trits alone."""
+    weight = random_weight(24, 300, rank=3, column=torch.float32)
+    weight.column[7:] = 0
+    x = torch.randn(5, 300)
+    x[:, :7] = 0
+    expected = x.double() @ (weight.up.double() @ weight.down.double()).t()
     torch.testing.assert_close(
-        ternary_linear(x, weight, activations="int8").double(), reference(quantized, weight), rtol=1e-5, atol=1e-5
+        ternary_linear(x, weight, activations=activations).double(), expected, rtol=1e-5, atol=1e-4
     )
 
 
@@ -113,10 +132,11 @@ def test_int8_quality():
     assert 0.001 < relative_error(ternary_linear(x, weight, activations="int8"), reference(x, weight)) < 0.012
 
 
+@pytest.mark.parametrize("column", [None, torch.bfloat16])
 @pytest.mark.parametrize("activations", ["full", "int8"])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
-def test_dtypes_and_leading_dimensions(dtype, bound, activations):
-    weight = random_weight(48, 300, rank=2)
+def test_dtypes_and_leading_dimensions(dtype, bound, activations, column):
+    weight = random_weight(48, 300, rank=2, column=column)
     x = torch.randn(2, 7, 600, dtype=dtype)[..., ::2]
     y = ternary_linear(x, weight, torch.ones(48), activations)
     assert y.shape == (2, 7, 48) and y.dtype == dtype and y.is_contiguous()
@@ -202,7 +222,7 @@ def test_scratch_is_bounded(monkeypatch):
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("activations", ["full", "int8"])
 def test_compiles_to_one_node(activations, terms):
-    weight, bias = random_weight(24, 256, rank=2, terms=terms), torch.randn(24)
+    weight, bias = random_weight(24, 256, rank=2, terms=terms, column=torch.bfloat16), torch.randn(24)
     nodes = []
 
     def backend(graph, inputs):
@@ -217,10 +237,12 @@ def test_compiles_to_one_node(activations, terms):
     assert len(nodes) == 1 and "ternary_flux.linear" in str(nodes[0])
 
 
+@pytest.mark.parametrize("column", [None, torch.bfloat16])
 @pytest.mark.parametrize("activations", ["full", "int8"])
-def test_operator_registration(activations):
-    w = random_weight(16, 200)
-    args = (torch.randn(3, 200), w.trits, w.scale, w.group, None, None, torch.randn(16), 16, 200, activations, "eager")
+def test_operator_registration(activations, column):
+    w = random_weight(16, 200, column=column)
+    tensors = torch.randn(3, 200), w.trits, w.scale, w.group, None, None, w.column, torch.randn(16)
+    args = (*tensors, 16, 200, activations, "eager")
     torch.library.opcheck(torch.ops.ternary_flux.linear.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -279,12 +301,21 @@ def test_fit_integer_groups(n, groups, seed):
         fit_integer_groups(-scales - 1)
 
 
+@pytest.mark.parametrize("column", [None, torch.bfloat16])
 @pytest.mark.parametrize("terms", [1, 2])
-def test_rows_are_views_of_the_same_weight(terms):
-    weight = random_weight(20, 300, rank=2, terms=terms)
+def test_rows_are_views_of_the_same_weight(terms, column):
+    weight = random_weight(20, 300, rank=2, terms=terms, column=column)
     part = weight.rows(5, 12)
     assert torch.equal(part.dequantize(), weight.dequantize()[5:12])
     assert part.trits.untyped_storage().data_ptr() == weight.trits.untyped_storage().data_ptr()
+
+
+def test_column_scales_count_and_move():
+    weight = random_weight(20, 300, column=torch.bfloat16)
+    assert weight.nbytes == random_weight(20, 300).nbytes + 600
+    assert weight.to("meta").column.device.type == "meta"
+    floats = random_weight(20, 300, "float", column=torch.float32)
+    assert floats.with_integer_groups()[0].column is floats.column
 
 
 def test_second_import_under_another_name(tmp_path):

@@ -15,7 +15,7 @@ from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.model.flux import Flux, Stage
-from ternary_flux.quantizer.model.teacher import Teacher
+from ternary_flux.quantizer.model.teacher import Placement, Teacher
 from ternary_flux.quantizer.pictures import trajectories
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
 from ternary_flux.quantizer.rounding.round import round_checkpoint
@@ -51,7 +51,9 @@ class Case:
     def run(self, name: str, work: str, **arguments):
         settings = CalibrationSettings(batch=4, sweeps=1, **arguments)
         target = self.folder / f"{name}.safetensors"
-        report = calibrate.calibrate(self.teacher, self.states, self.conditioning, target, self.folder / work, settings)
+        report = calibrate.calibrate(
+            self.teacher, self.states, self.conditioning, target=target, folder=self.folder / work, settings=settings
+        )
         return target, report
 
     def error(self, path) -> float:
@@ -104,22 +106,24 @@ def test_an_interrupted_run_gives_the_same_file(case, tmp_path, mixed):
         raise Stop
 
     path = tmp_path / "resumed.safetensors"
-    arguments = (case.teacher, case.states, case.conditioning, path, tmp_path / "resumed")
+    arguments, places = (case.teacher, case.states, case.conditioning), {"target": path, "folder": tmp_path / "resumed"}
     settings = CalibrationSettings(batch=4, sweeps=1, precisions=precisions)
     with pytest.raises(Stop):
-        calibrate.calibrate(*arguments, settings, on_block=stop)
+        calibrate.calibrate(*arguments, **places, settings=settings, on_block=stop)
     assert not path.exists()
     done = []
-    resumed = calibrate.calibrate(*arguments, settings, on_block=lambda name, _: done.append(name))
+    resumed = calibrate.calibrate(*arguments, **places, settings=settings, on_block=lambda name, _: done.append(name))
     first, report = case.run(f"again-{mixed}", f"once-{mixed}", precisions=precisions)
     assert report == resumed and done == list(case.teacher.arch.block_names)
     files = [open_ternary(p) for p in (path, first)]
     assert files[0].file.entries == files[1].file.entries
     assert all((files[0].file.bytes(key) == files[1].file.bytes(key)).all() for key in files[0].file.entries)
     with pytest.raises(ValueError, match="its batch is 4, not 8"):
-        calibrate.calibrate(*arguments, CalibrationSettings(batch=8, sweeps=1, precisions=precisions), overwrite=True)
+        calibrate.calibrate(
+            *arguments, **places, settings=CalibrationSettings(batch=8, sweeps=1, precisions=precisions), overwrite=True
+        )
     with pytest.raises(FileExistsError):
-        calibrate.calibrate(*arguments, settings)
+        calibrate.calibrate(*arguments, **places, settings=settings)
 
 
 def test_low_rank_factors_and_packing(case):
@@ -133,7 +137,7 @@ def test_low_rank_factors_and_packing(case):
 
 
 def test_the_teacher_reads_blocks_when_they_are_needed(case):
-    streaming = Teacher(open_checkpoint(case.path), resident=False)
+    streaming = Teacher(open_checkpoint(case.path), placement=Placement(False, 0))
     inputs = case.states[0].inputs(slice(0, 3), case.conditioning)
     dense = Flux(case.teacher.arch)
     dense.load_state_dict(safetensors.torch.load_file(case.path))

@@ -137,7 +137,7 @@ def test_it_is_exported_and_saved_again(made, mixed, tmp_path):
     student = load_student(mixed)
     for name in (LOUD, HALF):
         assert not student.get_parameter(f"{name}.weight").requires_grad
-    save_student(tmp_path / "again.safetensors", student, mixed, mixed.metadata)
+    save_student(tmp_path / "again.safetensors", student, mixed, metadata=mixed.metadata)
     again = open_ternary(tmp_path / "again.safetensors")
     assert torch.equal(again.tensor(f"{LOUD}.weight"), mixed.tensor(f"{LOUD}.weight"))
     assert again.int8 == mixed.int8 and again.layers == mixed.layers

@@ -1,18 +1,11 @@
 """Whatever breaks: kills, full disks, closed pipes, inputs that are no files or change, and two runs for one target."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from ternary_flux.quantizer import cli
-from ternary_flux.quantizer.files.atomic import atomic_file
-from ternary_flux.quantizer.files.locks import hold
-from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests.quantizer import synthetic
 

@@ -61,7 +61,13 @@ def test_every_block_improves_and_so_does_the_model(job, tmp_path, rank, codes):
     rates = RATES | {"code": 1e-2}  # so that codes change within so few steps
     settings = BlockSettings(steps=30, batch=8, states=16, rank=rank, codes=codes, rates=rates)
     train_blocks(
-        start, teacher, pool, tmp_path / "out.safetensors", tmp_path / "work", settings, on_block=results.append
+        start,
+        teacher,
+        pool,
+        target=tmp_path / "out.safetensors",
+        folder=tmp_path / "work",
+        settings=settings,
+        on_block=results.append,
     )
     assert [result.name for result in results] == list(start.architecture.block_names)
     # FLUX.2 has no biases: without codes or factors only scales and norms can move.
@@ -78,7 +84,7 @@ def test_layers_of_two_terms_and_of_8_bits_stay_as_they_are(job, tmp_path):
     write_mixed(tmp_path / "mixed.safetensors", start, teacher.checkpoint, precisions)
     mixed = open_ternary(tmp_path / "mixed.safetensors")
     settings = BlockSettings(steps=1, batch=8, states=8)
-    train_blocks(mixed, teacher, pool, tmp_path / "out.safetensors", tmp_path / "work", settings)
+    train_blocks(mixed, teacher, pool, target=tmp_path / "out.safetensors", folder=tmp_path / "work", settings=settings)
     written = open_ternary(tmp_path / "out.safetensors")
     assert written.layers == mixed.layers and written.int8 == mixed.int8
     for name in precisions:
@@ -93,12 +99,28 @@ def test_an_interrupted_pass_goes_on_to_the_same_file(job, tmp_path):
         if result.name == "single_blocks.0":
             raise KeyboardInterrupt
 
-    train_blocks(start, teacher, pool, tmp_path / "through.safetensors", tmp_path / "a", settings)
+    train_blocks(
+        start, teacher, pool, target=tmp_path / "through.safetensors", folder=tmp_path / "a", settings=settings
+    )
     with pytest.raises(KeyboardInterrupt):
-        train_blocks(start, teacher, pool, tmp_path / "resumed.safetensors", tmp_path / "b", settings, on_block=stop)
+        train_blocks(
+            start,
+            teacher,
+            pool,
+            target=tmp_path / "resumed.safetensors",
+            folder=tmp_path / "b",
+            settings=settings,
+            on_block=stop,
+        )
     again = []
     train_blocks(
-        start, teacher, pool, tmp_path / "resumed.safetensors", tmp_path / "b", settings, on_block=again.append
+        start,
+        teacher,
+        pool,
+        target=tmp_path / "resumed.safetensors",
+        folder=tmp_path / "b",
+        settings=settings,
+        on_block=again.append,
     )
     assert [result.name for result in again] == ["single_blocks.0"]
     assert (tmp_path / "through.safetensors").read_bytes() == (tmp_path / "resumed.safetensors").read_bytes()

@@ -15,7 +15,7 @@ from ternary_flux.quantizer.model.flux import Flux, Inputs
 from ternary_flux.quantizer.model.student import add_low_rank, load_student, save_student, ternary_linears, train_codes
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import Pool
-from ternary_flux.quantizer.pictures.quality import measure, swapped_velocities
+from ternary_flux.quantizer.pictures.quality import HeldOut, measure
 from ternary_flux.quantizer.pictures.states import LabelledStates, States
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
@@ -48,7 +48,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(files):
-    """Teacher, pool, held-out batches, and the teacher's velocities there under other prompts."""
+    """Teacher, pool, and what is held out."""
     teacher = Flux(ARCH)
     teacher.load_state_dict({k: v.float() for k, v in teacher_state().items()})
     teacher.requires_grad_(False)
@@ -64,8 +64,7 @@ def data(files):
 
     pool = Pool([states(STATES, range(PROMPTS - 4))], cond)
     held = Pool([states(8, range(PROMPTS - 4, PROMPTS))], cond)
-    holdout = [held.batch(0, torch.arange(8))]
-    return teacher, pool, holdout, swapped_velocities(teacher, holdout)
+    return teacher, pool, HeldOut.of([held.batch(0, torch.arange(8))], teacher)
 
 
 def make(files, data, rank=0, codes=False, **settings):
@@ -129,7 +128,7 @@ def test_learns_and_writes_what_it_evaluated(files, data, tmp_path, rank, codes)
     before = measure(distiller.model, data[2], data[3]).error
     distill(distiller)
     assert distiller.best_error < 0.8 * before
-    save_student(tmp_path / "out.safetensors", distiller.model, start, start.metadata)
+    save_student(tmp_path / "out.safetensors", distiller.model, start, metadata=start.metadata)
     written = open_ternary(tmp_path / "out.safetensors")
     quality = measure(load_student(written), data[2], data[3])
     assert quality.error == pytest.approx(distiller.best_error, rel=1e-5)

@@ -54,7 +54,7 @@ def test_the_low_rank_part_is_added(tmp_path):
 
 def test_refusals(tmp_path):
     source = synthetic.write(tmp_path / "dense.safetensors")
-    with pytest.raises(FormatError, match="not a ternary file"):
+    with pytest.raises(FormatError, match="this is FLUX.1, not ternary"):
         export_checkpoint(source, tmp_path / "e.safetensors")
     round_checkpoint(source, tmp_path / "t.safetensors")
     with pytest.raises(ValueError, match="the output is an input"):

@@ -16,7 +16,7 @@ from ternary_flux.tests.quantizer import synthetic
 
 
 def random_weight(
-    n: int, k: int, scales: str = "integer", rank: int = 0, seed: int = 0, terms: int = 1
+    n: int, k: int, scales: str = "integer", rank: int = 0, seed: int = 0, terms: int = 1, columns: str = ""
 ) -> TernaryWeight:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-1, 2, (n, terms * k), generator=generator, dtype=torch.int8)
@@ -26,7 +26,8 @@ def random_weight(
     group = torch.randint(1, 128, groups, generator=generator, dtype=torch.uint8) if scales == "integer" else None
     down = torch.randn(rank, k, generator=generator).bfloat16() if rank else None
     up = torch.randn(n, rank, generator=generator).bfloat16() if rank else None
-    return TernaryWeight.from_codes(codes, scale, group, down, up, terms)
+    column = torch.rand(k, generator=generator).to(dtypes[columns]) if columns else None
+    return TernaryWeight.from_codes(codes, scale, group, down, up, terms, column)
 
 
 def write(path, weight, packing="planes32", **options):
@@ -46,12 +47,13 @@ def write(path, weight, packing="planes32", **options):
     scales=st.sampled_from(["integer", "row", "bf16", "fp16", "fp32"]),
     rank=st.sampled_from([0, 0, 3]),
     terms=st.sampled_from([1, 2]),
+    columns=st.sampled_from(["", "bf16", "fp32"]),
 )
-def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, terms):
-    weight = random_weight(n, k, scales, rank, terms=terms)
+def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, terms, columns):
+    weight = random_weight(n, k, scales, rank, terms=terms, columns=columns)
     path = write(tmp_path_factory.mktemp("files") / "x.safetensors", weight, packing)
     file = open_ternary(path)
-    assert file.layers == {"x": LayerPlan((n, k), packing, scales, rank, terms)}
+    assert file.layers == {"x": LayerPlan((n, k), packing, scales, rank, terms, columns)}
     assert file.shapes == {"x.weight": (n, k), "x.bias": (n,)}
     assert file.metadata == {"note": "n"}
     read = file.weight("x")
@@ -67,7 +69,7 @@ def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, terms):
 
 
 def test_keys_and_dtypes_are_those_of_the_specification(tmp_path):
-    stored = load_file(write(tmp_path / "x.safetensors", random_weight(6, 200, rank=2)))
+    stored = load_file(write(tmp_path / "x.safetensors", random_weight(6, 200, rank=2, columns="bf16")))
     found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in stored.items() if key != "x.comfy_quant"}
     assert found == {
         "x.weight": (torch.uint8, (2, 6, 32)),
@@ -75,6 +77,7 @@ def test_keys_and_dtypes_are_those_of_the_specification(tmp_path):
         "x.weight_group": (torch.uint8, (2, 6)),
         "x.weight_down": (torch.bfloat16, (2, 200)),
         "x.weight_up": (torch.bfloat16, (6, 2)),
+        "x.weight_column": (torch.bfloat16, (200,)),
         "x.bias": (torch.bfloat16, (6,)),
     }
     weight = random_weight(6, 200)
@@ -128,7 +131,7 @@ def poke(index, value):
 
 
 Q, W = "x.comfy_quant", "x.weight"
-S, G, D, U = (f"x.weight_{part}" for part in ("scale", "group", "down", "up"))
+S, G, D, U, C = (f"x.weight_{part}" for part in ("scale", "group", "down", "up", "column"))
 DAMAGES = {
     "JSON": (damage(Q, text(b"{")), Q, "the JSON cannot be read"),
     "JSON bytes": (damage(Q, text(b"\xff\xfe")), Q, "the JSON cannot be read"),
@@ -145,9 +148,14 @@ DAMAGES = {
     "three terms": (damage(Q, text(JSON | {"terms": 3})), Q, "3 terms"),
     "terms as float": (damage(Q, text(JSON | {"terms": 2.0})), Q, "2.0 terms"),
     "terms as truth": (damage(Q, text(JSON | {"terms": True})), Q, "True terms"),
+    "unknown field": (damage(Q, text(JSON | {"basis": "hadamard"})), Q, "the field 'basis' is unknown.*update this"),
+    "unknown part": (damage("x.weight_bias", torch.ones(6)), "x.weight_bias", "knows no such part.*update this pack"),
+    "column dtype": (damage(C, lambda t: t.half()), C, r"F16 \[200\] where F32 \[200\]"),
+    "column shape": (damage(C, lambda t: t[:199].clone()), C, r"BF16 \[199\] where BF16 \[200\]"),
+    "column NaN": (damage(C, poke(7, float("nan"))), C, "a scale is not finite"),
     "terms that are not there": (damage(Q, text(JSON | {"terms": 2})), W, r"U8 \[2, 6, 32\] where U8 \[4, 6, 32\]"),
     "other shape": (damage(Q, text(JSON | {"shape": [6, 300]})), W, r"U8 \[2, 6, 32\] where U8 \[3, 6, 32\]"),
-    "no JSON": (lambda state: state.pop(Q), "", "no .comfy_quant keys"),
+    "no JSON": (lambda state: state.pop(Q), "", "this is no FLUX transformer"),
     "no weight": (lambda state: state.pop(W), W, "the tensor is missing"),
     "no scale": (lambda state: state.pop(S), S, "the tensor is missing"),
     "no down": (lambda state: state.pop(D), U, "is expected|does not belong"),
@@ -174,7 +182,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("change, key, message", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_files(tmp_path, change, key, message):
-    state = load_file(write(tmp_path / "x.safetensors", random_weight(6, 200, rank=2)))
+    state = load_file(write(tmp_path / "x.safetensors", random_weight(6, 200, rank=2, columns="bf16")))
     if key == "y.weight":
         state[key] = None
     change(state)

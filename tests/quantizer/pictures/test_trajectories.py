@@ -189,7 +189,7 @@ def test_the_teacher_answers_for_fresh_noise_only_and_only_once(tmp_path):
         return velocity(latent, *rest)
 
     pools = [
-        training_pool(teacher, trajectories, plan, 40, tmp_path / "velocities", on_progress=counted.append)
+        training_pool(teacher, trajectories, plan, count=40, folder=tmp_path / "velocities", on_progress=counted.append)
         for _ in "ab"
     ]
     assert sum(asked) == 20 and sum(counted) == 2 * 40
