@@ -22,17 +22,22 @@ _NAMES = {
     "comfy.model_management": (
         "get_free_memory",
         "get_torch_device",
+        "load_models_gpu",
         "minimum_inference_memory",
         "throw_exception_if_processing_interrupted",
         "unet_manual_cast",
+        "unload_all_models",
     ),
     "comfy.model_detection": ("model_config_from_unet",),
+    "comfy.sample": ("fix_empty_latent_channels", "prepare_noise", "sample_custom"),
+    "comfy.samplers": ("KSAMPLER", "SAMPLER_NAMES", "SCHEDULER_NAMES", "calculate_sigmas", "sampler_object"),
     "comfy.sd": ("load_diffusion_model_state_dict",),
     "comfy.utils": ("get_attr", "load_torch_file", "ProgressBar"),
     "comfy.lora": ("calculate_shape", "calculate_weight"),
     "comfy.weight_adapter": ("LoRAAdapter", "WeightAdapterBase"),
     "comfy.hooks": ("EnumHookMode",),
     "comfy.float": ("stochastic_rounding",),
+    "latent_preview": ("get_previewer", "prepare_callback"),
 }
 _ARGUMENTS = {
     "comfy.ops.cast_bias_weight": ("offloadable", "compute_dtype", "want_requant"),
