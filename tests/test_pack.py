@@ -23,7 +23,9 @@ FLOORS = (
     {"report"},
     {"commands"},
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | {"console": -1, "interrupts": -1}
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | dict.fromkeys(
+    ("comfyui", "console", "interrupts", "version"), -1
+)
 DOORS = {"files", "rounding"}  # the rooms that nodes may enter
 
 

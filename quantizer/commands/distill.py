@@ -1,7 +1,7 @@
 """`distill`: train a ternary file to follow its teacher."""
 
 import argparse
-import json
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from ..pipeline.budget import Plan
     from ..pipeline.workspace import Workspace
 
+EXAMPLE = (
+    "flux1-dev-calibrated.safetensors --teacher flux1-dev.safetensors --conditioning prompts.safetensors "
+    "--minutes 120 -o flux1-dev-1.58bit.safetensors"
+)
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -21,9 +26,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "factors and the codes) of a ternary file so that its velocities follow the original's, at states of pictures "
         "that the original paints itself.",
     )
-    parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round` or `calibrate`")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
-    parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
+    parser.add_argument(
+        "start", type=options.model, metavar="START", help="ternary .safetensors, from `round` or `calibrate`"
+    )
+    options.add_output(parser, "-distilled")
+    parser.add_argument(
+        "--teacher", type=options.model, required=True, metavar="DENSE", help="what START was made from"
+    )
     options.add_arguments(parser)
     parser.add_argument(
         "--rank",
@@ -43,9 +52,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
     parser.add_argument("--rate", type=positive, default=1.0, help="factor on learning rates (default: %(default)s)")
     parser.add_argument("--evaluate-every", type=count, default=100, help="steps (default: %(default)s)")
-    parser.add_argument("--snapshot-minutes", type=positive, default=5.0, help="(default: %(default)s)")
-    parser.add_argument("--packing", choices=("planes32", "base3"), help="(default: as START)")
-    options.add_file_arguments(parser)
+    parser.add_argument(
+        "--snapshot-minutes", type=positive, default=5.0, help="between snapshots of a run (default: %(default)s)"
+    )
+    options.add_packing(parser, None)
+    options.add_work(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the snapshot in the work folder")
     parser.set_defaults(interrupted="give the same command with --resume to go on")
 
@@ -56,9 +67,10 @@ def _keep_amounts(args: argparse.Namespace, work: "Workspace", plan: "Plan", pat
     They are kept in `path`, so that a run that resumes has the same ones.
     """
     from ..files.atomic import write_json
+    from ..files.inputs import read_json
     from ..pipeline.budget import STATES_EACH
 
-    kept = json.loads(path.read_text(encoding="utf-8")) if args.resume and path.exists() else {}
+    kept = read_json(path, dict) if args.resume and path.exists() else {}
     batch = args.batch or kept.get("batch") or plan.batch
     work.pictures = args.pictures or kept.get("pictures")
     if work.pictures is None:
@@ -66,27 +78,25 @@ def _keep_amounts(args: argparse.Namespace, work: "Workspace", plan: "Plan", pat
         timed = args.minutes and int(60 * args.minutes / (4 * work.time_state()))
         work.pictures = work.pictures_for(timed or args.steps * batch * args.accumulate)
     work.states = args.states or kept.get("states") or STATES_EACH * work.pictures
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"batch": batch, "pictures": work.pictures, "states": work.states})
     return batch
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..console import Bars
+    from ..console import Bars, say
     from ..distillation.blockwise import BlockSettings
     from ..distillation.schedule import RATES
     from ..pipeline.budget import plan_for, settings_for
     from ..pipeline.stages import distill_file
 
-    folder = options.work_folder(args)
-    snapshot = folder / "distill.safetensors"
-    if snapshot.exists() and not args.resume:
-        raise ValueError(f"{snapshot} belongs to an unfinished run: give --resume to continue it, or delete it")
-    with Bars() as bars:
-        work = options.open_workspace(args, args.teacher, folder, held_out=args.held_out, on_progress=bars.show)
-        work.check(args.output, args.force, args.start)
+    target = options.choose_output(args, args.start)
+    more = {"sources": [args.start], "held_out": args.held_out}
+    with Bars() as bars, options.open_workspace(args, args.teacher, target, on_progress=bars.show, **more) as work:
+        snapshot, amounts = work.folder / "distill.safetensors", work.folder / "distill.json"
+        if snapshot.exists() and not args.resume:
+            raise ValueError(f"{snapshot} belongs to an unfinished run: give --resume to continue it, or delete it")
         plan = plan_for(work)
-        batch = _keep_amounts(args, work, plan, folder / "distill.json")
+        batch = _keep_amounts(args, work, plan, amounts)
         rates = {group: args.rate * rate for group, rate in RATES.items()}
         settings = settings_for(
             plan,
@@ -103,12 +113,12 @@ def run(args: argparse.Namespace) -> None:
         if args.block_steps:
             blocks = BlockSettings(args.block_steps, settings.batch, rank=args.rank, codes=args.codes, rates=rates)
         before = work.quality(args.start)
-        bars.say(f"start: velocity error {before.error:.4f} on held-out prompts")
+        say(f"start: velocity error {before.error:.4f} on held-out prompts")
 
         def step(row: dict) -> None:
             bars.show("training steps", row["step"], row["total"] or 0)
             if "error" in row:
-                bars.say(
+                say(
                     f"step {row['step']}: loss {row['loss']:.4f}, velocity error {row['error']:.4f}, "
                     f"response to prompts {row['response']:.2f}, alignment {row['alignment']:.2f}"
                 )
@@ -116,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         distiller = distill_file(
             work,
             args.start,
-            args.output,
+            target,
             settings,
             args.rank,
             args.codes,
@@ -125,8 +135,9 @@ def run(args: argparse.Namespace) -> None:
             args.force,
             snapshot,
             on_step=step,
-            on_block=lambda result: bars.say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
+            on_block=lambda result: say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
-    snapshot.unlink(missing_ok=True)
-    (folder / "distill.json").unlink()
-    print(f"{args.output}: velocity error {before.error:.4f} -> {distiller.best_error:.4f} on held-out prompts")
+        for path in (snapshot, amounts):
+            with contextlib.suppress(OSError):  # the file is written
+                path.unlink()
+    say(f"{target}: velocity error {before.error:.4f} -> {distiller.best_error:.4f} on held-out prompts")

@@ -1,7 +1,10 @@
 """`inspect`: say what a file is."""
 
 import argparse
-from pathlib import Path
+
+from . import options
+
+EXAMPLE = "flux1-dev-1.58bit.safetensors --layers"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -10,11 +13,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="say what a file is: layers, bits per weight, sizes",
         description="Say what a safetensors file is. A ternary file is checked completely: keys, shapes, every code.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=options.model, metavar="FILE", help="a .safetensors file of any kind")
     parser.add_argument("--layers", action="store_true", help="list every ternary Linear")
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..console import say
     from ..files.summary import summarize
 
-    print("\n".join(summarize(args.file, args.layers)))
+    say(*summarize(args.file, args.layers))

@@ -83,6 +83,10 @@ class Checkpoint:
         """A tensor in the file's dtype, memory-mapped and read-only."""
         return self.file.tensor(self.names[name])
 
+    def check_unchanged(self) -> None:
+        """Raises FormatError where the file was written to, or replaced, since it was opened."""
+        self.file.check_unchanged()
+
     def sha256(self) -> str:
         """Of the whole file, in one pass over it."""
         digest = hashlib.sha256()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .atomic import atomic_file
+from .inputs import check_file
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -92,9 +93,7 @@ def read_header(path: str | os.PathLike) -> Header:
     Raises FormatError, OSError.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give a .safetensors file")
-    size = path.stat().st_size
+    size = check_file(path).st_size
     with open(path, "rb") as file:
         start = file.read(24)
         length = int.from_bytes(start[:8], "little")
@@ -129,7 +128,7 @@ def _parse(path: Path, text: bytes) -> dict:
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(path, f"the header is not valid JSON ({error}); download or convert the file again") from None
     return header
 
@@ -168,7 +167,27 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike):
         self.header = read_header(path)
         with open(path, "rb") as file:
+            self._status = _status(os.fstat(file.fileno()))
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(self._map) != self.header.size:
+            raise self._changed()
+
+    def check_unchanged(self) -> None:
+        """Raises FormatError where the file was written to, or replaced, since it was opened."""
+        try:
+            status = _status(os.stat(self.path))
+        except FileNotFoundError:  # what is mapped is as it was
+            return
+        if status != self._status:
+            raise self._changed()
+
+    def _changed(self) -> FormatError:
+        return FormatError(self.path, "the file changed while it was read; wait until it is complete and start again")
+
+    def _check_length(self, entry: Entry) -> None:
+        """Reading a map beyond the end of a file that became shorter ends the process."""
+        if self._map.size() < entry.stop:
+            raise self._changed()
 
     @property
     def path(self) -> Path:
@@ -181,6 +200,7 @@ class TensorFile:
     def bytes(self, key: str) -> np.ndarray:
         """The tensor's bytes, uint8."""
         entry = self.entries[key]
+        self._check_length(entry)
         return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.start)
 
     def tensor(self, key: str) -> Tensor:
@@ -189,12 +209,17 @@ class TensorFile:
             raise FormatError(self.path, f"dtype {entry.dtype} is not supported", key)
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        self._check_length(entry)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(self._map, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
         if entry.start % DTYPES[entry.dtype].itemsize:
             flat = flat.clone()
         return flat.view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def _status(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass
@@ -251,7 +276,6 @@ def create(
     data_start = len(header)
     entries = {key: Entry(e.dtype, e.shape, e.start + data_start, e.stop + data_start) for key, e in offsets.items()}
     with atomic_file(path, data_start + position, overwrite) as file:
-        file.truncate(data_start + position)
         writer = TensorWriter(Path(path), entries, dict(metadata), file)
         yield writer
         for key, entry in entries.items():

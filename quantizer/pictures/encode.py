@@ -1,44 +1,18 @@
 """Prompts through ComfyUI's own text encoders, exactly as its CLIPTextEncode node would."""
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..comfyui import import_comfyui
+from ..files.inputs import check_file
 from .conditioning import create_conditioning
 
-_PACK = Path(__file__).resolve().parents[2]
 _FLUX2_TOKENS = 512  # to which ComfyUI's Flux2 model pads contexts, with zeros on the left
 PROMPTS = Path(__file__).with_name("prompts.txt")  # the pack's own, a prompt in each line
-
-
-def find_comfyui() -> Path | None:
-    """ComfyUI's folder: COMFYUI_PATH, else the ComfyUI whose custom_nodes hold this pack, else None."""
-    if path := os.environ.get("COMFYUI_PATH"):
-        if not (Path(path) / "comfy" / "sd.py").is_file():
-            raise FileNotFoundError(f"COMFYUI_PATH={path} holds no ComfyUI (there is no comfy/sd.py)")
-        return Path(path).resolve()
-    folders = _PACK.parents
-    return next((f.parent for f in folders if f.name == "custom_nodes" and (f.parent / "comfy/sd.py").is_file()), None)
-
-
-def import_comfyui() -> None:
-    """Make `import comfy` work in this process, on the CPU where there is no accelerator."""
-    if "comfy" not in sys.modules:
-        if path := find_comfyui():
-            sys.path.insert(0, str(path))
-    try:
-        import comfy.cli_args
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"ComfyUI is needed to run text encoders, and `import comfy` fails ({error}): "
-            "set COMFYUI_PATH to its folder, and use the Python environment that ComfyUI runs in"
-        ) from None
-    if not torch.accelerator.is_available():
-        comfy.cli_args.args.cpu = True
 
 
 def embed(
@@ -56,8 +30,9 @@ def embed(
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("there must be at least one prompt, and none may be empty")
     for path in encoders:
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise FileNotFoundError(f"{path}: there is no such text encoder file")
+        check_file(path, "a text encoder's file")
     import_comfyui()
     clip, flux2 = _load(encoders)
     options = _same_length(clip, prompts)

@@ -124,14 +124,20 @@ class Trajectories:
         batch: int = 8,
         on_progress: Callable[[int], object] = lambda pictures: None,
     ) -> None:
-        """Paint those of the pictures that are not there yet, `batch` at a time. `on_progress` counts all of them."""
-        todo = [picture for picture in pictures if not self._path(picture).exists()]
-        on_progress(len(pictures) - len(todo))
+        """Paint those of the pictures that are not there yet, `batch` at a time. `on_progress` counts all of them.
+
+        A batch that an interruption cut is painted again: among others a picture is not the same to the last bit.
+        """
+        on_progress(sum(self._path(picture).exists() for picture in pictures))
         levels = noise_levels(self.steps, self.shift)
-        for same in batches(todo, batch):
+        for same in batches(pictures, batch):
+            missing = [picture for picture in same if not self._path(picture).exists()]
+            if not missing:
+                continue
             conditions = self.conditions(same)
             path = list(sample(velocity, initial_noise(same), levels, self.arch, conditions))
-            for row, picture in enumerate(same):
+            for picture in missing:
+                row = same.index(picture)
                 passed = [path[step][1:] for step in self._passed(picture)]
                 tensors = {
                     "latent": path[-1][1][row].float(),
@@ -141,7 +147,7 @@ class Trajectories:
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
                     raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
                 save(self._path(picture), tensors, overwrite=True)
-            on_progress(len(same))
+            on_progress(len(missing))
 
     def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor | None, ...]:
         """Context, pooled vector and guidance of some pictures."""

@@ -6,7 +6,6 @@ Every choice that depends on the machine's speed is made once and kept in the wo
 interrupted goes on with the same choices and writes the same file.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from ..calibration import calibrate
 from ..calibration.sensitivity import best_upgrades, sensitivities
 from ..distillation.blockwise import BlockSettings
 from ..files.atomic import write_json
+from ..files.inputs import read_json
 from ..files.ternary import open_ternary
 from ..files.work_folder import keep_settings
 from ..pictures.pool import subset
@@ -110,7 +110,7 @@ class Run:
 
     def _choices(self, path: Path) -> dict:
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path, dict)
         state_seconds = self.work.time_state()
         enough = calibrate.enough_states(self.work.arch, self.work.tokens)
         prompts, steps = len(self.work.conditioning), self.work.trajectories.steps
@@ -134,7 +134,7 @@ class Run:
             measured = sensitivities(file, self.work.teacher, subset(self.work.holdout, states), on_layer=count)
             chosen = best_upgrades(measured, int(self.growth * start.stat().st_size))
             write_json(path, {name: option.precision for name, option in chosen.items()})
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, dict)
 
     def _calibrate(self, path: Path, chosen: Budget, precisions: dict[str, str]) -> None:
         work = self.work

@@ -4,7 +4,8 @@ import base64
 import html
 import io
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..files.atomic import atomic_file
+from ..files.atomic import atomic_file, check_target
 from ..files.checkpoint import Checkpoint
 from ..files.summary import sizes
 from ..files.ternary import TernaryFile, open_ternary
@@ -25,6 +26,8 @@ from ..pipeline.workspace import Workspace
 from . import charts
 from .decoders import Decode, preview
 
+PAGE = "report.html"
+_CHARTS = ("pictures", "velocity", "divergence")  # and one of weights for each stage
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1100px; margin: 2rem auto; }
 body { padding: 0 1rem; }
@@ -51,13 +54,20 @@ class Measured:
 
 
 def report(
-    work: Workspace, files: Mapping[str, Path], folder: Path, pictures: int = 4, decode: Decode | None = None
+    work: Workspace,
+    files: Mapping[str, Path],
+    folder: Path,
+    pictures: int = 4,
+    decode: Decode | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Compare ternary files (by name, in the order of the stages) with their teacher; returns the page's path.
 
     Writes report.html and its charts as PNG. `decode` makes pictures of latents; without it their colours are a
-    projection of the latent channels.
+    projection of the latent channels. ValueError for names that are no part of a file name, and OSError where something
+    of the report is there already and `overwrite` is false, both before anything is computed.
     """
+    check_report(folder, files, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = work.trajectories.plan("holdout", pictures)
     chosen = [picture for picture in chosen if picture.shape == chosen[0].shape]
@@ -65,11 +75,31 @@ def report(
     measured = [_measure(work, name, path, chosen, theirs) for name, path in files.items()]
     images = _charts(work, chosen, theirs[-1], measured, decode or preview(theirs[-1]))
     for name, image in images.items():
-        image.save(folder / f"{name}.png", optimize=True)
-    path = folder / "report.html"
-    with atomic_file(path, overwrite=True) as file:
-        file.write(_page(work, measured, images, decode is None).encode())
+        with atomic_file(folder / f"{name}.png", overwrite=overwrite) as file:
+            image.save(file, "PNG", optimize=True)
+    path = folder / PAGE
+    with atomic_file(path, overwrite=overwrite) as file:
+        file.write(_page(work, measured, images, decode is None).encode("utf-8", "backslashreplace"))
     return path
+
+
+def check_report(folder: Path, names: Iterable[str], overwrite: bool = False) -> None:
+    """Raises ValueError or OSError where a report on stages of these names cannot be written to the folder."""
+    slugs: dict[str, str] = {}
+    for name in names:
+        if not name.strip() or len(name) > 60 or re.search(r'[/\\:*?"<>|]', name) or not name.isprintable():
+            raise ValueError(f"{name!r} is no name for a stage: it becomes part of a file name; give another NAME=FILE")
+        if (other := slugs.setdefault(_slug(name).casefold(), name)) != name:
+            raise ValueError(f"the stages {other!r} and {name!r} have the same file name; give another NAME=FILE")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give the name of a folder")
+    if folder.is_dir():
+        for name in (PAGE, *(f"{chart}.png" for chart in (*_CHARTS, *map(_slug, slugs.values())))):
+            check_target(folder / name, 0, overwrite)
+
+
+def _slug(name: str) -> str:
+    return f"weights-{name.replace(' ', '-')}"
 
 
 def _measure(work: Workspace, name: str, path: Path, pictures: Sequence[Picture], theirs: Sequence[Tensor]) -> Measured:
@@ -137,7 +167,7 @@ def _charts(
         values = [[m.errors.get(f"{block}.{name}") for name in names] for block in blocks]
         rows = [block.replace("_blocks.", " ") for block in blocks]
         title = f"Relative weight error after {m.name}"
-        images[f"weights-{m.name.replace(' ', '-')}"] = charts.heatmap(title, rows, names, values)
+        images[_slug(m.name)] = charts.heatmap(title, rows, names, values)
     return images
 
 
