@@ -18,9 +18,13 @@ class TernaryFluxExtension(ComfyExtension):
         if problem := compat.problem():
             logging.error(problem)
             return [_unsupported(problem)]
+        from .compare import CompareModels
+        from .info import TernaryFluxInfo
         from .loader import LoadTernaryFlux
+        from .quantize import QuantizeFlux
+        from .save import SaveTernaryFlux
 
-        return [LoadTernaryFlux, *self.others]
+        return [LoadTernaryFlux, QuantizeFlux, SaveTernaryFlux, TernaryFluxInfo, CompareModels, *self.others]
 
 
 def _unsupported(problem: str) -> type[io.ComfyNode]:

@@ -37,7 +37,8 @@ _NAMES = {
     "comfy.weight_adapter": ("LoRAAdapter", "WeightAdapterBase"),
     "comfy.hooks": ("EnumHookMode",),
     "comfy.float": ("stochastic_rounding",),
-    "latent_preview": ("get_previewer", "prepare_callback"),
+    "comfy.latent_formats": ("Flux", "Flux2"),
+    "latent_preview": ("prepare_callback",),
 }
 _ARGUMENTS = {
     "comfy.ops.cast_bias_weight": ("offloadable", "compute_dtype", "want_requant"),
@@ -99,6 +100,13 @@ def accepted(function, **wanted) -> dict:
     """The keyword arguments among `wanted` that this ComfyUI's `function` knows."""
     known = inspect.signature(function).parameters
     return {name: value for name, value in wanted.items() if name in known}
+
+
+def send_text(text: str, node_id: str | None) -> None:
+    """Show text on a node while it runs, where this ComfyUI can."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)
 
 
 @functools.cache
