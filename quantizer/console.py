@@ -1,6 +1,7 @@
 """The terminal: bars with rate and time left on stderr, what a person keeps on stdout, nothing that breaks it."""
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -149,7 +150,25 @@ class Bars:
         if done == total:
             self.close()
 
+    def say(self, *lines: str) -> None:
+        say(*lines)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+class Events(Bars):
+    """The same for programs: a JSON object in each line of stdout, {"stage", "done", "total"} or {"message"}."""
+
+    def show(self, what: str, done: int, total: int) -> None:
+        self._print({"stage": what, "done": done, "total": total})
+
+    def say(self, *lines: str) -> None:
+        for line in lines:
+            self._print({"message": line})
+
+    def _print(self, event: dict) -> None:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()

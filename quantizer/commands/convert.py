@@ -37,18 +37,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     options.add_packing(parser)
     options.add_work(parser)
+    parser.add_argument(
+        "--progress",
+        choices=("bars", "json"),
+        default="bars",
+        help="json: an object in each line of stdout, for programs (default: %(default)s)",
+    )
     parser.set_defaults(interrupted="give the same command again to go on")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..console import Bars, say
+    from ..console import Bars, Events
     from ..pipeline.convert import Run, expectation
 
     target = options.choose_output(args, args.source)
-    with Bars() as bars, options.open_workspace(args, args.source, target, on_progress=bars.show) as work:
+    report = Events() if args.progress == "json" else Bars()
+    with report, options.open_workspace(args, args.source, target, on_progress=report.show) as work:
         codes = {"auto": None, "train": True, "freeze": False}[args.codes]
         if note := options.note_on_source(work):
-            say(note)
+            report.say(note)
         whole = Run(
             work,
             target,
@@ -58,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             packing=args.packing,
             growth=args.growth,
             overwrite=args.force,
-            on_message=say,
+            on_message=report.say,
         )
         stages = whole.run()
-    say(*expectation(stages).splitlines(), f"{target} written; {work.folder} can be deleted")
+    report.say(*expectation(stages).splitlines(), f"{target} written; {work.folder} can be deleted")
