@@ -83,7 +83,7 @@ def check(model) -> None:
     ]
     if dense:
         raise ValueError(
-            f"{len(dense)} of {len(linears)} layers carry patches that have no low-rank form (DoRA, LoKr, LoHa, a merge, "
+            f"{len(dense)} of {len(linears)} layers carry patches without a low-rank form (DoRA, LoKr, LoHa, a merge, "
             f"a full difference; the first is {dense[0]}). Take them off, or save with the node Save Model, which "
             "makes these layers dense"
         )
