@@ -123,6 +123,8 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
         worst = max(errors, key=errors.get)
         mean = sum(errors.values()) / len(errors)
         yield _row("weight error", f"mean {mean:.4f}, largest {errors[worst]:.4f} in {worst}")
+    known = file.file.header.checksums is not None
+    yield _row("checksums", "of every tensor; `verify` compares them" if known else "none: `verify` cannot tell damage")
     labels = ("made by", "method", "settings", "source", "sha256")
     for key, label in zip(("quantizer", "method", "settings", "source", "source_sha256"), labels, strict=True):
         if value := file.metadata.get(f"ternary.{key}"):
