@@ -23,7 +23,7 @@ from ..files import metadata, precision
 from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
 from ..files.checkpoint import Checkpoint
-from ..files.container import TensorFile, save
+from ..files.container import FormatError, TensorFile, save
 from ..files.layer import LayerPlan
 from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary
@@ -92,14 +92,13 @@ def calibrate(
     keep_settings(folder, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
     with torch.inference_mode():
-        streams = Streams(teacher, states, conditioning, folder / "activations", settings.batch)
-        for name, block in teacher.blocks():
-            fits[name] = _calibrate_block(name, block, streams, folder / f"{name}.safetensors", settings)
-            on_block(name, fits[name])
+        with Streams(teacher, states, conditioning, folder / "activations", settings.batch) as streams:
+            for name, block in teacher.blocks():
+                fits[name] = _calibrate_block(name, block, streams, folder / f"{name}.safetensors", settings)
+                on_block(name, fits[name])
     blocks = {name: asdict(block) for name, block in fits.items()}
     write_json(folder / "fits.json", blocks)
     _assemble(teacher.checkpoint, folder, target, settings=settings, fits=fits, overwrite=overwrite, sha256=sha256)
-    streams.remove()
     return fits
 
 
@@ -177,7 +176,10 @@ def _save_block(path: Path, results: Mapping[str, gptq.Solution]) -> None:
 
 def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
     file = TensorFile(path)
-    fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
+    try:
+        fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        raise FormatError(path, "its description of the fits is damaged; delete the file and start again") from None
     for linear in fits:
         module = linear_of(student, linear)
         weight, bias = _read_layer(file, linear, (module.out_features, module.in_features))
@@ -234,3 +236,4 @@ def _assemble(
         for name in dense:
             tensor = int8.get(name)
             writer.dense(name, checkpoint.tensor(name).bfloat16() if tensor is None else tensor)
+        checkpoint.check_unchanged()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -71,7 +71,7 @@ class Checkpoint:
         return self.identity.architecture
 
     @property
-    def parameters(self) -> dict[str, tuple[Rows, ...]]:
+    def parameters(self) -> Mapping[str, tuple[Rows, ...]]:
         return self.identity.parameters
 
     @property
@@ -132,6 +132,11 @@ class Checkpoint:
             for rows in parts if name.startswith(prefix) else ():
                 if isinstance(rows.encoding.file, TensorFile):
                     rows.encoding.file.read_ahead([rows.encoding.key])
+
+    def check_unchanged(self) -> None:
+        """Raises FormatError where one of the files was written to, or replaced, since it was opened."""
+        for file in self.source.files:
+            file.check_unchanged()
 
     def sha256(self) -> str:
         """Of the files, one after another, in one pass over them."""

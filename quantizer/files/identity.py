@@ -147,11 +147,12 @@ def _flux(source: Source, parts: Mapping[str, tuple[Part, ...]]) -> Identity:
         return Identity("incomplete", f"this is no whole FLUX transformer: {error}", remedy)
     parameters, foreign = {}, []
     for name in architecture.shapes:
-        encodings = [_encoding(source, part.key, layers) for part in parts[name]]
-        if unknown := next((encoding for encoding in encodings if isinstance(encoding, str)), None):
+        found = [(_encoding(source, part.key, layers), part) for part in parts[name]]
+        rows = tuple(Rows(encoding, part) for encoding, part in found if not isinstance(encoding, str))
+        if unknown := next((encoding for encoding, _ in found if isinstance(encoding, str)), None):
             foreign.append((unknown, parts[name][0].key))
         else:
-            parameters[name] = tuple(Rows(e, part) for e, part in zip(encodings, parts[name], strict=True))
+            parameters[name] = rows
     if foreign:
         unknown, key = foreign[0]
         what = f"this is {architecture.name} with {len(foreign)} tensors in {_STATED.get(unknown, unknown):.60}"
@@ -337,8 +338,8 @@ def _other(source: Source) -> Identity:
     if known := _relative(source.entries, _OTHERS):
         return known
     said = source.files[0].architecture if source.gguf else source.metadata.get("modelspec.architecture", "")
-    what = f"this is a model that calls itself {said:.60}" if said else "this is no FLUX transformer that is known here"
-    if source.gguf and said not in ("", "flux"):
+    if source.gguf and said not in ("", "flux", "flux2"):
         return Identity("model", f"this is a GGUF of another model ({said:.60})", "Give one of FLUX.1 or FLUX.2")
     first = ", ".join(f"{key:.80}" for key in list(source.entries)[:3])
+    what = f"this is no FLUX transformer that is known here{f', but {said:.60}' if said else ''}"
     return Identity("other", f"{what} (its first keys: {first})", "Give a transformer of FLUX.1 or FLUX.2")

@@ -8,7 +8,7 @@ In the last two a code 0, 1, 2 means -s, 0, s; four lie in a byte, the first in 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -104,6 +104,8 @@ def exact(weight: Tensor) -> tuple[Tensor, Tensor]:
 class _Packed:
     """What mlx and gemlite share: 2-bit codes, scales and their negatives."""
 
+    MARK: ClassVar[str]
+    PARTS: ClassVar[tuple[str, ...]]
     tensors: Tensors
 
     def __post_init__(self):

@@ -84,7 +84,7 @@ def open_source(path: str | os.PathLike) -> Source:
     tensors: Tensors = PickledFile(files[0]) if pickled else SafetensorsFiles(files)
     _refuse_other_basis(files, said, tensors)
     packaging = packaging_of(tensors, said)
-    shapes = {f"{linear}.weight": shape for linear, shape in packaging.linears.items()}
+    shapes: dict[str, tuple[int, ...]] = {f"{linear}.weight": shape for linear, shape in packaging.linears.items()}
     shapes |= {key: shape for key, shape in tensors.shapes.items() if key not in packaging.keys}
     parts = layout(shapes, find_prefix(shapes)) or {}
     try:

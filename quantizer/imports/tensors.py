@@ -20,9 +20,15 @@ class Tensors(Protocol):
     """Named tensors; `dtypes` are as safetensors names them."""
 
     path: Path  # the first file
-    metadata: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, str]: ...
 
     def path_of(self, key: str) -> Path:
         """The file that has a tensor."""
