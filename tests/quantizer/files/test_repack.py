@@ -58,8 +58,9 @@ def test_every_form_of_a_weight_comes_back(tmp_path, scales, form):
 def test_a_file_that_comfyui_saved_gets_its_names_and_checksums(mixed, tmp_path):
     saved = {f"model.diffusion_model.{key}": tensor for key, tensor in load_file(mixed).items()}
     save_file(saved, tmp_path / "saved.safetensors")
-    assert run(["pack", str(tmp_path / "saved.safetensors"), "--packing", "planes32", "-o", str(tmp_path / "p")]) == 0
-    assert verify(tmp_path / "p") == [] and load_file(tmp_path / "p").keys() == load_file(mixed).keys()
+    packed = tmp_path / "packed.safetensors"
+    assert run(["pack", str(tmp_path / "saved.safetensors"), "--packing", "planes32", "-o", str(packed)]) == 0
+    assert verify(packed) == [] and load_file(packed).keys() == load_file(mixed).keys()
 
 
 def test_the_source_is_never_replaced(mixed, capsys):
