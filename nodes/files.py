@@ -5,8 +5,8 @@ import os
 
 import folder_paths
 
-from ..quantizer.files.checkpoint import file_kind
 from ..quantizer.files.container import TensorFile
+from ..quantizer.files.identity import identify
 
 FOLDERS = ("diffusion_models", "checkpoints")  # Save Checkpoint writes into the second
 EXTENSIONS = (".safetensors", ".sft")
@@ -50,4 +50,4 @@ def _is_ternary(folder: str, name: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _header_is_ternary(path: str, stamp: tuple) -> bool:
-    return file_kind(TensorFile(path)) == "ternary"
+    return identify(TensorFile(path)).kind == "ternary"

@@ -17,6 +17,10 @@ from .lora import DensePatches, Patched
 
 comfy = core()
 
+# Error of group scales above which "auto" does not round them. On the miniature 8-bit activations change the velocity
+# by 2.1 %; scales that are off by 0.5 % make that 2.3 %, by 1 % 2.7 %, by 2 % 3.6 %.
+SHOWS = 0.01
+
 
 def operations(
     compute_dtype: torch.dtype,
@@ -51,11 +55,14 @@ class _TernaryLinear(Patched):
     """Mixin before core's mixed-precision Linear."""
 
     packing = "planes32"  # in the file
+    scale_error: float | None = (
+        None  # of row x integer scales, where the file has others and 8-bit activations are used
+    )
     _choice: Choice | None = None
     _choice_device: torch.device | None = None
 
     # Core's merge code looks up every state-dict key as an attribute, also those that a quantized weight adds.
-    weight_scale = weight_group = weight_down = weight_up = comfy_quant = property(lambda self: None)
+    weight_scale = weight_group = weight_down = weight_up = weight_column = comfy_quant = property(lambda self: None)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         configuration = read_configuration(state_dict, prefix)
@@ -68,11 +75,8 @@ class _TernaryLinear(Patched):
         weight = take_weight(state_dict, prefix)
         if weight.shape != self._orig_shape:
             raise ValueError(f"{prefix}weight is {list(weight.shape)}; this model needs {list(self._orig_shape)}")
-        if (
-            weight.scale.ndim == 2
-            and layout.choice_for(self._load_device, self._activations, self._backend).activations != "full"
-        ):
-            weight, _ = weight.with_integer_groups()
+        if layout.choice_for(self._load_device, self._activations, self._backend).activations != "full":
+            weight, self.scale_error = fit_scales(weight, self._activations)
         self._choose(self._load_device, weight.scale)
         device = self.factory_kwargs["device"] or weight.device
         self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
@@ -160,6 +164,18 @@ class _TernaryLinear(Patched):
         state_dict.update(self.weight.state_dict(f"{prefix}weight"))
         state_dict[f"{prefix}comfy_quant"] = self._configuration  # kept: core asks once for every key it merges
         return state_dict
+
+
+def fit_scales(weight: TernaryWeight, activations: str) -> tuple[TernaryWeight, float | None]:
+    """The weight with the row x integer scales that 8-bit activations need, and the error that they bring.
+
+    A weight that has such scales already comes back with None. With "auto" activations one whose error would show
+    keeps its own scales, and so computes in full precision.
+    """
+    if weight.scale.ndim == 1:
+        return weight, None
+    fitted, error = weight.with_integer_groups()
+    return (weight if activations == "auto" and error > SHOWS else fitted), error
 
 
 def read_configuration(state_dict: dict, prefix: str) -> dict:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
-from ..quantizer.files.checkpoint import file_kind
-from ..quantizer.files.container import FormatError, TensorFile
+from ..quantizer.files.container import FormatError
+from ..quantizer.files.identity import identify
+from ..quantizer.files.sources.source import open_source
 from ..quantizer.files.summary import in_bytes, sizes, stated_errors
 from ..quantizer.files.ternary import TernaryFile, open_ternary
 from . import files, layout, origin
@@ -34,6 +35,7 @@ STAGES = {
     "absmean": "rounded only: expect noise",
     "calibrate": "calibrated",
     "distill": "distilled",
+    "import": "imported bit for bit",
 }
 
 
@@ -117,7 +119,8 @@ class LoadTernaryFlux(io.ComfyNode):
         except (FormatError, OSError) as error:
             raise ValueError(explain(error, file)) from None
         model = load_file(opened, activations, backend)
-        return io.NodeOutput(model, ui=ui.PreviewText(status(opened, model.load_device, activations, backend)))
+        said = [status(opened, model.load_device, activations, backend), *scale_errors(model)]
+        return io.NodeOutput(model, ui=ui.PreviewText("\n".join(said)))
 
 
 def _listed(choices: dict[str, str]) -> str:
@@ -126,38 +129,21 @@ def _listed(choices: dict[str, str]) -> str:
 
 def explain(error: Exception, name: str) -> str:
     """An error for people: the file by the name that they know, not by the server's path."""
-    path = getattr(error, "path", None) or getattr(error, "filename", None)
+    if path := getattr(error, "path", None):  # only at the start: a command that is offered keeps its whole path
+        return name + str(error).removeprefix(str(path))
+    path = getattr(error, "filename", None)
     return str(error) if path is None else str(error).replace(str(path), name)
 
 
 def check(path: str, check_codes: bool = False) -> TernaryFile:
     """Open a ternary FLUX file. Anything else raises FormatError saying what the file is and what to do with it."""
-    opened = TensorFile(path)
-    if problem := _not_ternary(opened):
-        raise FormatError(path, problem)
-    file = open_ternary(opened, check_codes=check_codes)
+    source = open_source(path)
+    identity = identify(source)
+    if identity.kind != "ternary":
+        raise FormatError(path, identity.sentence)
+    file = open_ternary(source, check_codes=check_codes)
     file.architecture  # noqa: B018 - raises where the file is not a whole FLUX transformer
     return file
-
-
-def _not_ternary(file: TensorFile) -> str | None:
-    match file_kind(file):
-        case "ternary":
-            return None
-        case "flux":
-            return (
-                "this FLUX model is not ternary. Load it with the node Load Diffusion Model, or make a ternary one "
-                "of it with `python -m quantizer convert` (hours on a GPU; see the README)"
-            )
-        case "quantized":
-            return "this FLUX model is quantized in another format. Load it with the node Load Diffusion Model"
-        case "lora":
-            return "this is a LoRA. Move it to models/loras and apply it to this node's MODEL with the node Load LoRA"
-        case "vae":
-            return "this is a VAE. Move it to models/vae and load it with the node Load VAE"
-        case "text encoder":
-            return "this is a text encoder. Move it to models/text_encoders and load it with the node Load CLIP"
-    return "this is not a ternary FLUX model. Choose a file made with this pack's quantizer"
 
 
 def load(path: str, activations: str = "auto", backend: str = "auto", disable_dynamic: bool = False):
@@ -179,7 +165,7 @@ def load_file(file: TernaryFile, activations: str = "auto", backend: str = "auto
 
     # ComfyUI's own reader: dynamic VRAM streams the weights of its tensors from the file.
     state_dict, metadata = comfy.load_torch_file(path, return_metadata=True)
-    state_dict = {k.removeprefix(file.prefix): v for k, v in state_dict.items() if k.startswith(file.prefix)}
+    state_dict = {k.removeprefix(file.prefix): v for k, v in state_dict.items() if k in file.keys}
     config = comfy.model_config_from_unet(state_dict, "", metadata=metadata)
     device = comfy.get_torch_device()
     dtype = comfy.unet_manual_cast(None, device, config.supported_inference_dtypes)
@@ -216,6 +202,21 @@ def status(file: TernaryFile, device: torch.device, activations: str, backend: s
             f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         ]
     )
+
+
+def scale_errors(model) -> list[str]:
+    """A line on the scales that were rounded for 8-bit activations when the model was loaded; none where none were."""
+    layers = [m for m in model.model.modules() if getattr(m, "scale_error", None) is not None]
+    if not layers:
+        return []
+    rounded = [layer.scale_error for layer in layers if layer.weight._params.scale.ndim == 1]
+    lines = []
+    if rounded:
+        mean = sum(rounded) / len(rounded)
+        lines.append(f"group scales rounded for int8, by {mean:.2%} (at most {max(rounded):.2%})")
+    if kept := len(layers) - len(rounded):
+        lines.append(f"{kept} of {len(layers)} layers in full precision: their scales are too far apart for int8")
+    return lines
 
 
 def stage(file: TernaryFile) -> str:

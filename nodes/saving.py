@@ -101,6 +101,7 @@ class SavesWeights:
                     state_dict.pop(key)
                 if layout.is_ternary(weight):
                     state_dict |= entries(weight, f"{name}.", module.packing)
+                    self._restore_scales(state_dict, name, module)
                 else:
                     state_dict[f"{name}.weight"] = weight
                     dense.append(name)
@@ -113,6 +114,15 @@ class SavesWeights:
         if dense:
             lora.warn_dense(len(dense), sum(layout.is_ternary(module.weight) for module in quantized.values()))
         return state_dict
+
+    def _restore_scales(self, state_dict: dict, name: str, module) -> None:
+        """Put back the group scales of the file, where loading rounded them for 8-bit activations."""
+        if module.scale_error is None or module.weight._params.scale.ndim == 2 or not self.origin():
+            return
+        scale = self.origin().scale(name.removeprefix("diffusion_model."))
+        if scale is not None:
+            state_dict.pop(f"{name}.weight_group")
+            state_dict[f"{name}.weight_scale"] = scale
 
     def _restore_dtypes(self, state_dict: dict, prefix: str) -> None:
         origin = self.origin()

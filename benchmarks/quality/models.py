@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...quantizer.files.checkpoint import file_kind, open_checkpoint
+from ...quantizer.files.checkpoint import open_checkpoint
 from ...quantizer.files.container import TensorFile
+from ...quantizer.files.identity import identify
 from ...quantizer.files.summary import sizes
 from ...quantizer.files.ternary import open_ternary
 from ...quantizer.model.flux import Flux
@@ -19,7 +20,7 @@ _CLIPS = torch.linspace(0.5, 1.0, 26)
 def dense_of(path: Path, device: torch.device) -> tuple[Flux, int, float]:
     """The model of a dense or ternary file in fp32, the bytes it takes, and bits per weight of its block Linears."""
     opened = TensorFile(path)
-    if file_kind(opened) == "ternary":
+    if identify(opened).kind == "ternary":
         file = open_ternary(opened)
         extra = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
         state = {name: file.parameter(name).float() for name in file.dense.keys() - extra}

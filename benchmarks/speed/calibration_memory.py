@@ -83,7 +83,7 @@ def main() -> None:
         calibrate.calibrate(
             teacher, states, conditioning, target=output, folder=folder / "work", settings=settings, on_block=show
         )
-        sizes = output.stat().st_size / 1e6, teacher.checkpoint.file.header.size / 1e6
+        sizes = output.stat().st_size / 1e6, teacher.checkpoint.nbytes / 1e6
         print("ternary file: {:.0f} MB, of {:.0f} MB".format(*sizes))
     print(f"peak memory {peak():.2f} GiB on {args.device}")
     if peak() > args.limit:

@@ -117,7 +117,7 @@ def launches(capability: int, x, weight, bias=None, activations="int8") -> list[
     return found
 
 
-def sample_weight(n: int, k: int, grouped: bool = True, rank: int = 0) -> TernaryWeight:
+def sample_weight(n: int, k: int, grouped: bool = True, rank: int = 0, column: bool = False) -> TernaryWeight:
     """A weight of zeros, for compilation."""
     blocks = -(-k // 128)
     return TernaryWeight(
@@ -127,6 +127,7 @@ def sample_weight(n: int, k: int, grouped: bool = True, rank: int = 0) -> Ternar
         torch.ones(blocks, n, dtype=torch.uint8) if grouped else None,
         torch.zeros(rank, k, dtype=torch.bfloat16) if rank else None,
         torch.zeros(n, rank, dtype=torch.bfloat16) if rank else None,
+        torch.ones(k, dtype=torch.bfloat16) if column else None,
     )
 
 
@@ -180,6 +181,9 @@ CASES: dict[str, dict] = {
     "e4m3 group": dict(m=4608, activations="e4m3"),
     "a16 group, 16 tokens": dict(m=16, activations="full"),
     "a16 group, 1024 tokens": dict(m=1024, activations="full"),
+    "a16 group, 16 tokens, columns": dict(m=16, activations="full", column=True),
+    "a16 group, 64 tokens, columns": dict(m=64, activations="full", column=True),
+    "a16 group, 1024 tokens, columns": dict(m=1024, activations="full", column=True),
     "dequantize group, rank 16": dict(m=4608, rank=16, activations="full", dtype=torch.float16),
 }
 
@@ -198,7 +202,7 @@ def main() -> None:
     import sys
 
     capabilities = [int(argument) for argument in sys.argv[1:]] or CAPABILITIES
-    print(f"{'chip':8}{'case':26}{'kernel':16}{'grid':>12}{'regs':>6}{'smem KB':>9}{'spills':>8}{'loop':>6}"
+    print(f"{'chip':8}{'case':34}{'kernel':16}{'grid':>12}{'regs':>6}{'smem KB':>9}{'spills':>8}{'loop':>6}"
           f"{'MMA':>5}{'instr/MMA':>11}  products")  # fmt: skip
     for capability in capabilities:
         for name in CASES:
@@ -207,7 +211,7 @@ def main() -> None:
             for launch in case(capability, name):
                 code = machine_code(launch)
                 grid = "x".join(map(str, launch.grid[:2]))
-                print(f"sm_{capability:<5}{name:26}{launch.name.strip('_'):16}{grid:>12}{code.registers:6}"
+                print(f"sm_{capability:<5}{name:34}{launch.name.strip('_'):16}{grid:>12}{code.registers:6}"
                       f"{code.shared / 1024:9.1f}{code.spills:8}{code.loop_instructions:6}{code.loop_products:5}"
                       f"{code.per_product:11.2f}  {dict(code.products)}", flush=True)  # fmt: skip
 

@@ -125,7 +125,7 @@ def ours_fused_a16(layer: Layer):
 
     def run(x: Tensor) -> Tensor:
         tile = configs.tile(chip, "a16", x.shape[0]) or configs.table(chip)["a16"][-1][1]
-        return linear_a16(x, weight, None, None, layer.bias, x.new_empty(x.shape[0], layer.n), tile, chip)
+        return linear_a16(x, None, weight, None, None, layer.bias, x.new_empty(x.shape[0], layer.n), tile, chip)
 
     return weight, weight.nbytes, run
 

@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activations: s
     """x [M, K] times the weight, [M, N] in the dtype of x; see `ops.ternary_linear`."""
     dtype, multiply = x.dtype, _linear_int8 if activations == "int8" else _linear_full
     x = x.to(_product_dtype(x))
-    y = multiply(x, weight)
+    y = multiply(weight.scale_inputs(x), weight)
     if weight.up is not None:
         y += dense_linear(dense_linear(x, weight.down.to(x.dtype)), weight.up.to(x.dtype))
     if bias is not None:

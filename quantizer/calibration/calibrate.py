@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ...ops import TernaryWeight
+from ...ops.weight import TENSORS
 from ..files import metadata, precision
 from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
@@ -30,8 +32,9 @@ from ..model.flux import linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
-from . import gptq
+from . import columns, gptq
 from .gptq import LayerFit
+from .moments import Moments
 from .sensitivity import rounded
 from .streams import Streams
 
@@ -40,6 +43,7 @@ from .streams import Streams
 class CalibrationSettings:
     """How to quantize. `batch` states run at a time; `rank` > 0 adds low-rank factors to every ternary Linear.
 
+    `exponents` of column scales that are tried for every Linear beside none (see `columns`).
     `precisions`: name -> "two-terms" or "int8" of Linears that are not to be ternary (see `mixed`).
     """
 
@@ -50,6 +54,7 @@ class CalibrationSettings:
     packing: str = "planes32"
     seed: int = 0
     precisions: Mapping[str, str] = field(default_factory=dict)
+    exponents: tuple[float, ...] = columns.EXPONENTS
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def calibrate(
     are also written to `fits.json` there. `sha256` of the teacher's file saves reading it once more.
     """
     settings = settings or CalibrationSettings()
-    check_target(target, 0, overwrite, [teacher.checkpoint.path])
+    check_target(target, 0, overwrite, teacher.checkpoint.files)
     folder = Path(folder)
     keep_settings(folder, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
@@ -127,22 +132,30 @@ def _calibrate_block(
             collected = streams.moments(dense, student, replace(stage, linears=linears))
             for linear in linears:
                 module = linear_of(student, linear)
-                rank, terms = (0, 2) if precisions[linear] == "two-terms" else (settings.rank, 1)
-                solution = gptq.solve(
-                    module.weight,
-                    module.bias,
-                    collected.pop(linear),
-                    rank=rank,
-                    damping=settings.damping,
-                    sweeps=settings.sweeps,
-                    terms=terms,
-                )
+                terms = 2 if precisions[linear] == "two-terms" else 1
+                solution = _solve(module.weight, module.bias, collected.pop(linear), settings, terms)
                 results[linear] = solution
                 _apply(module, solution.weight, solution.bias)
         layers = {linear: solution.fit for linear, solution in results.items()}
         _save_block(path, results)
     img_drift, txt_drift = streams.advance(dense, student)
     return BlockFit(layers, img_drift, txt_drift)
+
+
+def _solve(
+    weight: Tensor, bias: Tensor | None, moments: Moments, settings: CalibrationSettings, terms: int
+) -> gptq.Solution:
+    """With the column scales that leave the smallest error of the outputs, or none."""
+    solve = partial(gptq.solve, damping=settings.damping, sweeps=settings.sweeps, terms=terms)
+
+    def error(rows: Tensor, part: Moments, column: Tensor | None) -> float:
+        some_bias = None if bias is None else rows.new_zeros(len(rows))
+        return solve(rows, some_bias, part, column=column).fit.output_error
+
+    weight = weight.to(moments.second)
+    column, exponent = columns.choose(weight, moments, error, settings.exponents)
+    solution = solve(weight, bias, moments, rank=settings.rank if terms == 1 else 0, column=column)
+    return replace(solution, fit=replace(solution.fit, exponent=exponent))
 
 
 def _apply(linear: nn.Module, weight: TernaryWeight, bias: Tensor | None) -> None:
@@ -173,8 +186,7 @@ def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
 
 
 def _read_layer(file: TensorFile, linear: str, shape: tuple[int, int]) -> tuple[TernaryWeight, Tensor | None]:
-    fields = ("trits", "scale", "group", "down", "up")
-    parts = {part: file.tensor(key) for part in fields if (key := f"{linear}.{part}") in file.entries}
+    parts = {part: file.tensor(key) for part in TENSORS if (key := f"{linear}.{part}") in file.entries}
     bias = file.tensor(f"{linear}.bias") if f"{linear}.bias" in file.entries else None
     return TernaryWeight(shape=shape, **parts), bias
 
@@ -192,25 +204,25 @@ def _assemble(
     """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
     arch = checkpoint.architecture
     int8 = int8_tensors(checkpoint, settings.precisions)
+    files = {block: TensorFile(folder / f"{block}.safetensors") for block in arch.block_names}
     plan = {}
-    for name, shape in arch.linear_shapes.items():
-        if settings.precisions.get(name) == "two-terms":
-            plan[name] = LayerPlan(shape, settings.packing, terms=2)
-        elif name not in settings.precisions:
-            plan[name] = LayerPlan(shape, settings.packing, rank=min(settings.rank, *shape))
+    for block, file in files.items():
+        for linear, shape in arch.block_linears(block).items():
+            if settings.precisions.get(f"{block}.{linear}") != "int8":
+                plan[f"{block}.{linear}"] = LayerPlan.of(_read_layer(file, linear, shape)[0], settings.packing)
     weights = {f"{name}.weight" for name in arch.linears}
-    dense = {name: (torch.bfloat16, checkpoint.entry(name).shape) for name in checkpoint.names if name not in weights}
+    dense = {name: (torch.bfloat16, checkpoint.shape(name)) for name in checkpoint.names if name not in weights}
     dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
     errors = {f"{block}.{name}": r.weight_error for block, b in fits.items() for name, r in b.layers.items()}
     shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
     sha256 = sha256 or checkpoint.sha256()
-    header = metadata.build(arch, checkpoint.path, checkpoint.metadata, "calibrate", shown, errors, sha256)
+    source, lossy = Path(checkpoint.name), checkpoint.lossy
+    header = metadata.build(arch, source, checkpoint.metadata, "calibrate", shown, errors, sha256, lossy)
     header |= precision.metadata(settings.precisions)
     started = datetime.fromtimestamp((folder / "settings.json").stat().st_mtime, UTC)
     header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
     with create_ternary(target, plan, dense, header, metadata.header_room(arch), overwrite) as writer:
-        for block in arch.block_names:
-            file = TensorFile(folder / f"{block}.safetensors")
+        for block, file in files.items():
             for linear, shape in arch.block_linears(block).items():
                 if f"{block}.{linear}" not in plan:
                     continue

@@ -17,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the model paints itself from the prompts of the conditioning file. One block at a time is in memory. "
         "It is much better than `round` and the start for `distill`, which is what makes good pictures.",
     )
-    parser.add_argument("source", type=Path, metavar="IN", help="dense FLUX.1 or FLUX.2 checkpoint, .safetensors")
+    parser.add_argument("source", type=Path, metavar="IN", help=options.DENSE)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the .safetensors to write")
     options.add_arguments(parser)
     parser.add_argument("--pictures", type=count, default=128, help="that the original paints (default: %(default)s)")

@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the conditioning file, calibrate on what it computed, then distill until the time is used up. Nothing but the "
         "checkpoint and the prompts is needed. An interrupted run goes on when the same command is given again.",
     )
-    parser.add_argument("source", type=Path, metavar="IN", help="dense FLUX.1 or FLUX.2 checkpoint, .safetensors")
+    parser.add_argument("source", type=Path, metavar="IN", help=options.DENSE)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
     options.add_arguments(parser)
     parser.add_argument(
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     with Bars() as bars:
         work = options.open_workspace(args, args.source, folder, on_progress=bars.show)
         codes = {"auto": None, "train": True, "freeze": False}[args.codes]
+        if note := options.note_on_source(work):
+            bars.say(note)
         whole = Run(
             work,
             args.output,

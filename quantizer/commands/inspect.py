@@ -8,13 +8,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="say what a file is: layers, bits per weight, sizes",
-        description="Say what a safetensors file is. A ternary file is checked completely: keys, shapes, every code.",
+        description="Say what a file or a folder is. A FLUX is checked completely: keys, shapes, every code and value.",
     )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--layers", action="store_true", help="list every ternary Linear")
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..console import Bars
     from ..files.summary import summarize
 
-    print("\n".join(summarize(args.file, args.layers)))
+    with Bars() as bars:
+        lines = summarize(args.file, args.layers, lambda done, total: total > 1e9 and bars.show("checked", done, total))
+    print("\n".join(lines))

@@ -18,7 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round`")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the file to write")
-    parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help="what START was made from")
+    parser.add_argument(
+        "--teacher", type=Path, required=True, metavar="DENSE", help=f"what START was made from; {options.DENSE}"
+    )
     options.add_arguments(parser)
     options.add_file_arguments(parser)
     parser.add_argument("--growth", type=positive, default=0.25, help="of the file (default: %(default)s: a quarter)")

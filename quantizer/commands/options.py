@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+DENSE = "FLUX.1 or FLUX.2: .safetensors or .gguf, or a folder of diffusers; 16 or 32 bits, fp8, int8 or GGUF"
+
 if TYPE_CHECKING:
     from ..pipeline.workspace import Workspace
 
@@ -69,3 +71,19 @@ def open_workspace(args: argparse.Namespace, dense: Path, folder: Path, **fields
         device=choose_device(args.device),
         **fields,
     )
+
+
+def note_on_source(work: "Workspace") -> str:
+    """What a user should know of the original before hours are spent on it; "" where there is nothing."""
+    from ..files.checkpoint import open_checkpoint
+    from ..pictures.sampler import default_steps
+
+    notes = []
+    if lossy := open_checkpoint(work.dense).lossy:
+        notes.append(f"the original is decoded from {lossy}; one in 16 bits would be a better teacher")
+    if work.arch.version == 1 and not work.arch.guidance and work.sampler_steps is None:
+        notes.append(
+            f"this FLUX.1 has no guidance embedding: its pictures are sampled in {default_steps(work.arch)} steps, "
+            "which is right for schnell; give --sampler-steps 20 or more for a de-distilled model"
+        )
+    return "; ".join(notes)

@@ -33,8 +33,15 @@ class Architecture:
             return known.get((self.hidden, self.depth, self.depth_single), "FLUX.2")
         if (self.hidden, self.depth, self.depth_single) != (3072, 19, 38):
             return "FLUX.1"
-        known = {96: "FLUX.1-Fill", 32: "FLUX.1-Canny/Depth", 16: "FLUX.1-dev" if self.guidance else "FLUX.1-schnell"}
+        if not self.guidance:
+            return "FLUX.1 without guidance (schnell or de-distilled)"
+        known = {96: "FLUX.1-Fill", 32: "FLUX.1-Canny/Depth", 16: "FLUX.1-dev"}
         return known.get(self.in_channels, "FLUX.1")
+
+    @property
+    def family(self) -> str:
+        """The name as far as it is a name: "FLUX.1" where the shape leaves it open which one it is."""
+        return self.name.partition(" ")[0]
 
     @property
     def axes_dim(self) -> tuple[int, ...]:
@@ -112,9 +119,9 @@ class Architecture:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter of the model and its shape."""
-        return dict(self._parameters())
+        return dict(self.parameters())
 
-    def _parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         def linear(name: str, outputs: int, inputs: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{name}.weight", (outputs, inputs)
             if bias:
@@ -139,8 +146,9 @@ class Architecture:
                 ("single_stream_modulation", 3),
             ):
                 yield from linear(f"{name}.lin", chunks * h, h, False)
-        for name, (outputs, inputs) in self.linear_shapes.items():
-            yield from linear(name, outputs, inputs, self.bias)
+        for block in self.block_names:
+            for name, (outputs, inputs) in self.block_linears(block).items():
+                yield from linear(f"{block}.{name}", outputs, inputs, self.bias)
         for block in self.block_names:
             for norm in ("img_attn.norm.", "txt_attn.norm.") if block.startswith("double") else ("norm.",):
                 yield f"{block}.{norm}query_norm.scale", (self.head_dim,)
@@ -158,10 +166,9 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """The architecture whose parameters have these shapes; unknown extra keys are ignored.
 
     `shapes` has BFL or ComfyUI names without prefix, and logical (unpacked) shapes. Raises ValueError naming the first
-    key that is missing or has another shape than this family's, and for relatives of FLUX that are not FLUX.
+    key that is missing or has another shape than this family's. Takes time by the number of keys, whatever they say.
     """
     shapes = {canonical(name): tuple(shape) for name, shape in shapes.items()}
-    _refuse_relatives(shapes)
     version = 2 if "double_stream_modulation_img.lin.weight" in shapes else 1
     for name in ("img_in.weight", "txt_in.weight", *(["vector_in.in_layer.weight"] if version == 1 else [])):
         if len(shapes.get(name, ())) != 2:
@@ -189,7 +196,7 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     )
     if not arch.depth:
         raise ValueError("This is not a FLUX transformer: it has no double_blocks.0")
-    for name, shape in arch.shapes.items():
+    for name, shape in arch.parameters():  # ends at the first that is missing, however many there are said to be
         if name not in shapes:
             raise ValueError(f"{name} is missing from this FLUX.{version} checkpoint (expected shape {list(shape)})")
         if shapes[name] != shape:
@@ -197,18 +204,11 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     return arch
 
 
-def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    indices = {name[len(prefix) :].split(".", 1)[0] for name in shapes if name.startswith(prefix)}
-    return max((int(index) + 1 for index in indices if index.isdigit()), default=0)
-
-
-def _refuse_relatives(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    relatives = {
-        "distilled_guidance_layer.": "Chroma",
-        "double_blocks.0.img_mlp.gate_proj.": "Ovis-Image",
-        "txt_norm.": "Ovis-Image",
-        "transformer_blocks.": "a diffusers checkpoint",
-    }
-    for prefix, what in relatives.items():
-        if found := next((name for name in shapes if name.startswith(prefix)), None):
-            raise ValueError(f"{found} belongs to {what}; FLUX.1 and FLUX.2 in BFL or ComfyUI naming are supported")
+def _count(shapes: Mapping[str, tuple[int, ...]], kind: str) -> int:
+    """The number of blocks, 0 to N - 1. Raises ValueError where one is missing."""
+    indices = {name[len(kind) :].split(".", 1)[0] for name in shapes if name.startswith(kind)}
+    numbers = {int(index) for index in indices if index.isdecimal() and len(index) < 10}
+    missing = next((number for number in range(len(numbers)) if number not in numbers), None)
+    if missing is not None:
+        raise ValueError(f"{kind}{missing} is missing, and {kind}{max(numbers)} is there")
+    return len(numbers)

@@ -1,155 +1,213 @@
-"""Dense FLUX checkpoints: recognised from their keys, read tensor by tensor or streamed once from start to end."""
+"""Dense FLUX checkpoints: whatever they are stored in, decoded tensor by tensor, or streamed once from start to end."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .architecture import Architecture, canonical, detect
-from .container import DTYPES, Entry, FormatError, TensorFile
+from .architecture import Architecture
+from .container import FormatError, TensorFile
+from .identity import Identity, Rows, identify
+from .sources.encodings import FLOATS, Encoding
+from .sources.gguf import GgufFile
+from .sources.source import Source, open_source, rows_of
 
-DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LORA_MARKS = (".lora_A", ".lora_B", ".lora_up", ".lora_down", "lora_unet_", ".hada_w", ".lokr_w", ".dora_scale")
-_QUANTIZED_MARKS = (".comfy_quant", "scaled_fp8", ".scale_weight", ".weight_scale", ".input_scale", ".qweight")
-
-
-def find_prefix(keys: Iterable[str]) -> str:
-    """What precedes the FLUX names in a file: "", "model.diffusion_model." or another; "" where there is no FLUX."""
-    keys = set(keys)
-    prefixes = [key.removesuffix("img_in.weight") for key in keys if key.endswith("img_in.weight")]
-    prefixes = [prefix for prefix in prefixes if any(key.startswith(prefix + "double_blocks.0.") for key in keys)]
-    return min(prefixes, key=len, default="")
-
-
-def file_kind(file: TensorFile) -> str:
-    """What a file is, by its keys: "ternary", "quantized" (in another format), "flux" (dense), "lora", "vae",
-    "text encoder" or "other".
-    """
-    keys = file.entries
-    prefix = find_prefix(keys)
-    if any(mark in key for key in keys for mark in _LORA_MARKS):
-        return "lora"
-    model = [key for key in keys if key.startswith(prefix)]
-    if f"{prefix}img_in.weight" not in keys:
-        if any(key.startswith(("decoder.", "first_stage_model.", "vae.", "taesd_")) for key in keys):
-            return "vae"
-        text = any(".self_attn." in key or ".SelfAttention." in key or "text_model." in key for key in keys)
-        return "text encoder" if text else "other"
-    if any(key.endswith(".comfy_quant") and b'"ternary_v' in file.bytes(key)[:4096].tobytes() for key in model):
-        return "ternary"
-    if any(mark in key for key in model for mark in _QUANTIZED_MARKS):
-        return "quantized"
-    return "flux"
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive rows of a tensor's bytes, or (`name` None) bytes that belong to no tensor of the model."""
+    """Consecutive rows of a tensor's bytes, or (`name` None) bytes that belong to no parameter of the model.
+
+    start   the parameter's first row here; row of the file's tensor: `row`
+    """
 
     name: str | None
-    start: int  # the first row
+    start: int
     rows: int
     data: bytearray
+    encoding: Encoding | None = None
+    row: int = 0
+
+    def values(self) -> Tensor:
+        """The numbers [rows, ...]: floats as they are stored, else fp32. Raises FormatError."""
+        return self.encoding.values(self.data, self.row, self.rows)
+
+    def check(self) -> None:
+        """Raise FormatError, naming the file's key, where a number is not finite."""
+        self.encoding.check(self.data, self.row, self.rows)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A dense FLUX checkpoint. Names are BFL's, without the file's prefix; other parts of the file are left out."""
+    """A dense FLUX checkpoint. Names are BFL's; what else is in its files is left out."""
 
-    file: TensorFile
-    architecture: Architecture
-    names: dict[str, str]  # BFL name -> key in the file, in file order
+    source: Source
+    identity: Identity
 
     @property
     def path(self) -> Path:
-        return self.file.path
+        """As it was given: a file or a folder."""
+        return self.source.path
+
+    @property
+    def name(self) -> str:
+        """For people: the file's or the folder's name."""
+        return self.source.name
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that it is read from."""
+        return tuple(file.path for file in self.source.files)
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.identity.architecture
+
+    @property
+    def parameters(self) -> Mapping[str, tuple[Rows, ...]]:
+        return self.identity.parameters
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.parameters)
+
+    @property
+    def lossy(self) -> str:
+        """What its weights were rounded to before; "" where they have 16 or 32 bits."""
+        return self.identity.lossy
 
     @property
     def metadata(self) -> dict[str, str]:
-        return self.file.header.metadata
+        return dict(self.source.metadata)
 
-    def entry(self, name: str) -> Entry:
-        return self.file.entries[self.names[name]]
+    @property
+    def nbytes(self) -> int:
+        """Of its files."""
+        return self.source.size
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.architecture.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.entry(name).dtype]
+        """Of the numbers that `tensor` gives."""
+        return reduce(torch.promote_types, (rows.encoding.dtype for rows in self.parameters[name]))
+
+    def bits(self, name: str) -> float:
+        """Bits that a number of this parameter takes in the file, without scales."""
+        parts = [rows.encoding for rows in self.parameters[name]]
+        stored = {e.key: e.file.entries[e.key].nbytes for e in parts}
+        values = {e.key: rows_of(e.file.entries[e.key])[1] * rows_of(e.file.entries[e.key])[0] for e in parts}
+        return 8 * sum(stored.values()) / sum(values.values())
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor in the file's dtype, memory-mapped and read-only."""
-        return self.file.tensor(self.names[name])
+        """A parameter: memory-mapped and read-only where it is stored as it is, else decoded, in fp32 or its own dtype.
+
+        Raises FormatError where it cannot be decoded.
+        """
+        parts = self.parameters[name]
+        encoding = parts[0].encoding
+        if len(parts) == 1 and encoding.stored in FLOATS and isinstance(encoding.file, TensorFile):
+            return encoding.file.tensor(encoding.key)
+        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        for rows in parts:
+            entry, part = rows.encoding.file.entries[rows.encoding.key], rows.part
+            stored = rows.encoding.file.bytes(rows.encoding.key).data
+            row_bytes = rows_of(entry)[2]
+            for first, count in _steps(rows.encoding, part.first, part.rows, _PIECE):
+                data = bytearray(stored[first * row_bytes : (first + count) * row_bytes])
+                at = part.at + first - part.first
+                whole[at : at + count] = rows.encoding.values(data, first, count)
+        return whole
 
     def read_ahead(self, prefix: str) -> None:
         """Let the system start to read the tensors whose names have this prefix from the disk."""
-        self.file.read_ahead(key for name, key in self.names.items() if name.startswith(prefix))
+        for name, parts in self.parameters.items():
+            for rows in parts if name.startswith(prefix) else ():
+                if isinstance(rows.encoding.file, TensorFile):
+                    rows.encoding.file.read_ahead([rows.encoding.key])
 
     def sha256(self) -> str:
-        """Of the whole file, in one pass over it."""
+        """Of the files, one after another, in one pass over them."""
         digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            while data := file.read(1 << 22):
-                digest.update(data)
+        for path in self.files:
+            with open(path, "rb") as file:
+                while data := file.read(_PIECE):
+                    digest.update(data)
         return digest.hexdigest()
 
-    def pieces(self, size: int = 1 << 22) -> Iterator[Piece]:
-        """Every byte of the file once and in order, in pieces of whole rows and about `size` bytes."""
+    @cached_property
+    def _stored(self) -> dict[str, list[tuple[str, Rows]]]:
+        """Key in a file -> the parameters' parts that it holds, in the order of its rows."""
+        stored: dict[str, list[tuple[str, Rows]]] = {}
+        for name, parts in self.parameters.items():
+            for rows in parts:
+                stored.setdefault(rows.encoding.key, []).append((name, rows))
+        return {key: sorted(of, key=lambda item: item[1].part.first) for key, of in stored.items()}
+
+    def pieces(self, size: int = _PIECE) -> Iterator[Piece]:
+        """Every byte of every file once and in order, in pieces of whole rows and about `size` bytes."""
+        for file in self.source.files:
+            yield from self._pieces(file, size)
+
+    def _pieces(self, file: TensorFile | GgufFile, size: int) -> Iterator[Piece]:
         position = 0
-        with open(self.path, "rb") as file:
-            for name, key in self.names.items():
-                entry = self.file.entries[key]
-                yield from _read(file, None, entry.start - position, 1, size)
-                rows = entry.shape[0] if entry.shape else 1
-                yield from _read(file, name, rows, entry.nbytes // max(rows, 1), size)
+        with open(file.path, "rb") as opened:
+            for key, entry in file.entries.items():
+                if key not in self._stored:
+                    continue
+                for start in range(position, entry.start, size):
+                    yield Piece(None, 0, 1, _read(opened, min(size, entry.start - start)))
+                row_bytes = rows_of(entry)[2]
+                for name, rows in self._stored[key]:
+                    for first, count in _steps(rows.encoding, rows.part.first, rows.part.rows, size):
+                        data = _read(opened, count * row_bytes)
+                        yield Piece(name, rows.part.at + first - rows.part.first, count, data, rows.encoding, first)
                 position = entry.stop
-            yield from _read(file, None, self.file.header.size - position, 1, size)
+            for start in range(position, file.size, size):
+                yield Piece(None, 0, 1, _read(opened, min(size, file.size - start)))
 
 
-def _read(file, name: str | None, rows: int, row_bytes: int, size: int) -> Iterator[Piece]:
-    step = max(1, size // max(row_bytes, 1))
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        data = bytearray(count * row_bytes)
-        if file.readinto(data) != len(data):
-            raise FormatError(file.name, "the file became shorter while it was read")
-        yield Piece(name, start, count, data)
+def _steps(encoding: Encoding, first: int, rows: int, size: int) -> Iterator[tuple[int, int]]:
+    """(row, number of rows) of pieces with about `size` bytes, and as many values at most as bf16 has in them."""
+    _, values, row_bytes = rows_of(encoding.file.entries[encoding.key])
+    step = max(1, min(size // max(row_bytes, 1), size // max(2 * values, 1)))
+    for start in range(first, first + rows, step):
+        yield start, min(step, first + rows - start)
 
 
-def open_checkpoint(source: str | os.PathLike | TensorFile) -> Checkpoint:
-    """Open a dense FLUX.1 or FLUX.2 checkpoint (safetensors; BFL names with or without a prefix; bf16, fp16 or fp32).
+def _read(file, count: int) -> bytearray:
+    data = bytearray(count)
+    if file.readinto(data) != count:
+        raise FormatError(file.name, "the file became shorter while it was read")
+    return data
+
+
+def open_checkpoint(source: str | os.PathLike | TensorFile | Source) -> Checkpoint:
+    """Open a dense FLUX.1 or FLUX.2: a file or a folder in any of the forms that `sources` knows.
 
     `source`: its path, or the file where it is open already. Raises FormatError, naming what the file is instead where
     that can be told.
     """
-    file = source if isinstance(source, TensorFile) else TensorFile(source)
-    path, entries = file.path, file.entries
-    refusals = {
-        "ternary": "this file is ternary already; give the dense checkpoint that it was made from "
-        "(`export` writes a dense copy of this one)",
-        "quantized": "this checkpoint is quantized already (fp8, int8 or similar); give the original, 16 or 32 bit",
-        "lora": "this is a LoRA, not a checkpoint; convert the base model and load the LoRA with ComfyUI's LoRA nodes",
-    }
-    if refusal := refusals.get(file_kind(file)):
-        raise FormatError(path, refusal)
-    prefix = find_prefix(entries)
-    names = {canonical(key.removeprefix(prefix)): key for key in entries if key.startswith(prefix)}
-    try:
-        architecture = detect({name: entries[key].shape for name, key in names.items()})
-    except ValueError as error:
-        raise FormatError(path, str(error)) from None
-    for key in names.values():
-        dtype = entries[key].dtype
-        if DTYPES.get(dtype) not in DENSE_DTYPES:
-            raise FormatError(path, f"the tensor is {dtype}; a checkpoint in bf16, fp16 or fp32 is needed", key)
-    return Checkpoint(file, architecture, names)
+    if isinstance(source, TensorFile):
+        source = Source.of(source)
+    elif not isinstance(source, Source):
+        source = open_source(source)
+    identity = identify(source)
+    if identity.kind != "dense":
+        raise FormatError(source.path, identity.sentence)
+    return Checkpoint(source, identity)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells checkpoints apart without reading all of them: the header and the dense tensors at both ends."""
-    entries = sorted((name, list(checkpoint.entry(name).shape)) for name in checkpoint.names)
+    """Tells checkpoints apart without reading all of them: the shapes and the dense tensors at both ends."""
+    entries = sorted((name, list(checkpoint.shape(name))) for name in checkpoint.names)
     ends = (checkpoint.tensor(name).float() for name in ("img_in.weight", "final_layer.linear.weight"))
     return digest(json.dumps(entries).encode(), *(end.numpy().tobytes() for end in ends))
 

@@ -5,16 +5,16 @@ from torch import Tensor
 from ...ops import GROUP_SIZE
 from ...ops.packing import first_invalid, groups_of, unpack_base3, unpack_planes32
 from ...ops.scales import MAX_MULTIPLIER
-from .checkpoint import DENSE_DTYPES
-from .container import DTYPES, FormatError, TensorFile
+from .container import FormatError, TensorFile
 from .layer import INT8, REDO, LayerPlan
+from .sources.encodings import FLOATS, check_finite
 
 _CHECKED = 1 << 20  # bytes checked at a time, within the caches
 
 
 def check_dense(file: TensorFile, key: str) -> None:
     dtype = file.entries[key].dtype
-    if DTYPES.get(dtype) in DENSE_DTYPES:
+    if dtype in FLOATS:
         return
     if dtype == "U8" and key.endswith(".weight"):
         problem = f"packed weights without {key.removesuffix('weight')}comfy_quant, which says how to decode them"
@@ -44,8 +44,12 @@ def check_values(file: TensorFile, key: str, layer: LayerPlan) -> None:
             raise FormatError(file.path, problem, f"{key}.weight")
     if _padding(file.tensor(f"{key}.weight"), layer).any():
         raise FormatError(file.path, f"the padding after the last input is not zero; {REDO}", f"{key}.weight")
-    if not file.tensor(f"{key}.weight_scale").isfinite().all():
-        raise FormatError(file.path, f"a scale is not finite; {REDO}", f"{key}.weight_scale")
+    for part in ("weight_down", "weight_up"):
+        if layer.rank:
+            check_finite(file.tensor(f"{key}.{part}"), file.path, f"{key}.{part}")
+    for suffix in ("weight_scale", "weight_column"):
+        if suffix in layer.tensors and not file.tensor(f"{key}.{suffix}").isfinite().all():
+            raise FormatError(file.path, f"a scale is not finite; {REDO}", f"{key}.{suffix}")
     if layer.scales == "integer":
         group = file.tensor(f"{key}.weight_group")
         if int(group.min()) < 1 or int(group.max()) > MAX_MULTIPLIER:

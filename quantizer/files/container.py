@@ -2,6 +2,7 @@
 
 Layout: 8 bytes little-endian header length, the JSON header, the tensors' bytes without holes. The header precedes the
 data and holds every shape, so a writer plans all tensors first and can then write them in any order and in pieces.
+The header's metadata has the CRC-32 of every tensor and of the header itself, for `verify`.
 
 Reading and writing are our own because the safetensors library writes files from tensors that are all in memory (a
 ternary FLUX.1 is made in 0.7 GB from 24 GB), and because a damaged file is refused here with its key and a remedy.
@@ -14,10 +15,11 @@ import mmap
 import os
 import struct
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -43,8 +45,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # dtypes that a header may hold and torch need not know
 _OTHER_BITS = {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 _BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | _OTHER_BITS
-_MAX_HEADER = 100_000_000
+# Headers of real models have some 100 KB and a few thousand tensors; a picture in the metadata may add megabytes.
+_MAX_HEADER = 1 << 24
+_MOST_TENSORS = 50_000
+_MOST_BRACKETS = 4 * _MOST_TENSORS
+_MOST_DIMENSIONS = 16
 _ALIGNMENT = 64
+_CHECKSUMS = "ternary.crc32"  # the metadata's key
 _FOREIGN = {
     b"GGUF": "a GGUF file",
     b"PK\x03\x04": "a PyTorch checkpoint (a zip of pickles)",
@@ -84,6 +91,39 @@ class Header:
     size: int
     metadata: dict[str, str]
     entries: dict[str, Entry]  # in file order
+    checksums: str | None = None  # as JSON; see `checksums_of`
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """CRC-32 of the header without them, and of the bytes of every tensor by its key."""
+
+    header: int
+    tensors: dict[str, int]
+
+    @property
+    def text(self) -> str:
+        tensors = {key: f"{value:08x}" for key, value in self.tensors.items()}
+        return json.dumps({"header": f"{self.header:08x}", "tensors": tensors}, separators=(",", ":"))
+
+
+def checksums_of(header: Header) -> Checksums | None:
+    """The checksums that the writer of a file left in it; None where there are none. FormatError if unreadable."""
+    if header.checksums is None:
+        return None
+    try:
+        match json.loads(header.checksums):
+            case {"header": str(own), "tensors": {**tensors}}:
+                return Checksums(int(own, 16), {str(key): int(str(value), 16) for key, value in tensors.items()})
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise FormatError(header.path, "the checksums cannot be read: the header is damaged; download the file again")
+
+
+def header_checksum(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> int:
+    """CRC-32 of what a header says, its checksums left out; tensors by name, wherever they lie."""
+    tensors = {key: [entry.dtype, list(entry.shape)] for key, entry in entries.items()}
+    return zlib.crc32(json.dumps([dict(metadata), tensors], sort_keys=True).encode())
 
 
 def read_header(path: str | os.PathLike) -> Header:
@@ -92,14 +132,15 @@ def read_header(path: str | os.PathLike) -> Header:
     Raises FormatError, OSError.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give a .safetensors file")
+    check_regular(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(24)
         length = int.from_bytes(start[:8], "little")
-        if start[8:9] != b"{" or length > _MAX_HEADER:
+        if start[8:9] != b"{":
             raise FormatError(path, _what_else(start, size))
+        if length > _MAX_HEADER:
+            raise FormatError(path, f"a header of {length:,} bytes is not read; download or convert the file again")
         if 8 + length > size:
             raise FormatError(path, "the file is truncated within its header; download or convert it again")
         file.seek(8)
@@ -107,10 +148,19 @@ def read_header(path: str | os.PathLike) -> Header:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(path, "the header's metadata is not a map of strings", "__metadata__")
+    checksums = metadata.pop(_CHECKSUMS, None)  # they hold for these bytes alone and are not handed on
     entries = {key: _entry(path, key, value, 8 + length) for key, value in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     _check_contiguous(path, entries, 8 + length, size)
-    return Header(path, size, metadata, entries)
+    return Header(path, size, metadata, entries, checksums)
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError where the path is none of a file: what else there is may never end when it is read."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a .safetensors file")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is a pipe or a device; give a file")
 
 
 def _what_else(start: bytes, size: int) -> str:
@@ -121,6 +171,9 @@ def _what_else(start: bytes, size: int) -> str:
 
 
 def _parse(path: Path, text: bytes) -> dict:
+    if text.count(b"{") > _MOST_BRACKETS or text.count(b"[") > _MOST_BRACKETS:
+        raise FormatError(path, "a header with this many entries is not read; download or convert the file again")
+
     def unique(pairs):
         keys = dict(pairs)
         if len(keys) != len(pairs):
@@ -129,8 +182,13 @@ def _parse(path: Path, text: bytes) -> dict:
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise FormatError(path, f"the header is not valid JSON ({error}); download or convert the file again") from None
+    if len(header) > _MOST_TENSORS:
+        problem = f"a header with {len(header):,} tensors is not read; download or convert the file again"
+        raise FormatError(path, problem)
     return header
 
 
@@ -141,9 +199,9 @@ def _entry(path: Path, key: str, value: object, data_start: int) -> Entry:
         case _:
             raise FormatError(path, "the header's entry is not a dtype, shape and data_offsets", key)
     if dtype not in _BITS:
-        raise FormatError(path, f"unknown dtype {dtype}", key)
-    if not all(type(length) is int and length >= 0 for length in shape):
-        raise FormatError(path, f"invalid shape {shape}", key)
+        raise FormatError(path, f"unknown dtype {dtype:.32}", key)
+    if len(shape) > _MOST_DIMENSIONS or not all(type(length) is int and 0 <= length < 1 << 63 for length in shape):
+        raise FormatError(path, f"invalid shape {str(shape[:_MOST_DIMENSIONS]):.200}", key)
     if start < 0 or (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:
         raise FormatError(path, f"{stop - start} bytes do not hold {dtype} {shape}", key)
     return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
@@ -177,6 +235,15 @@ class TensorFile:
     @property
     def entries(self) -> dict[str, Entry]:
         return self.header.entries
+
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes."""
+        return self.header.size
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self.header.metadata
 
     def bytes(self, key: str) -> np.ndarray:
         """The tensor's bytes, uint8."""
@@ -213,6 +280,8 @@ class TensorWriter:
     metadata: dict[str, str]  # may be completed until the end, within the room that `create` was given
     file: BinaryIO
     written: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
+    ahead: dict[str, dict[int, Any]] = field(default_factory=dict)  # pieces that wait for those before them
 
     def write(self, key: str, data: Tensor | np.ndarray) -> None:
         """Write a whole tensor; its dtype and shape must be the planned ones."""
@@ -224,11 +293,16 @@ class TensorWriter:
         self.write_bytes(key, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
     def write_bytes(self, key: str, data, offset: int = 0) -> None:
-        """Write a piece of a tensor, `offset` bytes from its start. Each byte must be written once."""
-        entry = self.entries[key]
-        self.file.seek(entry.start + offset)
-        self.file.write(data)
-        self.written[key] = self.written.get(key, 0) + len(data)
+        """Write a piece of a tensor, `offset` bytes from its start. A piece ahead of its turn is held until then."""
+        if offset < self.written.get(key, 0):
+            raise ValueError(f"{key}: byte {offset} was written already")
+        ahead = self.ahead.setdefault(key, {})
+        ahead[offset] = data
+        while (piece := ahead.pop(self.written.get(key, 0), None)) is not None:
+            self.file.seek(self.entries[key].start + self.written.get(key, 0))
+            self.file.write(piece)
+            self.written[key] = self.written.get(key, 0) + len(piece)
+            self.checksums[key] = zlib.crc32(piece, self.checksums.get(key, 0))
 
 
 def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -254,7 +328,8 @@ def create(
         dtype, shape = plan[key]
         offsets[key] = Entry(DTYPE_NAMES[dtype], tuple(shape), position, position + size_of(dtype, shape))
         position = offsets[key].stop
-    header = _header_bytes(offsets, metadata, header_room)
+    unknown = Checksums(0, dict.fromkeys(offsets, 0)).text
+    header = _header_bytes(offsets, dict(metadata) | {_CHECKSUMS: unknown}, header_room)
     data_start = len(header)
     entries = {key: Entry(e.dtype, e.shape, e.start + data_start, e.stop + data_start) for key, e in offsets.items()}
     with atomic_file(path, data_start + position, overwrite) as file:
@@ -264,7 +339,9 @@ def create(
         for key, entry in entries.items():
             if writer.written.get(key, 0) != entry.nbytes:
                 raise ValueError(f"{path}: {key}: {writer.written.get(key, 0)} of {entry.nbytes} bytes were written")
-        header = _header_bytes(offsets, writer.metadata, 0)
+        checksums = {key: writer.checksums.get(key, 0) for key in offsets}
+        found = Checksums(header_checksum(writer.metadata, entries), checksums).text
+        header = _header_bytes(offsets, writer.metadata | {_CHECKSUMS: found}, 0)
         if len(header) > data_start:
             raise ValueError(f"{path}: the metadata outgrew its room by {len(header) - data_start} bytes")
         file.seek(0)

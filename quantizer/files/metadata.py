@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .architecture import Architecture
 from .layer import FORMAT
+from .sources.locate import SUFFIXES
 
 UNKNOWN_SHA256 = "0" * 64
 
@@ -31,31 +32,38 @@ def build(
     settings: Mapping[str, object],
     errors: Mapping[str, float],
     sha256: str = UNKNOWN_SHA256,
+    lossy: str = "",
 ) -> dict[str, str]:
     """The metadata of a ternary file made from `source`.
 
-    errors: ternary Linear -> relative error of its weight, ||W - W'|| / ||W||. sha256: of the source file. The source's
-    own modelspec fields (author, licence, ...) are kept, because they hold for the converted model too.
+    errors: ternary Linear -> relative error of its weight, ||W - W'|| / ||W||. sha256: of the source file, or of all of
+    its files after one another. lossy: what the source's weights were rounded to before. The source's own modelspec
+    fields (author, licence, ...) are kept, because they hold for the converted model too.
     """
-    title = source_metadata.get("modelspec.title", source.stem)
+    title = source_metadata.get("modelspec.title", source.stem if source.suffix.lower() in SUFFIXES else source.name)
     kept = {key: value for key, value in source_metadata.items() if key.startswith("modelspec.")}
     kept.pop("modelspec.hash_sha256", None)
+    before = {"ternary.source_encoding": lossy} if lossy else {}
     implementation = "flux2" if architecture.version == 2 else "flux"
-    return kept | {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": kept.get("modelspec.architecture", architecture.name.lower()),
-        "modelspec.implementation": f"https://github.com/black-forest-labs/{implementation}",
-        "modelspec.title": f"{title} (ternary, 1.58-bit)",
-        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "ternary.format": FORMAT,
-        "ternary.quantizer": f"comfyui-ternary-flux {version()}",
-        "ternary.base_model": architecture.name,
-        "ternary.source": source.name,
-        "ternary.source_sha256": sha256,
-        "ternary.method": method,
-        "ternary.settings": json.dumps(dict(settings)),
-        "ternary.weight_errors": json.dumps({name: round(error, 4) for name, error in errors.items()}),
-    }
+    return (
+        kept
+        | before
+        | {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": kept.get("modelspec.architecture", architecture.family.lower()),
+            "modelspec.implementation": f"https://github.com/black-forest-labs/{implementation}",
+            "modelspec.title": f"{title} (ternary, 1.58-bit)",
+            "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "ternary.format": FORMAT,
+            "ternary.quantizer": f"comfyui-ternary-flux {version()}",
+            "ternary.base_model": architecture.name,
+            "ternary.source": source.name,
+            "ternary.source_sha256": sha256,
+            "ternary.method": method,
+            "ternary.settings": json.dumps(dict(settings)),
+            "ternary.weight_errors": json.dumps({name: round(error, 4) for name, error in errors.items()}),
+        }
+    )
 
 
 def header_room(architecture: Architecture) -> int:

@@ -4,13 +4,14 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .architecture import Architecture
-from .checkpoint import file_kind, open_checkpoint
-from .container import FormatError, Header, TensorFile
+from .checkpoint import Checkpoint, open_checkpoint
+from .identity import identify
 from .layer import INT8, LayerPlan
+from .sources.source import Source, open_source
 from .ternary import TernaryFile, open_ternary
 
 _SCALES = {"integer": "row x integer group", "row": "row"}
@@ -66,19 +67,31 @@ def sizes(file: TernaryFile) -> Sizes:
     )
 
 
-def summarize(path: str | os.PathLike, layers: bool = False) -> list[str]:
-    """Lines that say what a file is; `layers` adds one for every Linear. Raises FormatError for a damaged file."""
-    file = TensorFile(path)
-    kind = file_kind(file)
-    if kind == "ternary":
-        return list(_ternary(open_ternary(file), layers))
-    if kind == "flux":
-        try:
-            return list(_dense(open_checkpoint(file).architecture, file.header, layers))
-        except FormatError as error:
-            kind, reason = "other", str(error).removeprefix(f"{error.path}: ")
-            return [*_other(kind, file.header), _row("not usable", reason)]
-    return list(_other(kind, file.header))
+def summarize(
+    path: str | os.PathLike, layers: bool = False, on_progress: Callable[[int, int], object] = lambda done, total: None
+) -> list[str]:
+    """Lines that say what a file or a folder is; `layers` adds one for every Linear.
+
+    Every value of a model is looked at; `on_progress` gets the bytes read so far and those of all files. Raises
+    FormatError for a damaged file, OSError.
+    """
+    source = open_source(path)
+    identity = identify(source)
+    lines = [f"{source.path}: {identity.sentence}"]
+    if identity.kind == "ternary":
+        lines += _ternary(open_ternary(source), layers)
+    elif identity.kind == "dense":
+        checkpoint = open_checkpoint(source)
+        done = 0
+        for piece in checkpoint.pieces():
+            if piece.name:
+                piece.check()
+            done += len(piece.data)
+            on_progress(done, source.size)
+        lines += _dense(checkpoint, layers)
+    else:
+        lines += _tensors(source)
+    return lines
 
 
 def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
@@ -88,15 +101,18 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
     scales = ", ".join(sorted({_SCALES.get(plan.scales, f"{plan.scales} group") for plan in plans}))
     ranks = sorted({plan.rank for plan in plans} - {0})
     rank = f", low rank {', '.join(map(str, ranks))}" if ranks else ""
-    yield f"{file.path}: ternary FLUX, ternary_v1; every key, code and scale is valid"
+    yield _row("checked", "ternary_v1; every key, code and scale is valid, and every value is finite")
     yield _architecture(file.architecture)
     linears = f"{len(file.layers)} Linears, {size.ternary_weights / 1e6:,.1f} M weights"
     yield _row("ternary", f"{linears}, {size.bits_per_weight:.3f} bits per weight ({packings}; scales {scales}{rank})")
     if double := [plan.shape for plan in plans if plan.terms == 2]:
         count = sum(map(math.prod, double)) / 1e6
         yield _row("two terms", f"{len(double)} of these are Linears of two ternary terms, {count:,.1f} M weights")
+    if scaled := sum(bool(plan.columns) for plan in plans):
+        yield _row("column scales", f"{scaled} of these have a scale for each input")
     dtypes = _dtypes(file.file.entries[key].dtype for key in file.dense.values())
     yield _row("dense", f"{len(file.dense)} tensors, {size.dense_weights / 1e6:,.1f} M weights ({dtypes})")
+    yield from _ignored(file.ignored)
     if file.int8:
         count = size.int8_weights / 1e6
         yield _row("8 bits", f"{len(file.int8)} of these are Linears in {INT8}, {count:,.1f} M weights")
@@ -120,7 +136,8 @@ def _layer(name: str, plan: LayerPlan, error: float | None) -> str:
     n, k = plan.shape
     shown = "" if error is None else f"  error {error:.4f}"
     terms = "" if plan.terms == 1 else f" in {plan.terms} terms"
-    return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{terms}{shown}"
+    columns = ", column scales" if plan.columns else ""
+    return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{terms}{columns}{shown}"
 
 
 def stated_errors(file: TernaryFile) -> dict[str, float]:
@@ -132,15 +149,25 @@ def stated_errors(file: TernaryFile) -> dict[str, float]:
         return {}
 
 
-def _dense(arch: Architecture, header: Header, layers: bool) -> Iterator[str]:
+<<<<<<< HEAD
+def _dense(checkpoint: Checkpoint, layers: bool) -> Iterator[str]:
+    arch, source = checkpoint.architecture, checkpoint.source
     plans = {name: LayerPlan(shape) for name, shape in arch.linear_shapes.items()}
+=======
+def _dense(arch: Architecture, header: Header, layers: bool) -> Iterator[str]:
+    plans = {name: LayerPlan(shape, columns="bf16") for name, shape in arch.linear_shapes.items()}
+>>>>>>> column
     weights = sum(math.prod(shape) for shape in arch.shapes.values())
     ternary = sum(math.prod(plan.shape) for plan in plans.values())
-    yield f"{header.path}: dense FLUX; `round` makes it ternary"
+    yield _row("checked", "every parameter is there, and every value is finite")
     yield _architecture(arch)
     linears = f"{ternary / 1e6:,.1f} M of them in the {len(plans)} Linears of the blocks"
     yield _row("weights", f"{weights / 1e6:,.1f} M, {linears}")
-    yield _row("size", f"{in_bytes(header.size)} ({_dtypes(entry.dtype for entry in header.entries.values())})")
+    if checkpoint.lossy:
+        yield _row("rounded to", f"{checkpoint.lossy}; what that lost, a ternary file of it cannot have")
+    files = f", {len(source.files)} files" if len(source.files) > 1 else ""
+    yield _row("size", f"{in_bytes(source.size)} ({_dtypes(entry.dtype for entry in source.entries.values())}{files})")
+    yield from _ignored(checkpoint.identity.ignored)
     after = sum(plan.nbytes for plan in plans.values()) + 2 * (weights - ternary)
     yield _row("as ternary", f"{in_bytes(after)}, {2 * weights / after:.2f} times smaller than bf16")
     if layers:
@@ -149,19 +176,15 @@ def _dense(arch: Architecture, header: Header, layers: bool) -> Iterator[str]:
             yield f"  {name:<40} {n:>6} x {k}"
 
 
-def _other(kind: str, header: Header) -> Iterator[str]:
-    what = {
-        "lora": "a LoRA; load it with ComfyUI's LoRA nodes, on a ternary model too",
-        "quantized": "a FLUX checkpoint that is quantized already, in another format",
-        "vae": "a VAE; load it with ComfyUI's node Load VAE",
-        "text encoder": "a text encoder; load it with ComfyUI's node Load CLIP",
-        "other": "no FLUX transformer that this pack knows",
-    }
-    yield f"{header.path}: {what[kind]}"
-    yield _row("tensors", f"{len(header.entries)} ({_dtypes(entry.dtype for entry in header.entries.values())})")
-    yield _row("size", in_bytes(header.size))
-    first = ", ".join(list(header.entries)[:3])
-    yield _row("first keys", first)
+def _ignored(count: int) -> Iterator[str]:
+    if count:
+        yield _row("left out", f"{count} other tensors, which are not the transformer's")
+
+
+def _tensors(source: Source) -> Iterator[str]:
+    yield _row("tensors", f"{len(source.entries)} ({_dtypes(entry.dtype for entry in source.entries.values())})")
+    yield _row("size", in_bytes(source.size))
+    yield _row("first keys", ", ".join(f"{key:.80}" for key in list(source.entries)[:3]))
 
 
 def _architecture(arch: Architecture) -> str:

@@ -7,6 +7,7 @@ A ternary Linear X of logical shape [N, K], the sum of P terms, 1 or 2, with G =
     X.weight_group  uint8 [G, N] of 1..127, optional beside scales [N]; the scale of row n and group j is then
                     weight_scale[n] * weight_group[j, n]
     X.weight_down   bf16 [r, K], and X.weight_up bf16 [N, r], optional: W = ternary + up @ down
+    X.weight_column bf16 or fp32 [K], optional: W = trits * scales * column[k] (+ up @ down)
     X.comfy_quant   uint8, JSON: {"format": "ternary_v1", "packing": ..., "group_size": 128, "shape": [N, K]}, and
                     "terms": 2 where there are two
 
@@ -29,10 +30,12 @@ from torch import Tensor
 from ...ops import TernaryWeight
 from ...ops.packing import pack_base3, packed_shape
 from .architecture import Architecture, canonical, detect
-from .checkpoint import find_prefix
 from .checks import check_dense, check_int8, check_values, is_int8
 from .container import FormatError, TensorFile, TensorWriter, create
+from .identity import find_prefix, identify
 from .layer import PARTS, ROWS, SUFFIXES, Get, LayerPlan, read_plan, read_weight, stored
+from .sources.encodings import check_finite
+from .sources.source import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,17 @@ class TernaryFile:
         """The Linears in ComfyUI's 8-bit format."""
         return tuple(name.removesuffix(".comfy_quant") for name in self.dense if name.endswith(".comfy_quant"))
 
+    @cached_property
+    def keys(self) -> set[str]:
+        """The keys in the file of everything that is the model's."""
+        parts = {f"{self.prefix}{name}.{part}" for name in self.layers for part in PARTS}
+        return set(self.dense.values()) | (parts & self.file.entries.keys())
+
+    @property
+    def ignored(self) -> int:
+        """How many other tensors the file has."""
+        return len(self.file.entries) - len(self.keys)
+
     def parameter(self, name: str) -> Tensor:
         """A parameter as a dense tensor; ternary and 8-bit weights are decoded to fp32."""
         layer = name.removesuffix(".weight")
@@ -147,37 +161,71 @@ class TernaryFile:
         return state
 
 
-def open_ternary(source: str | os.PathLike | TensorFile, check_codes: bool = True) -> TernaryFile:
-    """Open a ternary file and check it: every key, dtype, shape and JSON field, then (`check_codes`) trits and scales.
+def open_ternary(source: str | os.PathLike | TensorFile | Source, check_codes: bool = True) -> TernaryFile:
+    """Open a ternary file and check it: every key, dtype, shape and JSON field of the model, then (`check_codes`) every
+    trit, scale and dense value. What else is in the file is counted.
 
     `source`: its path, or the file where it is open already. Nothing is copied. Raises FormatError naming the file, the
-    key and the remedy.
+    key and the remedy; for another kind of file, what it is.
     """
-    file = source if isinstance(source, TensorFile) else TensorFile(source)
-    prefix = find_prefix(file.entries)
+    file = _single(source)
+    prefix = find_prefix(file.entries) or ""
     keys = [key for key in file.entries if key.startswith(prefix)]
     quantized = [key.removesuffix(".comfy_quant") for key in keys if key.endswith(".comfy_quant")]
-    int8 = [key for key in quantized if is_int8(file, f"{key}.comfy_quant")]
+    int8 = dict.fromkeys(key for key in quantized if is_int8(file, f"{key}.comfy_quant"))
     names = [key.removeprefix(prefix) for key in quantized if key not in int8]
-    if not names:
-        problem = "this is not a ternary file: it has no .comfy_quant keys; make one with `round`"
-        raise FormatError(file.path, problem)
+    if not names or (find_prefix(file.entries) is not None and identify(file).kind != "ternary"):
+        raise FormatError(file.path, identify(file).sentence)
     layers = {}
     for name in names:
         key = f"{prefix}{name}"
         layers[name] = read_plan(_tensors_of(file, key), file.path, key)
     parts = {f"{prefix}{name}.{part}" for name in names for part in PARTS}
     dense = {canonical(key.removeprefix(prefix)): key for key in keys if key not in parts}
+    for name in dense:
+        layer, _, part = name.rpartition(".")
+        if layer in layers and part != "bias":
+            problem = (
+                "this version knows no such part of a ternary layer, and would decode it wrongly; update this pack"
+            )
+            raise FormatError(file.path, problem, dense[name])
     eight_bit = {f"{key}.{part}" for key in int8 for part in ("weight", "weight_scale", "comfy_quant")}
+    layers, dense = _own(layers, dense, file, eight_bit)
     for key in dense.values():
         if key not in eight_bit:
             check_dense(file, key)
-    for key in int8:
+            if check_codes:
+                check_finite(file.tensor(key), file.path, key)
+    for key in int8.keys() & {key.removesuffix(".comfy_quant") for key in dense.values()}:
         check_int8(file, key)
     if check_codes:
         for name, layer in layers.items():
             check_values(file, f"{prefix}{name}", layer)
     return TernaryFile(file, prefix, layers, dense)
+
+
+def _single(source: str | os.PathLike | TensorFile | Source) -> TensorFile:
+    """The one file of a source. Raises FormatError for others, which are not ternary."""
+    if isinstance(source, TensorFile):
+        return source
+    opened = source if isinstance(source, Source) else open_source(source)
+    file, *others = opened.files
+    if others or not isinstance(file, TensorFile):
+        raise FormatError(opened.path, identify(opened).sentence)
+    return file
+
+
+def _own(layers: dict, dense: dict, file: TensorFile, eight_bit: set[str]) -> tuple[dict, dict]:
+    """Layers and dense tensors of the model alone, where all of it is there."""
+    shapes = {name: file.entries[key].shape for name, key in dense.items()}
+    shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
+    try:
+        own = detect(shapes).shapes
+    except ValueError:
+        return layers, dense
+    beside = {name for name, key in dense.items() if key in eight_bit and f"{name.rpartition('.')[0]}.weight" in own}
+    layers = {name: layer for name, layer in layers.items() if f"{name}.weight" in own}
+    return layers, {name: key for name, key in dense.items() if name in own or name in beside}
 
 
 def _tensors_of(file: TensorFile, key: str) -> Get:

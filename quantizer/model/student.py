@@ -176,5 +176,6 @@ def stored_dtypes(model: nn.Module, start: TernaryFile) -> dict[str, torch.dtype
 
 def rate_groups(names: Iterable[str]) -> dict[str, str]:
     """Parameter name -> "scale", "code", "rank", "bias", "norm" or "dense": what has a learning rate of its own."""
-    leaves = {"log_scale": "scale", "latent": "code", "down": "rank", "up": "rank", "bias": "bias", "scale": "norm"}
+    leaves = {"log_scale": "scale", "log_column": "scale", "latent": "code", "down": "rank", "up": "rank"}
+    leaves |= {"bias": "bias", "scale": "norm"}
     return {name: leaves.get(name.rpartition(".")[2], "dense") for name in names}

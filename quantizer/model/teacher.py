@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..files.architecture import Architecture
 from ..files.checkpoint import Checkpoint
+from ..files.sources.encodings import check_finite
 from .flux import Flux, Inputs, Tokens, make_block
 from .staging import Staging
 
@@ -88,6 +89,7 @@ class Teacher:
         self.checkpoint, self.arch, self.device = checkpoint, checkpoint.architecture, torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.bytes_read = 0
+        self._checked: set[str] = set()
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
         free = free_memory(self.device)
         self.placement = placement or place(self.arch, free, self.device.type, self.dtype.itemsize)
@@ -170,6 +172,10 @@ class Teacher:
             else:
                 copies = {name: self._staging.copy(tensor, self.dtype) for name, tensor in tensors.items()}
                 self._staging.join()
+            if prefix not in self._checked:  # a model that is read again and again is checked once
+                for name, tensor in copies.items():
+                    check_finite(tensor, self.checkpoint.path, prefix + name)
+                self._checked.add(prefix)
             module.load_state_dict(copies, assign=True)
             return module.requires_grad_(False).eval()
 

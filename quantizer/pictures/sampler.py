@@ -22,7 +22,8 @@ def default_shift(arch: Architecture) -> float:
 
 
 def default_steps(arch: Architecture) -> int:
-    return 4 if arch.name == "FLUX.1-schnell" or arch.name.startswith("FLUX.2-klein") else 20
+    """Of the sampler: 4 for schnell and klein; a FLUX.1 without guidance that is not schnell needs more."""
+    return 4 if arch.name.startswith(("FLUX.1 without guidance", "FLUX.2-klein")) else 20
 
 
 def noise_levels(steps: int, shift: float) -> Tensor:

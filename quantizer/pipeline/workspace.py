@@ -64,7 +64,8 @@ class Workspace:
         """Raises ValueError or OSError, before anything is written, where these inputs do not fit each other, and where
         `target` cannot be written or is one of them. `sources` are further inputs.
         """
-        check_target(target, 0, overwrite, [self.dense, self.conditioning_file, *sources])
+        dense = open_checkpoint(self.dense).files
+        check_target(target, 0, overwrite, [*dense, self.conditioning_file, *sources])
         for size in self.sizes:
             latent_shape(self.arch, size)
         self.conditioning  # noqa: B018  read, and compared with the model

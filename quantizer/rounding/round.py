@@ -1,13 +1,13 @@
 """Round a whole checkpoint: one pass over the source file, in pieces, with bounded memory."""
 
-import contextlib
 import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +17,13 @@ from ..files.atomic import check_target
 from ..files.checkpoint import Checkpoint, Piece, open_checkpoint
 from ..files.container import FormatError
 from ..files.layer import LayerPlan
+from ..files.sources.encodings import NOT_FINITE, check_finite
 from ..files.ternary import TernaryWriter, create_ternary
+<<<<<<< HEAD
+from ..threads import single_threaded_pool
+=======
+from .columns import column_scales
+>>>>>>> column
 from .one_term import Matrix, Rows, round_rows
 
 _IN_FLIGHT = 8  # pieces of 4 MB that are read ahead of the rounding
@@ -26,6 +32,9 @@ _IN_FLIGHT = 8  # pieces of 4 MB that are read ahead of the rounding
 @dataclass(frozen=True)
 class Summary:
     base_model: str
+    source: str  # its name
+    lossy: str  # what the source's weights were rounded to before, "" for nothing
+    ignored: int  # tensors of the source that are not the model's
     errors: dict[str, float]  # ternary Linear -> relative error of its weight
     weights: int  # in the ternary Linears
     source_bytes: int
@@ -45,23 +54,26 @@ def round_checkpoint(
     overwrite: bool = False,
     on_progress: Callable[[int], object] = lambda weights: None,
 ) -> Summary:
-    """Round every block Linear of a dense FLUX checkpoint and write a ternary file; the other tensors become bf16.
+    """Round every block Linear of a dense FLUX and write a ternary file; the other parameters become bf16.
 
+    Least squares round with column scales that give the columns of each weight equal norms.
     `on_progress` is called with the number of weights done since the last call. Raises FormatError for an unsuitable
     source, OSError for an unwritable target, ValueError where both are the same file; nothing is left behind then, nor
     after KeyboardInterrupt.
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source)
-    check_target(target, 0, overwrite, [source])
+    check_target(target, 0, overwrite, checkpoint.files)
     arch = checkpoint.architecture
-    layers = {name: LayerPlan(shape, packing) for name, shape in arch.linear_shapes.items()}
+    columns = "bf16" if method == "least-squares" else ""
+    layers = {name: LayerPlan(shape, packing, columns=columns) for name, shape in arch.linear_shapes.items()}
     names = {f"{layer}.weight" for layer in layers}
-    dense = {name: (torch.bfloat16, checkpoint.entry(name).shape) for name in checkpoint.names if name not in names}
+    dense = {name: (torch.bfloat16, checkpoint.shape(name)) for name in checkpoint.names if name not in names}
 
     def header(errors: dict[str, float], **sha256: str) -> dict[str, str]:
         settings = {"packing": packing}
-        return metadata.build(arch, checkpoint.path, checkpoint.metadata, method, settings, errors, **sha256)
+        name, lossy = Path(checkpoint.name), checkpoint.lossy
+        return metadata.build(arch, name, checkpoint.metadata, method, settings, errors, lossy=lossy, **sha256)
 
     with create_ternary(
         target, layers, dense, header(dict.fromkeys(layers, 0.0)), metadata.header_room(arch), overwrite
@@ -71,19 +83,9 @@ def round_checkpoint(
         errors = {name: one_pass.errors[name] for name in layers}
         writer.metadata.update(header(errors, sha256=one_pass.digest.hexdigest()))
     weights = sum(n * k for n, k in arch.linear_shapes.values())
-    sizes = checkpoint.file.header.size, os.path.getsize(target)
-    return Summary(arch.name, errors, weights, *sizes, time.monotonic() - started)
-
-
-@contextlib.contextmanager
-def _single_threaded_pool() -> Iterator[ThreadPoolExecutor]:
-    """One thread for each core, in which torch does not start threads of its own."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)  # threads started later take the setting made last in any thread
+    sizes = checkpoint.nbytes, os.path.getsize(target)
+    source, seconds = checkpoint.identity, time.monotonic() - started
+    return Summary(arch.name, checkpoint.name, source.lossy, source.ignored, errors, weights, *sizes, seconds)
 
 
 class _Pass:
@@ -95,14 +97,18 @@ class _Pass:
         self.method = method
         self.on_progress = on_progress
         self.digest = hashlib.sha256()
+        self.columns: dict[str, Future] = {}  # column scales of layers that are not done
         self.matrices: dict[str, Matrix] = {}  # layers of which some rows are done
         self.errors: dict[str, float] = {}
 
     def run(self) -> None:
         waiting: deque[tuple[Piece, Future, Future]] = deque()
-        with ThreadPoolExecutor(1) as hasher, _single_threaded_pool() as rounders:
+        with ThreadPoolExecutor(1) as hasher, single_threaded_pool() as rounders:
             for piece in self.checkpoint.pieces():
                 hashed = hasher.submit(self.digest.update, piece.data)
+                layer = self._layer(piece)
+                if layer is not None and layer not in self.columns and self.writer.layers[layer].columns:
+                    self.columns[layer] = rounders.submit(column_scales, self.checkpoint.tensor(piece.name))
                 waiting.append((piece, rounders.submit(self._convert, piece), hashed))
                 if len(waiting) > _IN_FLIGHT:
                     self._finish(*waiting.popleft())
@@ -118,19 +124,28 @@ class _Pass:
         """The rounded rows of a ternary layer, or the bf16 bytes of a dense tensor."""
         if piece.name is None:
             return None
-        values = torch.frombuffer(piece.data, dtype=self.checkpoint.dtype(piece.name))
+        values, key = piece.values().view(piece.rows, -1), piece.encoding.key
         layer = self._layer(piece)
         if layer is None:
+<<<<<<< HEAD
+            values = values.bfloat16()
+            check_finite(values, self.checkpoint.path, key)
+            return values.flatten().view(torch.uint8).numpy()
+=======
             return values.bfloat16().view(torch.uint8).numpy()
         values = values.view(piece.rows, -1)
+        column = self.columns[layer].result().float().numpy() if layer in self.columns else None
+>>>>>>> column
         step = Matrix.chunk_rows(self.writer.layers[layer].shape)
         try:
             return [
-                (piece.start + start, round_rows(values[start : start + step].float().numpy(), self.method))
+                (piece.start + start, round_rows(values[start : start + step].float().numpy(), self.method, column))
                 for start in range(0, piece.rows, step)
             ]
-        except ValueError as error:
-            raise FormatError(self.checkpoint.path, f"{error}; the checkpoint is damaged", piece.name) from None
+        except FormatError:
+            raise
+        except ValueError:
+            raise FormatError(self.checkpoint.path, NOT_FINITE, key) from None
 
     def _finish(self, piece: Piece, converted: Future, hashed: Future) -> None:
         hashed.result()
@@ -142,7 +157,10 @@ class _Pass:
             self.writer.tensors.write_bytes(piece.name, result, len(result) // piece.rows * piece.start)
             return
         plan = self.writer.layers[layer]
-        matrix = self.matrices.setdefault(layer, Matrix(plan.shape))
+        if layer not in self.matrices:
+            column = self.columns[layer].result() if layer in self.columns else None
+            self.matrices[layer] = Matrix(plan.shape, column=column)
+        matrix = self.matrices[layer]
         for start, rows in result:
             matrix.put(start, rows)
         self.on_progress(piece.rows * plan.shape[1])
@@ -150,3 +168,4 @@ class _Pass:
             self.writer.layer(layer, matrix.weight)
             self.errors[layer] = matrix.error
             del self.matrices[layer]
+            self.columns.pop(layer, None)

@@ -18,6 +18,10 @@ from .quantize_rows import quantize_rows
 # bias. Larger layers are done in parts.
 SCRATCH_BYTES = 160 << 20
 
+# wgmma and tcgen05 read x from shared memory. Tiles of more tokens have no room there for x times its column scales
+# (256 x 128 on sm_90 needs 238 KB of 227), which is then written beforehand.
+_MOST_SCALED = 64
+
 
 def linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activations: str) -> Tensor:
     """x [M, K] times the weight, [M, N] in the dtype of x. activations: "int8", "e4m3" or "full".
@@ -51,7 +55,7 @@ def _eight_bit(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activation
     kernel = f"{activations}_{'row' if weight.group is None and weight.scale.ndim == 1 else 'group'}"
     dtype = torch.int8 if activations == "int8" else torch.float8_e4m3fn
     low, up = _low_rank(x, weight)
-    codes, token_scale = quantize_rows(x, groups_of(x.shape[1]) * GROUP_SIZE, dtype)
+    codes, token_scale = quantize_rows(x, groups_of(x.shape[1]) * GROUP_SIZE, dtype, weight.column)
     codes = codes if weight.terms == 1 else weight.repeat_inputs(codes)
     y = x.new_empty(m, weight.shape[0])
     return linear_a8(codes, token_scale, weight, low, up, bias, y, configs.tile(chip, kernel, m), chip)
@@ -62,8 +66,13 @@ def _full(x: Tensor, weight: TernaryWeight, bias: Tensor | None, chip: configs.C
     if tile is None:
         return dense_product(x, weight, bias, chip)
     low, up = _low_rank(x, weight)
-    x = x if weight.terms == 1 else weight.repeat_inputs(x)
-    return linear_a16(x, weight, low, up, bias, x.new_empty(x.shape[0], weight.shape[0]), tile, chip)
+    column = None if weight.column is None else weight.column.to(x.dtype)
+    if column is not None and "a16" in chip.wide and tile.block_m > _MOST_SCALED:
+        x, column = weight.scale_inputs(x), None
+    if weight.terms > 1:
+        x = weight.repeat_inputs(x)
+        column = None if column is None else weight.repeat_inputs(column[None])[0]
+    return linear_a16(x, column, weight, low, up, bias, x.new_empty(x.shape[0], weight.shape[0]), tile, chip)
 
 
 def _full_on_turing(x: Tensor, weight: TernaryWeight, bias: Tensor | None, chip: configs.Chip) -> Tensor:

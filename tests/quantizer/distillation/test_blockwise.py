@@ -2,20 +2,19 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from ternary_flux.quantizer.calibration.sensitivity import write_mixed
 from ternary_flux.quantizer.distillation.blockwise import BlockSettings, train_blocks
 from ternary_flux.quantizer.distillation.schedule import RATES
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux
 from ternary_flux.quantizer.model.student import load_student
 from ternary_flux.quantizer.model.teacher import Teacher
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import Pool
 from ternary_flux.quantizer.pictures.states import LabelledStates, States
 from ternary_flux.quantizer.rounding.round import round_checkpoint
+from ternary_flux.tests import builders
 
 ARCHITECTURES = {
     "flux1": Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=True),
@@ -28,16 +27,9 @@ def job(request, tmp_path):
     """Start file, teacher and pool of a tiny model."""
     arch = ARCHITECTURES[request.param]
     generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, parameter in Flux(arch).named_parameters():
-        scale, mean = (0.08, 0.0) if parameter.ndim == 2 else (0.1, float(name.endswith("scale")))
-        state[name] = (mean + scale * torch.randn(parameter.shape, generator=generator)).bfloat16()
-    save_file(state, tmp_path / "teacher.safetensors")
+    builders.write_flux(tmp_path / "teacher.safetensors", arch)
     round_checkpoint(tmp_path / "teacher.safetensors", tmp_path / "start.safetensors")
-    context = torch.randn(4, 5, arch.context_dim, generator=generator)
-    pooled = None if arch.vec_dim is None else torch.randn(4, arch.vec_dim, generator=generator)
-    conditioning.write(tmp_path / "cond.safetensors", list("abcd"), context, pooled)
-    cond = conditioning.read(tmp_path / "cond.safetensors", arch)
+    cond = conditioning.read(builders.write_conditioning(tmp_path / "cond.safetensors", arch, 4), arch)
     latent = torch.randn(16, arch.in_channels, 4, 4, generator=generator)
     t, guidance = torch.rand(16, generator=generator), torch.full((16,), 3.5) if arch.guidance else None
     states = States(latent, t, torch.arange(16) % 4, guidance)

@@ -9,19 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from ternary_flux.quantizer import cli
 from ternary_flux.quantizer.distillation.blockwise import BlockSettings
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux, Inputs
+from ternary_flux.quantizer.model.flux import Inputs
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import subset
 from ternary_flux.quantizer.pictures.states import Batch
 from ternary_flux.quantizer.pipeline.budget import Budget, budget_for, plan
 from ternary_flux.quantizer.pipeline.decisions import Decisions, Training
 from ternary_flux.quantizer.pipeline.workspace import Workspace
+from ternary_flux.tests import builders
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
 DEV = Architecture(1, 3072, 19, 38, 16, 16, context_dim=4096, vec_dim=768, guidance=True)
@@ -32,14 +32,8 @@ GB = 1 << 30
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, parameter in Flux(ARCH).named_parameters():
-        scale, mean = (0.08, 0.0) if parameter.ndim == 2 else (0.1, float(name.endswith("scale")))
-        state[name] = (mean + scale * torch.randn(parameter.shape, generator=generator)).bfloat16()
-    save_file(state, folder / "tiny.safetensors")
-    context, pooled = torch.randn(20, 5, 32, generator=generator), torch.randn(20, 24, generator=generator)
-    conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(20)], context, pooled)
+    builders.write_flux(folder / "tiny.safetensors", ARCH)
+    builders.write_conditioning(folder / "cond.safetensors", ARCH)
     return folder
 
 
