@@ -20,7 +20,7 @@ _VECTORS = 8192  # inputs of modulation Linears cost no forward: they depend on 
 
 
 @dataclass(frozen=True, eq=False)
-class _TokenFile:
+class TokenFile:
     """States of one size. Image and text tokens of both models lie in files that are mapped into memory."""
 
     img: Tensor  # [2, S, I, hidden]: teacher, student
@@ -29,7 +29,7 @@ class _TokenFile:
     grid: tuple[int, int]
 
     @classmethod
-    def allocate(cls, path: Path, count: int, tokens: Tokens) -> "_TokenFile":
+    def allocate(cls, path: Path, count: int, tokens: Tokens) -> "TokenFile":
         def mapped(suffix: str, like: Tensor) -> Tensor:
             shape = (2, count, *like.shape[1:])
             size = torch.Size(shape).numel()
@@ -143,12 +143,12 @@ class Streams:
         self.groups = []
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _prepare(self, name: str, states: States, conditioning: Conditioning) -> _TokenFile:
+    def _prepare(self, name: str, states: States, conditioning: Conditioning) -> TokenFile:
         group = None
         for rows in slices(len(states), self.batch):
             tokens = self.teacher.prepare(states.inputs(rows, conditioning))
             if group is None:
-                group = _TokenFile.allocate(self.folder / name, len(states), tokens)
+                group = TokenFile.allocate(self.folder / name, len(states), tokens)
             group.vec[rows] = tokens.vec
             group.put(rows, TEACHER, tokens)
             group.put(rows, STUDENT, tokens)
