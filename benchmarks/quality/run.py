@@ -1,7 +1,7 @@
 """Quality on the miniature: `python -m benchmarks.quality [--quick]` compares ways to make it ternary.
 
 Every model paints the same held-out compositions from the same noise, and an exact checker judges the pictures. With
-`--stressed` the stages are compared on models that compute the same with channels of very different size (see `stress`).
+`--stressed` the stages are compared on models that compute the same with channels of very different size (`stress`).
 The miniature shows that the pipeline works and ranks recipes; it does not measure FLUX's own quality. Results go to
 benchmarks/results/quality.json and docs/quality.png. A run that is interrupted goes on where it stopped.
 """
@@ -47,7 +47,6 @@ class Scale:
     calibration_states: int
 
 
-<<<<<<< HEAD
 @dataclass(frozen=True)
 class Trained:
     """What every distillation learns from and is measured on."""
@@ -56,9 +55,7 @@ class Trained:
     held_out: HeldOut
 
 
-=======
 STAGES = ("original, bf16", "ternary, least squares", "calibrated", "distilled: codes")  # that are stressed
->>>>>>> column
 FULL = Scale(prompts=16, seeds=8, pictures=3072, states=36864, steps=1800, calibration_states=4096)
 QUICK = Scale(prompts=6, seeds=4, pictures=192, states=2304, steps=80, calibration_states=128)
 
@@ -135,9 +132,6 @@ def run(
     return result
 
 
-<<<<<<< HEAD
-def workspace(folder: Path, stage: Stage, device: torch.device, weights: Path) -> Workspace:
-=======
 def run_stressed(
     scale: Scale,
     folder: Path,
@@ -151,8 +145,9 @@ def run_stressed(
     for level in ("plain", *levels):
         stressed = weights if level == "plain" else stressed_weights(weights, folder / level, levels[level])
         stage = Stage.load(stressed, scale.prompts, scale.seeds, device)
-        work = workspace(scale, folder / level, stage, device, stressed)
-        made, reference = recipes(scale, work), None
+        work = workspace(folder / level, stage, device, stressed)
+        states = Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))
+        made, reference = recipes(scale, work, states), None
         for label in STAGES:
             path, seconds = timed(folder / level / "models", label, made[label])
             model, _, bits = dense_of(path, device)
@@ -190,8 +185,7 @@ def stressed_weights(weights: Path, folder: Path, level: stress.Level) -> Path:
     return stressed
 
 
-def workspace(scale: Scale, folder: Path, stage: Stage, device: torch.device, weights: Path) -> Workspace:
->>>>>>> column
+def workspace(folder: Path, stage: Stage, device: torch.device, weights: Path) -> Workspace:
     """Training on seen compositions only; what is held out there is for the choice of the best step."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "training-prompts.safetensors"

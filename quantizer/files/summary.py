@@ -149,14 +149,9 @@ def stated_errors(file: TernaryFile) -> dict[str, float]:
         return {}
 
 
-<<<<<<< HEAD
 def _dense(checkpoint: Checkpoint, layers: bool) -> Iterator[str]:
     arch, source = checkpoint.architecture, checkpoint.source
-    plans = {name: LayerPlan(shape) for name, shape in arch.linear_shapes.items()}
-=======
-def _dense(arch: Architecture, header: Header, layers: bool) -> Iterator[str]:
     plans = {name: LayerPlan(shape, columns="bf16") for name, shape in arch.linear_shapes.items()}
->>>>>>> column
     weights = sum(math.prod(shape) for shape in arch.shapes.values())
     ternary = sum(math.prod(plan.shape) for plan in plans.values())
     yield _row("checked", "every parameter is there, and every value is finite")

@@ -19,11 +19,8 @@ from ..files.container import FormatError
 from ..files.layer import LayerPlan
 from ..files.sources.encodings import NOT_FINITE, check_finite
 from ..files.ternary import TernaryWriter, create_ternary
-<<<<<<< HEAD
 from ..threads import single_threaded_pool
-=======
 from .columns import column_scales
->>>>>>> column
 from .one_term import Matrix, Rows, round_rows
 
 _IN_FLIGHT = 8  # pieces of 4 MB that are read ahead of the rounding
@@ -127,15 +124,10 @@ class _Pass:
         values, key = piece.values().view(piece.rows, -1), piece.encoding.key
         layer = self._layer(piece)
         if layer is None:
-<<<<<<< HEAD
             values = values.bfloat16()
             check_finite(values, self.checkpoint.path, key)
             return values.flatten().view(torch.uint8).numpy()
-=======
-            return values.bfloat16().view(torch.uint8).numpy()
-        values = values.view(piece.rows, -1)
         column = self.columns[layer].result().float().numpy() if layer in self.columns else None
->>>>>>> column
         step = Matrix.chunk_rows(self.writer.layers[layer].shape)
         try:
             return [

@@ -99,16 +99,8 @@ def test_intervals_hold_the_value():
     )
 
 
-<<<<<<< HEAD
-@pytest.mark.slow
-@pytest.mark.slow
-def test_a_whole_run(teacher, stage, tmp_path):
-    weights = tmp_path / "weights"
-    weights.mkdir()
-=======
 def write_weights(teacher, stage, folder):
     folder.mkdir()
->>>>>>> column
     parts = {"flux-miniature": teacher, "text-encoder": stage.text, "autoencoder": stage.vae}
     for name, part in parts.items():
         state = {key: value.bfloat16().contiguous() for key, value in part.state_dict().items()}
