@@ -22,7 +22,7 @@ _VECTORS = 8192  # inputs of modulation Linears cost no forward: they depend on 
 
 
 @dataclass(frozen=True, eq=False)
-class _TokenFile:
+class TokenFile:
     """States of one size. Image and text tokens of both models lie in files that are mapped into memory."""
 
     img: Tensor  # [2, S, I, hidden]: teacher, student
@@ -31,7 +31,7 @@ class _TokenFile:
     grid: tuple[int, int]
 
     @classmethod
-    def allocate(cls, path: Path, count: int, tokens: Tokens) -> "_TokenFile":
+    def allocate(cls, path: Path, count: int, tokens: Tokens) -> "TokenFile":
         """Raises OSError, before anything is written, where the disk has no room: later that would end the process."""
         shapes = {"img": (2, count, *tokens.img.shape[1:]), "txt": (2, count, *tokens.txt.shape[1:])}
         need = sum(size_of(tokens.img.dtype, shape) for shape in shapes.values())
@@ -166,12 +166,12 @@ class Streams:
         self.groups = []
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _prepare(self, name: str, states: States, conditioning: Conditioning) -> _TokenFile:
+    def _prepare(self, name: str, states: States, conditioning: Conditioning) -> TokenFile:
         group = None
         for rows in slices(len(states), self.batch):
             tokens = self.teacher.prepare(states.inputs(rows, conditioning))
             if group is None:
-                group = _TokenFile.allocate(self.folder / name, len(states), tokens)
+                group = TokenFile.allocate(self.folder / name, len(states), tokens)
             group.vec[rows] = tokens.vec
             group.put(rows, TEACHER, tokens)
             group.put(rows, STUDENT, tokens)
