@@ -1,6 +1,7 @@
-# make demo   ternarises a small FLUX model, paints with it in a real ComfyUI, writes output/demo.png
-# make test   runs the whole test suite
-# make lint   checks the style
+# make demo       ternarises a small FLUX model, paints with it in a real ComfyUI, writes output/demo.png
+# make test       runs the whole test suite
+# make test-fast  runs the tests that take no more than a second each, of every module
+# make lint       checks style, format and types
 #
 # Each sets up what it needs on its first run: a virtual environment in .venv (or the active one, or PYTHON=...), torch,
 # and ComfyUI in .cache (or the one at COMFYUI_PATH).
@@ -19,7 +20,10 @@ endif
 
 SETUP := .cache/setup$(subst /,-,$(PYTHON))
 
-.PHONY: demo test lint setup
+# A file's tests share fixtures, so each file stays with one of the two processes.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-fast lint setup
 .DELETE_ON_ERROR:
 
 setup: $(SETUP)
@@ -27,12 +31,18 @@ setup: $(SETUP)
 demo: $(SETUP)
 	$(PYTHON) -m benchmarks.miniature.demo
 
-# A file's tests share fixtures, so each file stays with one of the two processes.
 test: $(SETUP)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
+test-fast: $(SETUP)
+	$(PYTEST) -m "not slow and not server and not codegen"
+
+# The type checker needs the folder under its package's name.
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	mkdir -p .cache/types && ln -sfn ../.. .cache/types/ternary_flux
+	$(PYTHON) -m mypy
 
 $(SETUP): requirements.txt tests/requirements.txt tests/requirements-torch.txt tests/constraints.txt benchmarks/comfyui.py
 	@test -x $(PYTHON) || (echo "creating .venv" && python3 -m venv .venv)

@@ -101,7 +101,7 @@ class Server(contextlib.AbstractContextManager):
         self.base, self.packs = Path(base), packs
         self.log_path = self.base / "server.log"
         self.client_id = uuid.uuid4().hex
-        self.process = None
+        self.process: subprocess.Popen | None = None
 
     def __enter__(self):
         nodes = self.base / "custom_nodes"

@@ -30,7 +30,7 @@ def find(name: str) -> str:
     raise FileNotFoundError(f"{name} is not in models/{FOLDERS[0]}; put it there and press R to refresh the node")
 
 
-def stamp(path: str) -> tuple[int, int, int]:
+def stamp(path: str | os.PathLike) -> tuple[int, int, int]:
     """What changes with a file: its number on the disk, size and time."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops import Choice, TernaryWeight, resolve, ternary_linear
 from ..ops.registry import BACKENDS
+from ..ops.weight import TENSORS
 from ..quantizer.files.layer import FORMAT
 from .compat import core
 
@@ -29,12 +30,13 @@ class TernaryLayout(comfy.QuantizedLayout):
         group: Tensor | None = None
         down: Tensor | None = None
         up: Tensor | None = None
+        column: Tensor | None = None
         activations: str = "auto"
         backend: str = "auto"
         transposed: bool = False
 
         def _tensor_fields(self) -> list[str]:
-            return [name for name in ("scale", "group", "down", "up") if getattr(self, name) is not None]
+            return [name for name in TENSORS[1:] if getattr(self, name) is not None]
 
     @classmethod
     def quantize(
@@ -46,14 +48,19 @@ class TernaryLayout(comfy.QuantizedLayout):
         activations="auto",
         backend="auto",
         terms=1,
+        column=None,
         **_,
     ):
-        """Least-squares ternary of a dense weight [N, K], in one or two ternary terms; `scale` is always recomputed."""
+        """Least-squares ternary of a dense weight [N, K], in one or two ternary terms, with these column scales.
+
+        `scale` is always recomputed.
+        """
         from ..quantizer.rounding.one_term import ternarize
         from ..quantizer.rounding.two_terms import two_terms
 
-        weight, _ = ternarize(tensor) if terms == 1 else two_terms(tensor)
-        weight = weight.to(tensor.device)
+        ternary = tensor if column is None else tensor / column
+        weight, _ = ternarize(ternary) if terms == 1 else two_terms(ternary)
+        weight = dataclasses.replace(weight.to(tensor.device), column=column)
         return weight.trits, cls.params(weight, tensor.dtype, activations, backend)
 
     @classmethod
@@ -63,7 +70,7 @@ class TernaryLayout(comfy.QuantizedLayout):
     @classmethod
     def get_plain_tensors(cls, qtensor) -> tuple[Tensor | None, ...]:
         params = qtensor._params
-        return qtensor._qdata, params.scale, params.group, params.down, params.up
+        return qtensor._qdata, params.scale, params.group, params.down, params.up, params.column
 
     @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params: "TernaryLayout.Params") -> dict[str, Tensor]:
@@ -73,7 +80,8 @@ class TernaryLayout(comfy.QuantizedLayout):
     def requantize_kwargs(cls, qtensor) -> dict:
         terms = ternary_weight(qtensor._qdata, qtensor._params).terms
         params = qtensor._params
-        return {"activations": params.activations, "backend": params.backend, "terms": terms}
+        settings = {"activations": params.activations, "backend": params.backend}
+        return settings | {"terms": terms, "column": params.column}
 
     @classmethod
     def params(
@@ -86,6 +94,7 @@ class TernaryLayout(comfy.QuantizedLayout):
             group=weight.group,
             down=weight.down,
             up=weight.up,
+            column=weight.column,
             activations=activations,
             backend=backend,
         )
@@ -118,7 +127,7 @@ def parameter(tensor) -> torch.nn.Parameter:
 def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight:
     """The `ops` view of a QuantizedTensor's parts, whichever way it is transposed."""
     shape = params.orig_shape[::-1] if params.transposed else params.orig_shape
-    return TernaryWeight(qdata, params.scale, tuple(shape), params.group, params.down, params.up)
+    return TernaryWeight(qdata, params.scale, tuple(shape), params.group, params.down, params.up, params.column)
 
 
 @lru_cache(maxsize=64)

@@ -35,6 +35,7 @@ STAGES = {
     "absmean": "rounded only: expect noise",
     "calibrate": "calibrated",
     "distill": "distilled",
+    "import": "imported bit for bit",
 }
 
 
@@ -115,10 +116,11 @@ class LoadTernaryFlux(io.ComfyNode):
     def execute(cls, file: str, activations: str, backend: str = "auto") -> io.NodeOutput:
         try:
             opened = check(files.find(str(file)), check_codes=True)
-        except FormatError as error:
+        except (FormatError, OSError) as error:
             raise ValueError(explain(error, file)) from None
         model = load_file(opened, activations, backend)
-        return io.NodeOutput(model, ui=ui.PreviewText(status(opened, model.load_device, activations, backend)))
+        said = [status(opened, model.load_device, activations, backend), *scale_errors(model)]
+        return io.NodeOutput(model, ui=ui.PreviewText("\n".join(said)))
 
 
 def _listed(choices: dict[str, str]) -> str:
@@ -127,8 +129,10 @@ def _listed(choices: dict[str, str]) -> str:
 
 def explain(error: Exception, name: str) -> str:
     """An error for people: the file by the name that they know, not by the server's path."""
-    path = getattr(error, "path", None)
-    return str(error) if path is None else name + str(error).removeprefix(str(path))
+    if path := getattr(error, "path", None):  # only at the start: a command that is offered keeps its whole path
+        return name + str(error).removeprefix(str(path))
+    path = getattr(error, "filename", None)
+    return str(error) if path is None else str(error).replace(str(path), name)
 
 
 def check(path: str, check_codes: bool = False) -> TernaryFile:
@@ -198,6 +202,21 @@ def status(file: TernaryFile, device: torch.device, activations: str, backend: s
             f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         ]
     )
+
+
+def scale_errors(model) -> list[str]:
+    """A line on the scales that were rounded for 8-bit activations when the model was loaded; none where none were."""
+    layers = [m for m in model.model.modules() if getattr(m, "scale_error", None) is not None]
+    if not layers:
+        return []
+    rounded = [layer.scale_error for layer in layers if layer.weight._params.scale.ndim == 1]
+    lines = []
+    if rounded:
+        mean = sum(rounded) / len(rounded)
+        lines.append(f"group scales rounded for int8, by {mean:.2%} (at most {max(rounded):.2%})")
+    if kept := len(layers) - len(rounded):
+        lines.append(f"{kept} of {len(layers)} layers in full precision: their scales are too far apart for int8")
+    return lines
 
 
 def stage(file: TernaryFile) -> str:

@@ -24,7 +24,10 @@ Patch = tuple
 class Effect:
     """What a patch list does to one Linear. This one does nothing."""
 
-    nbytes = 0  # on the device of the Linear
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device of the Linear."""
+        return 0
 
     def attach(self, module) -> None:
         """Make the Linear act so, in place of what it did before."""
@@ -44,6 +47,29 @@ def _functions_of_others(module) -> list:
         for function in module.weight_function
         if not (isinstance(function, Effect) or getattr(function, "is_lowvram_patch", False))
     ]
+
+
+class Patched:
+    """Mixin of a Linear that effects act on. Hooks put another effect in the loaded one's place for a while."""
+
+    weight_function: list  # core's: functions of the dense weight
+    weight_lowvram_function = None  # core's way of patching under dynamic VRAM, which requantizes
+    branch: "Branch | None" = None  # computed beside the quantized product
+    effect = Effect()  # the loaded one
+    effect_tag: tuple | None = None  # identifies it
+    _hooked = False
+
+    def load_effect(self, tag: tuple | None, effect: Effect) -> None:
+        self.effect_tag, self.effect, self._hooked = tag, effect, False
+        effect.attach(self)
+
+    def hook_effect(self, effect: Effect) -> None:
+        self._hooked = True
+        effect.attach(self)
+
+    def unhook_effect(self) -> None:
+        if self._hooked:
+            self.load_effect(self.effect_tag, self.effect)
 
 
 @dataclass(frozen=True, eq=False)

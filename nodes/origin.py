@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from ..quantizer.files.architecture import canonical
-from ..quantizer.files.container import DTYPES
+from ..quantizer.files.container import DTYPES, TensorFile
+from ..quantizer.files.identity import find_prefix
 from ..quantizer.files.ternary import TernaryFile
 from .files import stamp
 
@@ -34,6 +35,16 @@ class Origin:
     def dtype(self, name: str) -> torch.dtype | None:
         """A dense parameter's dtype in the file, by the name it has in ComfyUI's model."""
         return self.dtypes.get(canonical(name))
+
+    def scale(self, name: str) -> torch.Tensor | None:
+        """A copy of a ternary Linear's scales as they are in the file; None where that is gone or another."""
+        try:
+            if stamp(self.path) != self.stamp:
+                return None
+            file = TensorFile(self.path)
+        except (OSError, ValueError):
+            return None
+        return file.tensor(f"{find_prefix(file.entries) or ''}{name}.weight_scale").clone()
 
     def check(self) -> None:
         """Raise RuntimeError where a file that is still read was written over.

@@ -19,6 +19,7 @@ def ternary_linear(
     activations  "full": the weight is expanded to the dtype of x (W1.58A16, as in arXiv 2412.18653).
                  "int8": every token is quantized to int8 with scale absmax / 127, the products are summed exactly in
                  int32, and scales, low-rank part and bias are applied in fp32 (W1.58A8). Needs row x integer scales.
+                 Tokens are multiplied by the weight's column scales, if it has any, before they are quantized.
                  "e4m3": the same with 8-bit floats and fp32 sums, scale absmax / 448 (Triton, compute capability 9.0
                  and 10.x; int8 elsewhere). "auto": the fastest on the device of x.
     backend      a name of `registry.BACKENDS`; by default the best one for the device of x.
@@ -34,7 +35,7 @@ def ternary_linear(
     if torch.compiler.is_compiling():
         w = weight
         return torch.ops.ternary_flux.linear(
-            x, w.trits, w.scale, w.group, w.down, w.up, bias, n, k, activations, backend
+            x, w.trits, w.scale, w.group, w.down, w.up, w.column, bias, n, k, activations, backend
         )
     return _run(x, weight, bias, activations, backend)
 
@@ -44,11 +45,11 @@ def _run(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activations: str
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _linear(x, trits, scale, group, down, up, bias, n, k, activations, backend):
-    return _run(x, TernaryWeight(trits, scale, (n, k), group, down, up), bias, activations, backend)
+def _linear(x, trits, scale, group, down, up, column, bias, n, k, activations, backend):
+    return _run(x, TernaryWeight(trits, scale, (n, k), group, down, up, column), bias, activations, backend)
 
 
-def _linear_fake(x, trits, scale, group, down, up, bias, n, k, activations, backend):
+def _linear_fake(x, trits, scale, group, down, up, column, bias, n, k, activations, backend):
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -56,7 +57,7 @@ def _linear_fake(x, trits, scale, group, down, up, bias, n, k, activations, back
 if not hasattr(torch.ops.ternary_flux, "linear"):
     torch.library.define(
         "ternary_flux::linear",
-        "(Tensor x, Tensor trits, Tensor scale, Tensor? group, Tensor? down, Tensor? up, Tensor? bias, "
+        "(Tensor x, Tensor trits, Tensor scale, Tensor? group, Tensor? down, Tensor? up, Tensor? column, Tensor? bias, "
         "SymInt n, SymInt k, str activations, str backend) -> Tensor",
     )
     torch.library.impl("ternary_flux::linear", "default", _linear)

@@ -75,6 +75,26 @@ def unpack_planes32(trits: Tensor, inputs: int) -> Tensor:
     return codes.view(n, terms, groups_of(inputs) * GROUP_SIZE)[:, :, :inputs].reshape(n, terms * inputs)
 
 
+def decode_planes32(trits: Tensor, out: Tensor) -> Tensor:
+    """uint8 [G, N, 32] -> `out` [G, 128, N], inputs before outputs: a trit of 1 is 2.0 in any float dtype, 64 in int8.
+
+    Two's complement in the top two bits of a lane is that number already, so one shift and one AND decode a whole word
+    of trits into words of `out`, with no conversion. The rows are contiguous in N, so torch vectorizes both.
+    """
+    size = out.dtype.itemsize
+    word = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    if trits.storage_offset() % size:
+        trits = trits.clone()
+    words = trits.view(word).transpose(1, 2).contiguous()  # [G, 32 / size, N]
+    groups, count, n = words.shape
+    quarter = torch.arange(4, dtype=word, device=out.device)[:, None, None, None]
+    byte = torch.arange(size, dtype=word, device=out.device)[:, None]
+    lanes = out.view(word).view(groups, 4, count, size, n)
+    torch.bitwise_left_shift(words[:, None, :, None], 8 * (size - 1 - byte) + 2 * quarter, out=lanes)
+    lanes.bitwise_and_(-1 << (8 * size - 2))
+    return out
+
+
 @_torch_or_numpy
 def pack_base3(codes: Tensor, terms: int = 1) -> Tensor:
     """int8 [N, terms * K] of -1, 0, +1 -> uint8 [N, terms * ceil(K/5)]."""

@@ -24,7 +24,7 @@ class Choice:
 def resolve(device: torch.device | str, activations: str = "auto") -> Choice:
     """The best backend on `device`. "auto" means 8 bits where a kernel makes them fast, and full precision elsewhere.
 
-    "e4m3" becomes "int8" where the chosen backend has no e4m3 kernel.
+    Activations that the chosen backend does not multiply fast become int8 where it has that, and full otherwise.
     """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
@@ -39,6 +39,7 @@ def resolve(device: torch.device | str, activations: str = "auto") -> Choice:
     if activations == "auto":
         activations = formats[0]
     elif activations not in formats:
-        reasons.append(f"{backend.NAME}: no {activations} kernel for {device}, int8 instead")
-        activations = "int8"
+        instead = "int8" if "int8" in formats else "full"
+        reasons.append(f"{backend.NAME}: no {activations} kernel for {device}, {instead} instead")
+        activations = instead
     return Choice(backend, activations, "; ".join(reasons) or f"{backend.NAME} runs on {device}")

@@ -1,6 +1,7 @@
 """`TernaryWeight`: the trits and scales of one Linear, as they lie in the file and in the kernels' memory."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,16 +11,20 @@ from . import packing
 from .packing import GROUP_SIZE
 from .scales import fit_integer_groups
 
+TENSORS = ("trits", "scale", "group", "down", "up", "column")  # of a TernaryWeight; the first two are always there
+
 
 @dataclass(frozen=True, eq=False)
 class TernaryWeight:
-    """Weight [N, K] of a Linear: W[n, k] = trit[n, k] * scale(n, k // 128) + (up @ down)[n, k].
+    """Weight [N, K] of a Linear: W[n, k] = trit[n, k] * scale(n, k // 128) * column[k] + (up @ down)[n, k].
 
     The scale of row n and group j is `scale[n] * group[j, n]`, or `scale[n]` without `group`, or `scale[j, n]` where
     `scale` has two dimensions (scales imported bit-exactly; see `with_integer_groups`).
 
     With two ternary terms W is the sum of two such products: a ternary weight for the inputs repeated twice, with the
     groups of the first term before those of the second. G below is terms * ceil(K/128).
+
+    `column` multiplies the inputs before they meet the trits; the low-rank part sees the inputs as they come.
     """
 
     trits: Tensor  # uint8 [G, N, 32], planes32
@@ -28,12 +33,15 @@ class TernaryWeight:
     group: Tensor | None = None  # uint8 [G, N], 1..127
     down: Tensor | None = None  # bf16 [r, K]
     up: Tensor | None = None  # bf16 [N, r]
+    column: Tensor | None = None  # bf16 or fp32 [K]
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, group: Tensor | None = None, down=None, up=None, terms=1):
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, group: Tensor | None = None, down=None, up=None, terms=1, column=None
+    ) -> "TernaryWeight":
         """Pack int8 codes [N, terms * K] of -1, 0, +1."""
         shape = codes.shape[0], codes.shape[1] // terms
-        return cls(packing.pack_planes32(codes, terms), scale, shape, group, down, up)
+        return cls(packing.pack_planes32(codes, terms), scale, shape, group, down, up, column)
 
     @property
     def terms(self) -> int:
@@ -43,8 +51,7 @@ class TernaryWeight:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by field name."""
-        fields = ("trits", "scale", "group", "down", "up")
-        return {name: value for name in fields if (value := getattr(self, name)) is not None}
+        return {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +62,8 @@ class TernaryWeight:
         return self.trits.device
 
     def to(self, device) -> "TernaryWeight":
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)
 
     def rows(self, start: int, stop: int) -> "TernaryWeight":
         """The rows start..stop, as views."""
@@ -67,6 +75,7 @@ class TernaryWeight:
             None if self.group is None else self.group[:, start:stop],
             self.down,
             None if self.up is None else self.up[start:stop],
+            self.column,
         )
 
     def codes(self) -> Tensor:
@@ -82,20 +91,25 @@ class TernaryWeight:
         return self.scale * self.group
 
     def dequantize_ternary(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Trits times scales, [N, K] in `dtype`, without the low-rank part. The scales are rounded to `dtype` first."""
+        """Trits times scales, [N, K] in `dtype`, without the low-rank part. Scales are rounded to `dtype` first."""
         n, k = self.shape
         codes = packing.unpack_planes32(self.trits, self.trits.shape[0] * GROUP_SIZE).view(n, -1, GROUP_SIZE)
         dense = codes.to(dtype).mul_(self.group_scales().to(dtype).t()[:, :, None]).view(n, self.terms, -1)
-        return (dense[:, 0] if self.terms == 1 else dense.sum(1))[:, :k]
+        dense = (dense[:, 0] if self.terms == 1 else dense.sum(1))[:, :k]
+        return dense if self.column is None else dense * self.column.to(dtype)
+
+    def scale_inputs(self, x: Tensor) -> Tensor:
+        """x [..., K] times the column scales, rounded once to the dtype of x."""
+        return x if self.column is None else (x * self.column).to(x.dtype)
 
     def repeat_inputs(self, x: Tensor) -> Tensor:
         """x [M, K] as the packed trits meet it: padded with zeros, once for every term, [M, 128 * G]."""
         return pad(x, (0, -x.shape[1] % GROUP_SIZE)).repeat(1, self.terms)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight [N, K] in `dtype`; the low-rank part is added in fp32."""
+        """The dense weight [N, K] in `dtype`; with column scales or a low-rank part it is computed in fp32."""
         if self.up is None:
-            return self.dequantize_ternary(dtype)
+            return self.dequantize_ternary(dtype if self.column is None else torch.float32).to(dtype)
         return (self.dequantize_ternary() + self.up.float() @ self.down.float()).to(dtype)
 
     def with_integer_groups(self) -> tuple["TernaryWeight", float]:
@@ -107,5 +121,6 @@ class TernaryWeight:
             return self, 0.0
         scales = self.scale.float()
         row, group = fit_integer_groups(scales)
-        error = (row * group - scales).norm() / scales.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        change = (row * group - scales) * (scales > 0)  # the trits of a group of scale 0 are zeros
+        error = change.norm() / scales.norm().clamp_min(torch.finfo(torch.float32).tiny)
         return replace(self, scale=row, group=group), float(error)

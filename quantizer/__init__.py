@@ -3,7 +3,8 @@
 The rooms in their order; each uses itself and those above it:
 
     files                        what lies on the disk
-    model, pictures, rounding    FLUX in torch; what the original paints; ternary weights from weights alone
+    model, rounding              FLUX in torch; ternary weights from weights alone
+    pictures                     what the original makes: prompts, pictures, states, velocities
     calibration, distillation    ternary weights from activations; from velocities
     pipeline                     all stages, within memory and minutes
     report                       a page that compares files with their original

@@ -4,6 +4,8 @@ A command module has `add_parser(subparsers)`, which declares the arguments, and
 or None. Only the chosen command's module is imported. A mistake of the user (ValueError, OSError) becomes one line on
 stderr and exit code 2. A command that can be resumed says so with `set_defaults(interrupted="...")`, the end of the
 line printed after Ctrl-C.
+
+argparse, because the pack adds no dependency to ComfyUI's where the standard library does.
 """
 
 import argparse
@@ -22,8 +24,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": (".commands.convert", "round, calibrate and distill in one go"),
     "mixed": (".commands.mixed", "give the most sensitive Linears of a ternary file two ternary terms or 8 bits"),
     "report": (".commands.report", "write a page that compares ternary files with the original"),
+    "import": (".commands.import_", "bring in a ternary FLUX made elsewhere, such as Bonsai Image 4B"),
     "inspect": (".commands.inspect", "say what a file is: layers, bits per weight, sizes"),
     "export": (".commands.export", "write a ternary file back as a dense checkpoint"),
+    "pack": (".commands.pack", "write a ternary file in the other packing, for sharing or for loading"),
+    "verify": (".commands.verify", "check every byte of a file against the checksums it carries"),
 }
 INTERRUPTED = 130
 TERMINATED = 143

@@ -15,7 +15,8 @@ import _pack
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("k", [100, 300])
 @pytest.mark.parametrize("terms", [1, 2])
-def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k, terms):
+@pytest.mark.parametrize("column", [None, torch.bfloat16, torch.float32])
+def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k, terms, column):
     (source,) = re.findall(
         r"```python\n(.*?)```", (_pack.ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.DOTALL
     )
@@ -23,7 +24,8 @@ def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k, terms):
     exec(source, namespace)
     codes = torch.randint(-1, 2, (6, terms * k), dtype=torch.int8)
     group = torch.randint(1, 128, (terms * -(-k // 128), 6), dtype=torch.uint8) if grouped else None
-    weight = TernaryWeight.from_codes(codes, torch.rand(6), group, terms=terms)
+    column = None if column is None else torch.rand(k).to(column)
+    weight = TernaryWeight.from_codes(codes, torch.rand(6), group, terms=terms, column=column)
     path = tmp_path / "one.safetensors"
     with create_ternary(path, {"layer": LayerPlan.of(weight, packing)}, {}, {}) as writer:
         writer.layer("layer", weight)

@@ -3,9 +3,9 @@
 import ast
 import subprocess
 import sys
+import tomllib
 
 import pytest
-import tomllib
 
 import _pack
 
@@ -16,13 +16,18 @@ SOURCES = [path for layer in LAYERS for path in sorted((_pack.ROOT / layer).rglo
 # The quantizer's rooms: each may use itself and those on earlier floors, beside what all may use.
 FLOORS = (
     {"files"},
-    {"model", "pictures", "rounding"},
+    {"imports", "model", "rounding"},
+    {"pictures"},
     {"calibration", "distillation"},
     {"pipeline"},
     {"report"},
     {"commands"},
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | {"console": -1, "interrupts": -1}
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | {
+    "console": -1,
+    "interrupts": -1,
+    "threads": -1,
+}
 DOORS = {"files", "rounding"}  # the rooms that nodes may enter
 
 

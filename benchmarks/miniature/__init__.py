@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .checker import Found, Result, check
@@ -78,12 +78,12 @@ def decode(latents: Tensor) -> np.ndarray:
 
 def write_stock_autoencoder(path: Path) -> None:
     """Write the autoencoder as the file that ComfyUI's own "Load VAE" reads (fp32, 10 MB)."""
+    from ...quantizer.files.container import save
     from .autoencoder import stock_state
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({name: value.float() for name, value in stock_state(load_file(AUTOENCODER)).items()}, partial)
-    partial.replace(path)
+    tensors = {name: value.float() for name, value in stock_state(load_file(AUTOENCODER)).items()}
+    save(path, tensors, overwrite=True)
 
 
 def write_conditioning(path: Path, count: int = 384, seed: int = 0, overwrite: bool = False) -> list[str]:

@@ -40,6 +40,9 @@ def conv(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
 class Autoencoder(nn.Module):
     """Pictures [B, 3, H, W] in 0..1 to latents [B, 16, H/8, W/8] in FLUX's model space, and back."""
 
+    components: Tensor
+    offset: Tensor
+
     def __init__(self, width: int = 32):
         super().__init__()
         self.register_buffer("components", torch.zeros(LATENT_CHANNELS, 3 * PATCH**2))

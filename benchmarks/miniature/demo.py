@@ -161,7 +161,9 @@ def sheet(rows: list[Row], prompts: list[str], pictures: list[list[np.ndarray]],
         y = head + i * (side + gap)
         draw.multiline_text((gap, y + side // 2 - 20), _wrap(prompt, 26), "black", normal, spacing=5)
         for j, column in enumerate(pictures):
-            picture = Image.fromarray((column[i] * 255).round().astype(np.uint8)).resize((side, side), Image.LANCZOS)
+            picture = Image.fromarray((column[i] * 255).round().astype(np.uint8)).resize(
+                (side, side), Image.Resampling.LANCZOS
+            )
             x = label + j * (side + gap)
             canvas.paste(picture, (x, y))
             frame = "#2a9d4a" if miniature.check(column[i], prompt) else "#d0342c"

@@ -105,7 +105,8 @@ def parse(text: str) -> Prompt:
         return Prompt("counting", (_thing(colour, shape, text),) * COUNTS[number])
     one = r"(?:an?|one) (?:(\w+) )?(\w+)"
     if match := re.fullmatch(one, rest):
-        thing = _thing(*match.groups(), text)
+        colour, shape = match.groups()
+        thing = _thing(colour, shape, text)
         return Prompt("colours" if thing.colour else "single", (thing,))
     if match := re.fullmatch(f"{one} (and|{'|'.join(RELATIONS)}) {one}", rest):
         colour, shape, relation, colour2, shape2 = match.groups()

@@ -16,13 +16,15 @@ def main() -> None:
     work, output = arguments.work, arguments.output or arguments.work
     work.mkdir(parents=True, exist_ok=True)
     if arguments.part == "autoencoder":
-        from ternary_flux.benchmarks.miniature.train_autoencoder import train
+        from ternary_flux.benchmarks.miniature import train_autoencoder
 
-        train(work, output / "autoencoder.safetensors", arguments.steps or 1500, arguments.size, arguments.device)
+        train_autoencoder.train(
+            work, output / "autoencoder.safetensors", arguments.steps or 1500, arguments.size, arguments.device
+        )
     else:
-        from ternary_flux.benchmarks.miniature.train_transformer import train
+        from ternary_flux.benchmarks.miniature import train_transformer
 
-        train(work, output, arguments.steps or 6000, arguments.size, arguments.device)
+        train_transformer.train(work, output, arguments.steps or 6000, arguments.size, arguments.device)
 
 
 if __name__ == "__main__":

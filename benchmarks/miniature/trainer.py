@@ -1,7 +1,6 @@
 """A training loop whose steps depend on their numbers alone: a resumed run equals an uninterrupted one bit for bit."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...quantizer.files.atomic import atomic_file
 from .muon import Muon
 
 
@@ -36,7 +36,9 @@ class Trainer:
         self.warmup, self.decay, self.average = warmup, decay, average
         muon = list(muon)
         others = [p for p in model.parameters() if not any(p is other for other in muon)]
-        self.optimizers = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        ]
         if muon:
             self.optimizers.append(Muon(muon, rate))
         self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -70,9 +72,8 @@ class Trainer:
     def save(self, path: Path) -> None:
         state = {name: getattr(self, name) for name in ("step", "seconds", "ema")}
         state |= {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with atomic_file(path, overwrite=True) as file:
+            torch.save(state, file)
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint if there is one."""

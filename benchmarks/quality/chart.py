@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image
+from matplotlib.figure import Figure
 
 from ...quantizer.pictures.quality import BINS
 from ...quantizer.report import charts
@@ -12,22 +12,26 @@ from ...quantizer.report import charts
 _WITHOUT_LINE = ("calibrated, rank 16", "mixed, calibrated")
 
 
-def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Image.Image:
+def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Figure:
     """`pictures`: name -> [6, H, W, 3] for the six prompts, in the order of the rows."""
     names = [row["name"] for row in rows]
-    sheet = charts.grid([list(pictures[name]) for name in names], names, list(prompts), 112)
-    accuracy = charts.bars(
+    height = 1.2 * len(names) + 0.6
+    sheet = charts.figure(1.2 * (len(prompts) + 2), height + 4)
+    halves = sheet.add_gridspec(2, 1, height_ratios=[height, 4])
+    above, below = sheet.add_subfigure(halves[0]), sheet.add_subfigure(halves[1])
+    charts.grid(above, [list(pictures[name]) for name in names], names, list(prompts))
+    left, right = below.subplots(1, 2)
+    charts.bars(
+        left,
         "Right pictures of held-out compositions (95 % interval)",
         {row["name"]: tuple(row["accuracy"]["overall"]) for row in rows},
         1.0,
         True,
-        sheet.width // 2,
     )
     series = {
         row["name"]: [((i + 0.5) / BINS, e) for i, e in enumerate(row["velocity"]["by_timestep"]) if e]
         for row in rows
         if row["velocity"]["error"] > 0 and row["name"] not in _WITHOUT_LINE
     }
-    size = (sheet.width - accuracy.width, max(accuracy.height, 340))
-    velocity = charts.lines("Velocity error by timestep (0: picture, 1: noise)", "t", series, True, *size)
-    return charts.stack([sheet, charts.stack([accuracy, velocity], 2)])
+    charts.lines(right, "Velocity error by timestep (0: picture, 1: noise)", "t", series, log=True)
+    return sheet

@@ -24,6 +24,8 @@ from ternary_flux.quantizer.distillation.distill import DistillSettings
 from ternary_flux.quantizer.files.atomic import write_json
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.pictures import conditioning
+from ternary_flux.quantizer.pictures.pool import Pool
+from ternary_flux.quantizer.pictures.quality import HeldOut
 from ternary_flux.quantizer.pipeline.stages import distill_file
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
@@ -42,6 +44,14 @@ class Scale:
     states: int
     steps: int  # of each distillation
     calibration_states: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What every distillation learns from and is measured on."""
+
+    pool: Pool
+    held_out: HeldOut
 
 
 FULL = Scale(prompts=16, seeds=8, pictures=3072, states=36864, steps=1800, calibration_states=4096)
@@ -74,13 +84,13 @@ def run(
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     stage = Stage.load(weights, scale.prompts, scale.seeds, device)
-    work = workspace(scale, folder, stage, device, weights)
+    work = workspace(folder, stage, device, weights)
     say(f"teacher's {scale.pictures} pictures and {scale.states} states")
-    work.pool, work.swapped  # noqa: B018  made before anything is timed
+    states = Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))  # before anything is timed
     rows: list[dict] = []
     pictures: dict[str, np.ndarray] = {}
     reference: Scores | None = None
-    for label, make in recipes(scale, work).items():
+    for label, make in recipes(scale, work, states).items():
         path, seconds = timed(folder / "models", label, make)
         model, size, bits = dense_of(path, device)
         scores = evaluate(model, stage, work.teacher, reference)
@@ -99,12 +109,12 @@ def run(
     results.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, result)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    chart.draw(rows, pictures, stage.examples).save(picture, optimize=True)
+    chart.draw(rows, pictures, stage.examples).savefig(picture)
     say(f"{results} and {picture} written, {result['seconds']:.0f} s in all")
     return result
 
 
-def workspace(scale: Scale, folder: Path, stage: Stage, device: torch.device, weights: Path) -> Workspace:
+def workspace(folder: Path, stage: Stage, device: torch.device, weights: Path) -> Workspace:
     """Training on seen compositions only; what is held out there is for the choice of the best step."""
     path = folder / "training-prompts.safetensors"
     if not path.exists():
@@ -115,22 +125,29 @@ def workspace(scale: Scale, folder: Path, stage: Stage, device: torch.device, we
         path,
         folder / "work",
         (stage.size,),
-        scale.pictures,
-        scale.states,
-        held_out=24,
         sampler_steps=stage.steps,
         device=device,
     )
 
 
-def recipes(scale: Scale, work: Workspace) -> dict[str, Callable[[Path], object]]:
+def recipes(scale: Scale, work: Workspace, states: Trained) -> dict[str, Callable[[Path], object]]:
     """Name -> what makes the file, in the order of the table; the original comes first."""
 
     def distilled(start: str, rank: int = 0, codes: bool = False) -> Callable[[Path], object]:
         def make(path: Path) -> None:
             settings = DistillSettings(steps=scale.steps, batch=32, evaluate_every=max(1, scale.steps // 8))
             state = path.with_suffix(".state")
-            distill_file(work, path.with_name(f"{start}.safetensors"), path, settings, rank, codes, snapshot=state)
+            distill_file(
+                work,
+                path.with_name(f"{start}.safetensors"),
+                path,
+                pool=states.pool,
+                held_out=states.held_out,
+                settings=settings,
+                rank=rank,
+                codes=codes,
+                snapshot=state,
+            )
             state.unlink(missing_ok=True)
 
         return make
@@ -147,7 +164,7 @@ def recipes(scale: Scale, work: Workspace) -> dict[str, Callable[[Path], object]
         "distilled: scales, rank 16": distilled("calibrated-rank-16", 16),
         "distilled: codes": distilled("calibrated", codes=True),
         "distilled: codes, rank 16": distilled("calibrated-rank-16", 16, codes=True),
-        "mixed, calibrated": lambda path: mixed(scale, work, path),
+        "mixed, calibrated": lambda path: mixed(scale, work, states.held_out, path),
         "mixed, distilled: codes": distilled("mixed-calibrated", codes=True),
     }
 
@@ -155,16 +172,17 @@ def recipes(scale: Scale, work: Workspace) -> dict[str, Callable[[Path], object]
 def calibrated(
     scale: Scale, work: Workspace, path: Path, rank: int = 0, precisions: Mapping[str, str] | None = None
 ) -> None:
-    states = work.trajectories.states(work.training_pictures, scale.calibration_states, 1)
+    pictures = work.trajectories.plan("train", scale.pictures)
+    states = work.trajectories.states(pictures, scale.calibration_states, 1)
     folder = path.with_suffix(".work")
     settings = calibrate.CalibrationSettings(rank=rank, batch=64, precisions=precisions or {})
-    calibrate.calibrate(work.teacher, states, work.conditioning, path, folder, settings)
+    calibrate.calibrate(work.teacher, states, work.conditioning, target=path, folder=folder, settings=settings)
 
 
-def mixed(scale: Scale, work: Workspace, path: Path) -> None:
+def mixed(scale: Scale, work: Workspace, held_out: HeldOut, path: Path) -> None:
     """Calibrated with the most sensitive Linears in two terms or 8 bits, in a file that is a quarter larger."""
     start = path.with_name("ternary-least-squares.safetensors")
-    ranking = sensitivities(open_ternary(start), work.teacher, work.holdout[::4])
+    ranking = sensitivities(open_ternary(start), work.teacher, held_out.batches[::4])
     chosen = best_upgrades(ranking, start.stat().st_size // 4)
     calibrated(scale, work, path, precisions={name: option.precision for name, option in chosen.items()})
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...quantizer.pictures.quality import measure, swapped_velocities
-from ...quantizer.pictures.sampler import noise_levels
+from ...quantizer.model.flux import Inputs
+from ...quantizer.pictures.quality import HeldOut, measure
+from ...quantizer.pictures.sampler import noise_levels, one_by_one
 from ...quantizer.pictures.states import Batch
 from ..miniature import autoencoder, scenes
 from ..miniature.checker import check
@@ -94,9 +95,9 @@ class Stage:
             columns.append(np.concatenate(parts))
         return np.stack(columns, axis=1)
 
-    def trajectories(self, teacher: Callable[..., Tensor]) -> tuple[list[Batch], list[Tensor]]:
-        """The teacher's own states on the way to held-out pictures, and its velocities there under other prompts."""
-        if not hasattr(self, "_trajectories"):
+    def held_out(self, teacher: Callable[..., Tensor]) -> HeldOut:
+        """The teacher's own states on the path to held-out pictures."""
+        if not hasattr(self, "_held_out"):
             context, pooled = self.encode(self.prompts)
             # Neighbours of a batch swap prompts: they must not be of one category.
             mixed = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(0))[:_BATCH]
@@ -105,10 +106,10 @@ class Stage:
             for now, after in zip(levels[:-1], levels[1:], strict=True):
                 t = torch.full((len(mixed),), now, device=self.device)
                 velocity = teacher(latent, t, context, pooled).clone()
-                batches.append(Batch(latent, t, context, pooled, None, velocity))
+                batches.append(Batch(Inputs(latent, t, context, pooled), velocity))
                 latent = latent + (after - now) * velocity
-            self._trajectories = batches, swapped_velocities(teacher, batches)
-        return self._trajectories
+            self._held_out = HeldOut.of(batches, one_by_one(teacher))
+        return self._held_out
 
     @cached_property
     def categories(self) -> np.ndarray:
@@ -130,7 +131,7 @@ def evaluate(
     summary = {
         "accuracy": accuracy,
         "of_the_original": ratio,
-        "velocity": asdict(measure(model, *stage.trajectories(teacher))),
+        "velocity": asdict(measure(model, stage.held_out(teacher))),
     }
     if reference is not None:
         noise = np.square(pictures - reference.pictures).mean((2, 3, 4))

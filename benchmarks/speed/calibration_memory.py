@@ -16,7 +16,7 @@ from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.container import create
-from ternary_flux.quantizer.model.teacher import Teacher
+from ternary_flux.quantizer.model.teacher import Placement, Teacher
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
 from ternary_flux.quantizer.pictures.sampler import draw_times
 from ternary_flux.quantizer.pictures.states import States
@@ -68,7 +68,7 @@ def main() -> None:
         folder = Path(folder)
         write_checkpoint(folder / "dense.safetensors", arch)
         states, conditioning = make_states(arch, args.states, args.side)
-        teacher = Teacher(open_checkpoint(folder / "dense.safetensors"), args.device, resident=False)
+        teacher = Teacher(open_checkpoint(folder / "dense.safetensors"), args.device, placement=Placement(False, 0))
         started = time.perf_counter()
 
         def show(name: str, fit: calibrate.BlockFit) -> None:
@@ -80,7 +80,9 @@ def main() -> None:
 
         settings = calibrate.CalibrationSettings(batch=1, sweeps=args.sweeps)
         output = folder / "ternary.safetensors"
-        calibrate.calibrate(teacher, states, conditioning, output, folder / "work", settings, on_block=show)
+        calibrate.calibrate(
+            teacher, states, conditioning, target=output, folder=folder / "work", settings=settings, on_block=show
+        )
         sizes = output.stat().st_size / 1e6, teacher.checkpoint.nbytes / 1e6
         print("ternary file: {:.0f} MB, of {:.0f} MB".format(*sizes))
     print(f"peak memory {peak():.2f} GiB on {args.device}")

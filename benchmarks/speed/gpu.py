@@ -52,7 +52,7 @@ def run(arguments: tuple[str, ...], seconds: float, environment: dict[str, str])
             problem = f"ended with code {code}" if code else None
         except subprocess.TimeoutExpired:
             problem = f"stopped after {seconds:.0f} s"
-        found = {"seconds": round(time.monotonic() - started, 1)}
+        found: dict = {"seconds": round(time.monotonic() - started, 1)}
         if problem:
             found["problem"] = problem
         if out.is_file():

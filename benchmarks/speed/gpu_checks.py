@@ -1,6 +1,6 @@
 """On a GPU: every kernel against float64, and the quantizer beside the same run on the CPU.
 
-    python -m benchmarks.speed.gpu_checks kernels|quantizer      prints what is wrong, or a line a device
+python -m benchmarks.speed.gpu_checks kernels|quantizer      prints what is wrong, or a line a device
 """
 
 import argparse
@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,9 +87,7 @@ def quantizer() -> list[dict]:
     """The miniature calibrated and distilled with the same amounts on the GPU and on the CPU."""
     from ternary_flux.benchmarks.quality import run as quality
     from ternary_flux.benchmarks.quality.scores import Stage
-    from ternary_flux.quantizer.distillation.distill import DistillSettings
     from ternary_flux.quantizer.files.ternary import open_ternary
-    from ternary_flux.quantizer.pipeline.stages import distill_file
 
     scale = quality.Scale(prompts=2, seeds=1, pictures=96, states=1152, steps=100, calibration_states=512)
     rows, codes = [], {}
@@ -99,27 +96,19 @@ def quantizer() -> list[dict]:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             stage = Stage.load(quality.WEIGHTS, scale.prompts, scale.seeds, device)
-            work = quality.workspace(scale, folder, stage, device, quality.WEIGHTS)
-            row: dict = {"device": name, "seconds": {}}
-
-            def timed(label, make, seconds=row["seconds"]):
+            work = quality.workspace(folder, stage, device, quality.WEIGHTS)
+            started = time.perf_counter()
+            states = quality.Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))
+            row: dict = {"device": name, "seconds": {"pictures and velocities": time.perf_counter() - started}}
+            recipes = quality.recipes(scale, work, states)
+            for label in ("calibrated", "distilled: scales", "distilled: codes"):
+                path = folder / f"{label.replace(': ', '-')}.safetensors"
                 started = time.perf_counter()
-                make()
-                seconds[label] = time.perf_counter() - started
-
-            timed("pictures and velocities", lambda work=work: (work.pool, work.swapped))
-            start = folder / "calibrated.safetensors"
-            timed("calibrate", lambda work=work, start=start: quality.calibrated(scale, work, start))
-            row["calibrated"] = work.quality(start).error
-            file = open_ternary(start)
+                recipes[label](path)
+                row["seconds"][label] = time.perf_counter() - started
+                row[label] = work.measure(path, states.held_out).error
+            file = open_ternary(folder / "calibrated.safetensors")
             codes[name] = {layer: file.weight(layer).codes() for layer in file.layers}
-            for label, trained in (("distill, scales", False), ("distill, codes", True)):
-                target = folder / f"{trained}.safetensors"
-                settings = DistillSettings(steps=scale.steps, batch=32, evaluate_every=50)
-                make = partial(distill_file, work, start, target, settings, codes=trained,
-                               snapshot=target.with_suffix(".state"))  # fmt: skip
-                timed(label, make)
-                row[label] = work.quality(target).error
             rows.append(row)
             print(json.dumps(row), flush=True)
     same = [float((codes["cpu"][layer] == codes[CUDA.type][layer]).float().mean()) for layer in codes["cpu"]]

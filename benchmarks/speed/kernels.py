@@ -125,7 +125,7 @@ def ours_fused_a16(layer: Layer):
 
     def run(x: Tensor) -> Tensor:
         tile = configs.tile(chip, "a16", x.shape[0]) or configs.table(chip)["a16"][-1][1]
-        return linear_a16(x, weight, None, None, layer.bias, x.new_empty(x.shape[0], layer.n), tile, chip)
+        return linear_a16(x, None, weight, None, None, layer.bias, x.new_empty(x.shape[0], layer.n), tile, chip)
 
     return weight, weight.nbytes, run
 
@@ -311,7 +311,7 @@ def main() -> None:
     elif reason := backend.unavailable(torch.device("cuda", 0)):
         sys.exit(f"the kernels cannot run here: {reason}. Use --dry to run every path on the CPU")
     peak = {} if options.dry else timing.ceilings()
-    report = {"machine": timing.machine(), "ceilings": peak, "rows": []}
+    report: dict = {"machine": timing.machine(), "ceilings": peak, "rows": []}
     print(json.dumps(report["machine"]))
     for name, value in peak.items():
         print(f"ceiling {name}: {value / 1e12:.2f} T/s")

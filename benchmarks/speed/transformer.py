@@ -99,7 +99,7 @@ def build_comfyui(arch: Architecture, mode: str, device: str, dtype: torch.dtype
             name = name.replace("_norm.scale", "_norm.weight")  # as ComfyUI's loader renames them
             state[name] = random_dense(name, shape, device, dtype)
             continue
-        weight = random_weight(*shape, device)
+        weight = random_weight(*arch.linear_shapes[layer], device)
         state |= {
             name: weight.trits,
             f"{name}_scale": weight.scale,
@@ -147,7 +147,7 @@ def work(arch: Architecture, forward: str, mode: str, sizes: list[int], device: 
         return {"missing": choice.reason}
     if cuda:
         torch.randn(256, 256, device=device).bfloat16().matmul(torch.randn(256, 256, device=device).bfloat16())
-    result = {"forward": forward, "sizes": {}}
+    result: dict = {"forward": forward, "sizes": {}}
     try:
         step = {"ComfyUI": build_comfyui, "quantizer": build_own}[forward](arch, mode, device, dtype)
         result["weights"] = torch.cuda.memory_allocated() if cuda else None
@@ -223,7 +223,7 @@ def main() -> None:
         return
     if not options.dry and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device. Use --dry to run every path on the CPU")
-    report = {"machine": timing.machine(), "model": "tiny" if options.dry else options.model, "modes": {}}
+    report: dict = {"machine": timing.machine(), "model": "tiny" if options.dry else options.model, "modes": {}}
     print(json.dumps(report["machine"]))
     out = options.out
     if out is None and not options.dry:

@@ -59,7 +59,7 @@ def launcher(kernel: str, layer: Layer, x: torch.Tensor, chip: Chip) -> Callable
     weight = copied(layer.row if kernel.endswith("row") else layer.grouped)
     y = x.new_empty(x.shape[0], layer.n)
     if kernel == "a16":
-        return lambda tile: linear_a16(x, weight, None, None, layer.bias, y, tile, chip)
+        return lambda tile: linear_a16(x, None, weight, None, None, layer.bias, y, tile, chip)
     dtype = torch.int8 if kernel.startswith("int8") else torch.float8_e4m3fn
     codes, scale = quantize_rows(x, weight.trits.shape[0] * 128, dtype)
     return lambda tile: linear_a8(codes, scale, weight, None, None, layer.bias, y, tile, chip)

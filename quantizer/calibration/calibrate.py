@@ -9,28 +9,32 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ...ops import TernaryWeight
+from ...ops.weight import TENSORS
 from ..files import metadata, precision
 from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
 from ..files.checkpoint import Checkpoint
-from ..files.container import TensorFile, create
+from ..files.container import TensorFile, save
 from ..files.layer import LayerPlan
 from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary
 from ..files.work_folder import keep_settings
+from ..model.flux import linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
-from . import gptq
+from . import columns, gptq
 from .gptq import LayerFit
+from .moments import Moments
 from .sensitivity import rounded
 from .streams import Streams
 
@@ -39,6 +43,7 @@ from .streams import Streams
 class CalibrationSettings:
     """How to quantize. `batch` states run at a time; `rank` > 0 adds low-rank factors to every ternary Linear.
 
+    `exponents` of column scales that are tried for every Linear beside none (see `columns`).
     `precisions`: name -> "two-terms" or "int8" of Linears that are not to be ternary (see `mixed`).
     """
 
@@ -49,6 +54,7 @@ class CalibrationSettings:
     packing: str = "planes32"
     seed: int = 0
     precisions: Mapping[str, str] = field(default_factory=dict)
+    exponents: tuple[float, ...] = columns.EXPONENTS
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,9 @@ def calibrate(
     teacher: Teacher,
     states: Sequence[States],
     conditioning: Conditioning,
+    *,
     target: str | os.PathLike,
-    work: str | os.PathLike,
+    folder: str | os.PathLike,
     settings: CalibrationSettings | None = None,
     identity: Mapping[str, object] | None = None,
     overwrite: bool = False,
@@ -75,23 +82,23 @@ def calibrate(
     """Quantize all block Linears of the teacher and write a ternary file.
 
     `states` are noisy states of the teacher's pictures (`Trajectories.states`). Finished blocks are kept in the folder
-    `work`, and a run that was interrupted continues with the next one and writes the same file; `identity` tells runs
+    `folder`, and a run that was interrupted continues with the next one and writes the same file; `identity` tells runs
     apart (ValueError where the folder belongs to another). `on_block` is called after every block. The fits, by block,
     are also written to `fits.json` there. `sha256` of the teacher's file saves reading it once more.
     """
     settings = settings or CalibrationSettings()
     check_target(target, 0, overwrite, teacher.checkpoint.files)
-    work = Path(work)
-    keep_settings(work, asdict(settings) | dict(identity or {}))
+    folder = Path(folder)
+    keep_settings(folder, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
     with torch.inference_mode():
-        streams = Streams(teacher, states, conditioning, work / "activations", settings.batch)
-        for name in teacher.arch.block_names:
-            fits[name] = _calibrate_block(name, teacher, streams, work / f"{name}.safetensors", settings)
+        streams = Streams(teacher, states, conditioning, folder / "activations", settings.batch)
+        for name, block in teacher.blocks():
+            fits[name] = _calibrate_block(name, block, streams, folder / f"{name}.safetensors", settings)
             on_block(name, fits[name])
     blocks = {name: asdict(block) for name, block in fits.items()}
-    write_json(work / "fits.json", blocks)
-    write(teacher.checkpoint, work, target, settings, fits, overwrite, sha256)
+    write_json(folder / "fits.json", blocks)
+    _assemble(teacher.checkpoint, folder, target, settings=settings, fits=fits, overwrite=overwrite, sha256=sha256)
     streams.remove()
     return fits
 
@@ -102,48 +109,53 @@ def enough_states(arch: Architecture, tokens: int) -> int:
     return max(256, -(-32 * inputs // tokens))
 
 
-def stages(arch: Architecture, block: str) -> list[list[str]]:
-    """The Linears of a block in the order of quantization; those of a stage do not depend on each other."""
-    if block.startswith("single_blocks."):
-        return [[name] for name in arch.block_linears(block)]
-    parts = ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
-    present = arch.block_linears(block)
-    return [pair for part in parts if (pair := [f"{s}_{part}" for s in ("img", "txt") if f"{s}_{part}" in present])]
-
-
 def _calibrate_block(
-    name: str, teacher: Teacher, streams: Streams, path: Path, settings: CalibrationSettings
+    name: str, dense: nn.Module, streams: Streams, path: Path, settings: CalibrationSettings
 ) -> BlockFit:
-    dense = teacher.block(name)
     student = deepcopy(dense)
     precisions = {
-        linear: settings.precisions.get(f"{name}.{linear}", "ternary") for linear in teacher.arch.block_linears(name)
+        linear: settings.precisions.get(f"{name}.{linear}", "ternary")
+        for linear in streams.teacher.arch.block_linears(name)
     }
     for linear, chosen in precisions.items():
         if chosen == "int8":
-            weight = student.get_submodule(linear).weight
+            weight = linear_of(student, linear).weight
             weight.copy_(rounded(weight, chosen))
     if path.exists():
         layers = _load_block(path, student)
     else:
         results = {}
-        for stage in stages(teacher.arch, name):
-            stage = [linear for linear in stage if precisions[linear] != "int8"]
-            if not stage:
+        for stage in dense.stages:
+            linears = tuple(linear for linear in stage.linears if precisions[linear] != "int8")
+            if not linears:
                 continue
-            collected = streams.moments(dense, student, stage)
-            for linear in stage:
-                module = student.get_submodule(linear)
-                rank, terms = (0, 2) if precisions[linear] == "two-terms" else (settings.rank, 1)
-                solution = gptq.solve(
-                    module.weight, module.bias, collected.pop(linear), rank, settings.damping, settings.sweeps, terms
-                )
+            collected = streams.moments(dense, student, replace(stage, linears=linears))
+            for linear in linears:
+                module = linear_of(student, linear)
+                terms = 2 if precisions[linear] == "two-terms" else 1
+                solution = _solve(module.weight, module.bias, collected.pop(linear), settings, terms)
                 results[linear] = solution
                 _apply(module, solution.weight, solution.bias)
         layers = {linear: solution.fit for linear, solution in results.items()}
         _save_block(path, results)
     img_drift, txt_drift = streams.advance(dense, student)
     return BlockFit(layers, img_drift, txt_drift)
+
+
+def _solve(
+    weight: Tensor, bias: Tensor | None, moments: Moments, settings: CalibrationSettings, terms: int
+) -> gptq.Solution:
+    """With the column scales that leave the smallest error of the outputs, or none."""
+    solve = partial(gptq.solve, damping=settings.damping, sweeps=settings.sweeps, terms=terms)
+
+    def error(rows: Tensor, part: Moments, column: Tensor | None) -> float:
+        some_bias = None if bias is None else rows.new_zeros(len(rows))
+        return solve(rows, some_bias, part, column=column).fit.output_error
+
+    weight = weight.to(moments.second)
+    column, exponent = columns.choose(weight, moments, error, settings.exponents)
+    solution = solve(weight, bias, moments, rank=settings.rank if terms == 1 else 0, column=column)
+    return replace(solution, fit=replace(solution.fit, exponent=exponent))
 
 
 def _apply(linear: nn.Module, weight: TernaryWeight, bias: Tensor | None) -> None:
@@ -159,34 +171,31 @@ def _save_block(path: Path, results: Mapping[str, gptq.Solution]) -> None:
         tensors |= {f"{linear}.{part}": tensor for part, tensor in solution.weight.tensors.items()}
         if solution.bias is not None:
             tensors[f"{linear}.bias"] = solution.bias.bfloat16()
-    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     fits = json.dumps({linear: asdict(solution.fit) for linear, solution in results.items()})
-    with create(path, plan, {"fits": fits}, overwrite=True) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
+    save(path, tensors, {"fits": fits}, overwrite=True)
 
 
 def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
     file = TensorFile(path)
     fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
     for linear in fits:
-        module = student.get_submodule(linear)
-        weight, bias = _read_layer(file, linear, tuple(module.weight.shape))
+        module = linear_of(student, linear)
+        weight, bias = _read_layer(file, linear, (module.out_features, module.in_features))
         _apply(module, weight.to(module.weight.device), bias)
     return fits
 
 
 def _read_layer(file: TensorFile, linear: str, shape: tuple[int, int]) -> tuple[TernaryWeight, Tensor | None]:
-    fields = ("trits", "scale", "group", "down", "up")
-    parts = {part: file.tensor(key) for part in fields if (key := f"{linear}.{part}") in file.entries}
+    parts = {part: file.tensor(key) for part in TENSORS if (key := f"{linear}.{part}") in file.entries}
     bias = file.tensor(f"{linear}.bias") if f"{linear}.bias" in file.entries else None
     return TernaryWeight(shape=shape, **parts), bias
 
 
-def write(
+def _assemble(
     checkpoint: Checkpoint,
-    work: Path,
+    folder: Path,
     target: str | os.PathLike,
+    *,
     settings: CalibrationSettings,
     fits: dict[str, BlockFit],
     overwrite: bool = False,
@@ -195,12 +204,12 @@ def write(
     """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
     arch = checkpoint.architecture
     int8 = int8_tensors(checkpoint, settings.precisions)
+    files = {block: TensorFile(folder / f"{block}.safetensors") for block in arch.block_names}
     plan = {}
-    for name, shape in arch.linear_shapes.items():
-        if settings.precisions.get(name) == "two-terms":
-            plan[name] = LayerPlan(shape, settings.packing, terms=2)
-        elif name not in settings.precisions:
-            plan[name] = LayerPlan(shape, settings.packing, rank=min(settings.rank, *shape))
+    for block, file in files.items():
+        for linear, shape in arch.block_linears(block).items():
+            if settings.precisions.get(f"{block}.{linear}") != "int8":
+                plan[f"{block}.{linear}"] = LayerPlan.of(_read_layer(file, linear, shape)[0], settings.packing)
     weights = {f"{name}.weight" for name in arch.linears}
     dense = {name: (torch.bfloat16, checkpoint.shape(name)) for name in checkpoint.names if name not in weights}
     dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
@@ -210,11 +219,10 @@ def write(
     source, lossy = Path(checkpoint.name), checkpoint.lossy
     header = metadata.build(arch, source, checkpoint.metadata, "calibrate", shown, errors, sha256, lossy)
     header |= precision.metadata(settings.precisions)
-    started = datetime.fromtimestamp((work / "settings.json").stat().st_mtime, timezone.utc)
+    started = datetime.fromtimestamp((folder / "settings.json").stat().st_mtime, UTC)
     header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
     with create_ternary(target, plan, dense, header, metadata.header_room(arch), overwrite) as writer:
-        for block in arch.block_names:
-            file = TensorFile(work / f"{block}.safetensors")
+        for block, file in files.items():
             for linear, shape in arch.block_linears(block).items():
                 if f"{block}.{linear}" not in plan:
                     continue

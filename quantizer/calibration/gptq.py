@@ -39,6 +39,7 @@ class LayerFit:
     inputs: int
     tokens: int
     damping: float  # what was needed to factor H, relative to the mean of its diagonal
+    exponent: float | None = None  # of the column scales; None without any
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,51 +53,66 @@ def solve(
     weight: Tensor,
     bias: Tensor | None,
     moments: Moments,
+    *,
     rank: int = 0,
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
     terms: int = 1,
+    column: Tensor | None = None,
 ) -> Solution:
     """Quantize `weight` [N, K] (K a multiple of 128). Everything is computed in fp32 on the device of the moments,
     which are used up.
 
     A bias [N] also absorbs the difference of means. `damping` is relative to the mean of H's diagonal, and is raised
     tenfold until H can be factored. `rank` adds low-rank factors fitted to what codes and scales leave. Without them
-    there can be two `terms`.
+    there can be two `terms`. With `column` scales [K] all of it happens on inputs times those, and weights over them.
     """
     w = weight.to(moments.second.device, torch.float32)
+    if column is not None:
+        w = w / column.float()
+        moments.scale_inputs(column.float())
     if w.shape[1] % GROUP_SIZE:
         raise ValueError(f"a Linear with {w.shape[1]} inputs; multiples of {GROUP_SIZE} are supported")
     problem = _Problem.of(w, moments, centred=bias is not None, damping=damping)
     if terms == 2:
         codes, row, group, factors = *_solve_two_terms(problem, sweeps), {}
     else:
-        codes, row, group, factors = _solve_one_term(problem, rank, sweeps)
+        codes, row, group, factors = _solve_one_term(problem, rank, sweeps, column)
     group = group.t().to(torch.uint8).contiguous()
-    result = TernaryWeight.from_codes(codes.to(torch.int8), row, group, terms=terms, **factors)
+    result = TernaryWeight.from_codes(codes.to(torch.int8), row, group, terms=terms, column=column, **factors)
     approximation = result.dequantize(torch.float32)
+    fit = problem.fit(weight.to(w), approximation, column)
     if bias is not None:
+        approximation = approximation if column is None else approximation / column.float()
         bias = bias.to(w) + problem.wanted + (w - approximation) @ problem.mean
-    return Solution(result, bias, problem.fit(w, approximation))
+    return Solution(result, bias, fit)
 
 
-def _solve_one_term(problem: "_Problem", rank: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Codes [N, K], row scales [N], group multipliers [N, K/128] and low-rank factors, if any."""
-    hessian = problem.hessian
+def _solve_one_term(
+    problem: "_Problem", rank: int, sweeps: int, column: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Codes [N, K], row scales [N], group multipliers [N, K/128] and low-rank factors, if any.
+
+    The factors are for the inputs as they come, without the column scales.
+    """
+    hessian, stored = problem.hessian, {}
     codes, scales = error_feedback(problem.target, hessian)
-    projected, up, down = problem.target @ hessian, None, None
+    projected = problem.target @ hessian
     for _ in range(sweeps):
         codes, scales = fit_scales(codes, projected, hessian)
         codes = descend(codes, scales, projected, hessian)
         if rank:
-            factors = weighted_low_rank(problem.target - dense(codes, scales), problem.factor, rank)
-            up, down = (factor.bfloat16().float() for factor in factors)  # codes and scales make up for the rounding
+            up, down = weighted_low_rank(problem.target - dense(codes, scales), problem.factor, rank)
+            down = down if column is None else down * column.float()
+            stored = {"up": up.bfloat16(), "down": down.bfloat16()}  # codes and scales make up for the rounding
+            up, down = (factor.float() for factor in stored.values())
+            down = down if column is None else down / column.float()
             projected = (problem.target - up @ down) @ hessian
     codes, scales = fit_scales(codes, projected, hessian)
     row, group = fit_integer_scales(codes, scales, projected, hessian)
     codes = descend(codes, row[:, None] * group, projected, hessian)
     row, group = fit_integer_scales(codes, row[:, None] * group, projected, hessian)
-    return codes, row, group, {} if up is None else {"up": up.bfloat16(), "down": down.bfloat16()}
+    return codes, row, group, stored
 
 
 def _solve_two_terms(problem: "_Problem", sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,11 +172,13 @@ class _Problem:
         target = weight + torch.cholesky_solve(cross.t(), factor).t()
         return cls(target, hessian, factor, mean, wanted, damping, effective_rank, moments.tokens)
 
-    def fit(self, weight: Tensor, approximation: Tensor) -> LayerFit:
+    def fit(self, weight: Tensor, approximation: Tensor, column: Tensor | None) -> LayerFit:
+        """Of a weight [N, K] and what it became, both as they meet the inputs that come."""
         error = weight - approximation
+        scaled = approximation if column is None else approximation / column.float()
         return LayerFit(
             weight_error=(error.norm() / weight.norm().clamp_min(1e-30)).item(),
-            output_error=self._size(self.target - approximation) / max(self._size(self.target), 1e-30),
+            output_error=self._size(self.target - scaled) / max(self._size(self.target), 1e-30),
             effective_rank=self.effective_rank,
             inputs=weight.shape[1],
             tokens=self.tokens,
@@ -255,7 +273,7 @@ def descend(codes: Tensor, scales: Tensor, projected: Tensor, hessian: Tensor) -
 
     `projected` is the target times H, here and below.
     """
-    result = torch.empty_like(codes)
+    result, steps = torch.empty_like(codes), hessian.diagonal().reciprocal().tolist()
     for rows in _chunks(codes):
         gradient = projected[rows] - dense(codes[rows], scales[rows]) @ hessian
         for group, scale in enumerate(scales[rows].unbind(1)):
@@ -263,8 +281,8 @@ def descend(codes: Tensor, scales: Tensor, projected: Tensor, hessian: Tensor) -
             local, block = hessian[columns, columns], gradient[:, columns].t().contiguous()
             old = codes[rows, columns].t().contiguous()
             new = torch.empty_like(old)
-            for i, diagonal in enumerate(local.diagonal().tolist()):
-                new[i] = nearest(torch.add(scale * old[i], block[i], alpha=1 / diagonal), scale)
+            for i, step in enumerate(steps[columns]):
+                new[i] = nearest(torch.add(scale * old[i], block[i], alpha=step), scale)
                 block.addr_(local[i], scale * (new[i] - old[i]), alpha=-1)
             gradient.addmm_((scale * (new - old)).t(), hessian[columns], alpha=-1)
             result[rows, columns] = new.t()

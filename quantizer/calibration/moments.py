@@ -1,5 +1,7 @@
 """What is collected about one Linear while states run through the teacher and the ternary model."""
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,26 @@ class Moments:
         self.cross.addmm_(wanted.t(), x.flatten(0, -2).float())
         self.mean_cross += wanted.sum(0)
         self.gates += gate.square().sum((0, 1)) * missing.shape[1]
+
+    def rows(self, index: Tensor) -> "Moments":
+        """Those of the outputs `index` alone, in memory of their own."""
+        part = copy(self)
+        for name in ("second", "mean", "shift", "mean_shift"):
+            value = getattr(self, name)
+            setattr(part, name, None if value is None else value.clone())
+        for name in ("cross", "mean_cross", "gates"):
+            value = getattr(self, name)
+            setattr(part, name, None if value is None else value[index])
+        return part
+
+    def scale_inputs(self, column: Tensor) -> None:
+        """As if the inputs had been multiplied by column [K]."""
+        for name in ("second", "mean", "shift", "mean_shift", "cross"):
+            if (value := getattr(self, name)) is not None:
+                value *= column
+        for value in (self.second, self.shift):
+            if value is not None:
+                value *= column[:, None]
 
     @staticmethod
     def _weighted(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

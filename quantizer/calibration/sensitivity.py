@@ -19,7 +19,7 @@ from ..files.layer import LayerPlan
 from ..files.precision import PRECISIONS, int8, int8_tensors, metadata, precisions_of
 from ..files.summary import stated_errors
 from ..files.ternary import TernaryFile, create_ternary
-from ..model.flux import Tokens
+from ..model.flux import Tokens, linear_of
 from ..model.teacher import Teacher
 from ..pictures.states import Batch
 from ..rounding.two_terms import two_terms
@@ -45,14 +45,14 @@ def sensitivities(
 ) -> list[Sensitivity]:
     """Measure every Linear of one term in each of these precisions at these states, one after the other."""
     results, names = [], teacher.arch.block_names
-    tokens = [teacher.stem.prepare(*teacher.cast(*batch.inputs)) for batch in batches]
+    tokens = [teacher.prepare(batch.inputs) for batch in batches]
     for number, block_name in enumerate(names, 1):
         block = teacher.block(block_name)
         for name in teacher.arch.block_linears(block_name):
             full = f"{block_name}.{name}"
             if full not in file.layers or file.layers[full].terms > 1:
                 continue
-            linear, plan = block.get_submodule(name), file.layers[full]
+            linear, plan = linear_of(block, name), file.layers[full]
             after = _changed(block, linear, file.weight(full).dequantize(), tokens)
             ternary = _error(teacher, after, names[number:], batches)
             for precision in precisions:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..model.flux import Flux, Tokens
+from ..model.flux import Flux, Stage, Tokens, linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
@@ -69,12 +69,13 @@ class Streams:
         self.groups = [self._prepare(str(i), group, conditioning) for i, group in enumerate(states)]
         self.vectors = many_vectors(teacher, states, conditioning) if teacher.arch.version == 1 else None
 
-    def moments(self, dense: nn.Module, student: nn.Module, linears: Sequence[str]) -> dict[str, Moments]:
-        """Second moments of the inputs of some Linears of a block, over all states; `dense` is the teacher's block."""
+    def moments(self, dense: nn.Module, student: nn.Module, stage: Stage) -> dict[str, Moments]:
+        """Second moments of the inputs of a stage's Linears, over all states; `dense` is the teacher's block."""
+        linears = stage.linears
         device = self.teacher.device
-        modules = {name: student.get_submodule(name) for name in linears}
+        modules = {name: linear_of(student, name) for name in linears}
         moments = {name: Moments(m.out_features, m.in_features, device) for name, m in modules.items()}
-        if linears[0].endswith(".lin"):
+        if stage.role == "modulate":
             for vectors in self.vectors.split(1024):
                 for name in linears:
                     moments[name].add(nn.functional.silu(vectors)[:, None])
@@ -82,10 +83,10 @@ class Streams:
         for group in self.groups:
             for rows in group.rows(self.batch):
                 theirs, ours = (group.tokens(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
-                gates = branch_gates(student, ours)
+                gates = student.gates(ours)
                 weights = {name: gates[name].float().square().mean((1, 2)) for name in linears}
-                if linears[0] in student.gates(ours):
-                    self._add_residuals(moments, dense, student, theirs, ours, weights)
+                if stage.role == "add":
+                    self._add_residuals(moments, dense, student, stage, theirs, ours, weights)
                 else:
                     teacher_inputs, inputs = inputs_of(dense, linears, theirs), inputs_of(student, linears, ours)
                     for name in linears:
@@ -98,41 +99,40 @@ class Streams:
         moments: Mapping[str, Moments],
         dense: nn.Module,
         student: nn.Module,
+        stage: Stage,
         theirs: Tokens,
         ours: Tokens,
         weights: Mapping[str, Tensor],
     ) -> None:
         """What the student's tokens miss of the teacher's after these Linears, while they are still dense."""
-        linears = list(moments)
-        half = "attend" if linears[0].endswith("attn.proj") else "forward"
-        wanted = getattr(dense, half)(theirs)
+        wanted = getattr(dense, stage.half)(theirs)
         captured = {}
         handles = [
             student.get_submodule(name).register_forward_pre_hook(
                 lambda _, arguments, name=name: captured.__setitem__(name, arguments[0])
             )
-            for name in linears
+            for name in stage.linears
         ]
-        found = getattr(student, half)(ours)
+        found = getattr(student, stage.half)(ours)
         for handle in handles:
             handle.remove()
-        missing = {"img": wanted.img.float() - found.img.float(), "txt": wanted.txt.float() - found.txt.float()}
         gates = student.gates(ours)
-        for name in linears:
-            part = missing[name[:3]] if name[:3] in missing else torch.cat((missing["txt"], missing["img"]), dim=1)
+        for name in stage.linears:
+            missing = student.stream(name, wanted).float() - student.stream(name, found).float()
             moments[name].add(captured[name], weights[name])
-            moments[name].add_residual(captured[name], part, gates[name])
+            moments[name].add_residual(captured[name], missing, gates[name])
 
     def advance(self, dense: nn.Module, student: nn.Module) -> tuple[float, float]:
         """Run both models through a block; returns the relative drift of image and of text tokens."""
-        difference, power = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        device = self.teacher.device
+        difference, power = (torch.zeros(2, dtype=torch.float64, device=device) for _ in range(2))
         for group in self.groups:
             for rows in group.rows(self.batch):
                 theirs = dense(group.tokens(self.teacher.stem, rows, TEACHER))
                 ours = student(group.tokens(self.teacher.stem, rows, STUDENT))
                 for i, (a, b) in enumerate(((theirs.img, ours.img), (theirs.txt, ours.txt))):
-                    difference[i] += (a.float() - b.float()).square().sum().cpu()
-                    power[i] += a.float().square().sum().cpu()
+                    difference[i] += (a.float() - b.float()).square().sum()
+                    power[i] += a.float().square().sum()
                 group.put(rows, TEACHER, theirs)
                 group.put(rows, STUDENT, ours)
         img, txt = (difference / power.clamp_min(1e-30)).sqrt().tolist()
@@ -146,8 +146,7 @@ class Streams:
     def _prepare(self, name: str, states: States, conditioning: Conditioning) -> _TokenFile:
         group = None
         for rows in slices(len(states), self.batch):
-            latent, t, context, pooled, guidance = self.teacher.cast(*states.inputs(rows, conditioning))
-            tokens = self.teacher.stem.prepare(latent, t, context, pooled, guidance)
+            tokens = self.teacher.prepare(states.inputs(rows, conditioning))
             if group is None:
                 group = _TokenFile.allocate(self.folder / name, len(states), tokens)
             group.vec[rows] = tokens.vec
@@ -165,15 +164,15 @@ def many_vectors(
     guided = states[0].guidance is not None
     guidance = torch.cat([group.guidance for group in states]) if guided else None
     generator = torch.Generator().manual_seed(0)
-    vectors = []
+    vectors, device = [], teacher.device
     for rows in slices(count, 1024):
         size = (rows.stop - rows.start,)
         after, between = torch.randint(len(t), size, generator=generator), torch.rand(size, generator=generator)
         times = torch.lerp(t[(after - 1).clamp_min(0)], t[after], between)
         pick, other = (torch.randint(len(t), size, generator=generator) for _ in range(2))
-        pooled = None if conditioning.pooled is None else conditioning.pooled[prompt[pick]]
-        _, times, _, pooled, values = teacher.cast(None, times, None, pooled, guidance[other] if guided else None)
-        vectors.append(teacher.stem.vector(times, pooled, values, teacher.dtype))
+        pooled = None if conditioning.pooled is None else conditioning.pooled[prompt[pick]].to(device, teacher.dtype)
+        values = guidance[other].to(device) if guided else None
+        vectors.append(teacher.stem.vector(times.to(device), pooled, values, teacher.dtype))
     return torch.cat(vectors)
 
 
@@ -206,13 +205,3 @@ def inputs_of(block: nn.Module, linears: Sequence[str], tokens: Tokens) -> dict[
 
 def slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def branch_gates(block: nn.Module, tokens: Tokens) -> dict[str, Tensor]:
-    """For each Linear of a block's branches, the gate [B, 1, hidden] through which its errors reach the tokens."""
-    gates = block.gates(tokens)
-    inner = {"linear1": "linear2"} if "linear2" in gates else {}
-    if not inner:
-        for stream in ("img", "txt"):
-            inner |= {f"{stream}_attn.qkv": f"{stream}_attn.proj", f"{stream}_mlp.0": f"{stream}_mlp.2"}
-    return gates | {name: gates[output] for name, output in inner.items()}

@@ -6,6 +6,8 @@ from pathlib import Path
 from . import options
 from .options import count, natural, positive
 
+HELD_OUT = 32  # pictures that the result is measured on
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -41,13 +43,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.like}: all of its Linears are alike; give a file of `mixed`")
     folder = options.work_folder(args)
     with Bars() as bars:
-        work = options.open_workspace(args, args.source, folder, pictures=args.pictures, on_progress=bars.show)
+        work = options.open_workspace(args, args.source, folder, on_progress=bars.show)
         work.check(args.output, args.force, *filter(None, [args.like]))
         if precisions.keys() - set(work.arch.linears):
             raise ValueError(f"{args.like} was made from another model than {args.source}")
-        work.sample_pictures()
+        pictures = work.sample_pictures(args.pictures)
         wanted = args.states or enough_states(work.arch, work.tokens)
-        states = work.trajectories.states(work.training_pictures, wanted, args.seed + 1)
+        states = work.trajectories.states(pictures, wanted, args.seed + 1)
         changes = {"damping": args.damping, "sweeps": args.sweeps, "batch": args.batch or work.teacher_batch}
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = CalibrationSettings(rank=args.rank, packing=args.packing, precisions=precisions, **changes)
@@ -68,14 +70,14 @@ def run(args: argparse.Namespace) -> None:
             work.teacher,
             states,
             work.conditioning,
-            args.output,
-            folder / "calibrate",
-            settings,
-            identity,
-            args.force,
-            show,
+            target=args.output,
+            folder=folder / "calibrate",
+            settings=settings,
+            identity=identity,
+            overwrite=args.force,
+            on_block=show,
         )
-        quality = work.quality(args.output)
+        quality = work.measure(args.output, work.hold_out(HELD_OUT))
     print(f"{args.output}: {args.output.stat().st_size / 1e9:.3f} GB")
     print(f"velocity error {quality.error:.4f} on held-out prompts (relative, squared)")
     print(f"distill it next; {folder} can be reused for that, or deleted")

@@ -49,7 +49,17 @@ def run(args: argparse.Namespace) -> None:
         codes = {"auto": None, "train": True, "freeze": False}[args.codes]
         if note := options.note_on_source(work):
             bars.say(note)
-        whole = Run(work, args.output, args.budget, args.rank, codes, args.packing, args.growth, args.force, bars.say)
+        whole = Run(
+            work,
+            args.output,
+            args.budget,
+            rank=args.rank,
+            codes=codes,
+            packing=args.packing,
+            growth=args.growth,
+            overwrite=args.force,
+            on_message=bars.say,
+        )
         stages = whole.run()
     print(expectation(stages))
     print(f"{args.output} written; {folder} can be deleted")

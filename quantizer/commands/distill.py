@@ -1,7 +1,7 @@
 """`distill`: train a ternary file to follow its teacher."""
 
 import argparse
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ from . import options
 from .options import count, natural, positive
 
 if TYPE_CHECKING:
-    from ..pipeline.budget import Plan
+    from ..pipeline.decisions import Decisions
     from ..pipeline.workspace import Workspace
 
 
@@ -52,59 +52,51 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(interrupted="give the same command with --resume to go on")
 
 
-def _keep_amounts(args: argparse.Namespace, work: "Workspace", plan: "Plan", path: Path) -> int:
-    """Give the workspace its pictures and states and return the batch: as asked, else as fits the run and the machine.
+def _decide(args: argparse.Namespace, work: "Workspace", kept: "Decisions | None") -> "Decisions":
+    """Amounts as asked, else as `kept` by the run that this one resumes, else as fits the run and the machine."""
+    from ..distillation.blockwise import BlockSettings
+    from ..distillation.schedule import RATES
+    from ..pipeline.budget import STATES_EACH, Budget, plan_for
+    from ..pipeline.decisions import Decisions, Training
 
-    They are kept in `path`, so that a run that resumes has the same ones.
-    """
-    from ..files.atomic import write_json
-    from ..pipeline.budget import STATES_EACH
-
-    kept = json.loads(path.read_text(encoding="utf-8")) if args.resume and path.exists() else {}
-    batch = args.batch or kept.get("batch") or plan.batch
-    work.pictures = args.pictures or kept.get("pictures")
-    if work.pictures is None:
+    plan = plan_for(work) if kept is None else kept.training.plan
+    plan = replace(plan, batch=args.batch or plan.batch)
+    pictures = args.pictures or (kept and kept.budget.pictures)
+    if pictures is None:
         # A trained state costs about four of the teacher's forwards.
         timed = args.minutes and int(60 * args.minutes / (4 * work.time_state()))
-        work.pictures = work.pictures_for(timed or args.steps * batch * args.accumulate)
-    work.states = args.states or kept.get("states") or STATES_EACH * work.pictures
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"batch": batch, "pictures": work.pictures, "states": work.states})
-    return batch
+        pictures = work.pictures_for(timed or args.steps * plan.batch * args.accumulate)
+    states = args.states or (kept and kept.budget.states) or STATES_EACH * pictures
+    steps, seconds = None if args.minutes else args.steps, args.minutes and 60 * args.minutes
+    blocks = None
+    if args.block_steps:
+        rates = {group: args.rate * rate for group, rate in RATES.items()}
+        blocks = BlockSettings(args.block_steps, plan.batch, rank=args.rank, codes=args.codes, rates=rates)
+    training = Training(plan, args.codes, steps=steps, seconds=seconds, blocks=blocks)
+    return Decisions(Budget(pictures, states, args.held_out), training=training)
 
 
 def run(args: argparse.Namespace) -> None:
     from ..console import Bars
-    from ..distillation.blockwise import BlockSettings
     from ..distillation.schedule import RATES
-    from ..pipeline.budget import plan_for, settings_for
-    from ..pipeline.stages import distill_file
+    from ..files.ternary import open_ternary
+    from ..pipeline.budget import settings_for
+    from ..pipeline.decisions import Decisions
+    from ..pipeline.stages import check_rank, distill_file
 
     folder = options.work_folder(args)
-    snapshot = folder / "distill.safetensors"
+    snapshot, kept = folder / "distill.safetensors", folder / "distill.json"
     if snapshot.exists() and not args.resume:
         raise ValueError(f"{snapshot} belongs to an unfinished run: give --resume to continue it, or delete it")
     with Bars() as bars:
-        work = options.open_workspace(args, args.teacher, folder, held_out=args.held_out, on_progress=bars.show)
+        work = options.open_workspace(args, args.teacher, folder, on_progress=bars.show)
         work.check(args.output, args.force, args.start)
-        plan = plan_for(work)
-        batch = _keep_amounts(args, work, plan, folder / "distill.json")
-        rates = {group: args.rate * rate for group, rate in RATES.items()}
-        settings = settings_for(
-            plan,
-            steps=None if args.minutes else args.steps,
-            seconds=args.minutes and 60 * args.minutes,
-            batch=batch,
-            accumulate=args.accumulate,
-            evaluate_every=args.evaluate_every,
-            snapshot_minutes=args.snapshot_minutes,
-            seed=args.seed,
-            rates=rates,
-        )
-        blocks = None
-        if args.block_steps:
-            blocks = BlockSettings(args.block_steps, settings.batch, rank=args.rank, codes=args.codes, rates=rates)
-        before = work.quality(args.start)
+        check_rank(open_ternary(args.start), args.rank)
+        decisions = _decide(args, work, Decisions.load(kept) if args.resume else None)
+        decisions.save(kept)
+        training, budget = decisions.training, decisions.budget
+        held_out = work.hold_out(budget.held_out)
+        before = work.measure(args.start, held_out)
         bars.say(f"start: velocity error {before.error:.4f} on held-out prompts")
 
         def step(row: dict) -> None:
@@ -119,16 +111,27 @@ def run(args: argparse.Namespace) -> None:
             work,
             args.start,
             args.output,
-            settings,
-            args.rank,
-            args.codes,
-            args.packing,
-            blocks,
-            args.force,
-            snapshot,
+            pool=work.label_states(budget.pictures, budget.states),
+            held_out=held_out,
+            settings=settings_for(
+                training.plan,
+                steps=training.steps,
+                seconds=training.seconds,
+                accumulate=args.accumulate,
+                evaluate_every=args.evaluate_every,
+                snapshot_minutes=args.snapshot_minutes,
+                seed=args.seed,
+                rates={group: args.rate * rate for group, rate in RATES.items()},
+            ),
+            rank=args.rank,
+            codes=training.codes,
+            packing=args.packing,
+            block_settings=training.blocks,
+            overwrite=args.force,
+            snapshot=snapshot,
             on_step=step,
             on_block=lambda result: bars.say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
     snapshot.unlink(missing_ok=True)
-    (folder / "distill.json").unlink()
+    kept.unlink()
     print(f"{args.output}: velocity error {before.error:.4f} -> {distiller.best_error:.4f} on held-out prompts")

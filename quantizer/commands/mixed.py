@@ -48,10 +48,11 @@ def run(args: argparse.Namespace) -> None:
         )
     with Bars() as bars:
         folder = options.work_folder(args)
-        work = options.open_workspace(args, args.teacher, folder, held_out=args.pictures, on_progress=bars.show)
+        work = options.open_workspace(args, args.teacher, folder, on_progress=bars.show)
         work.check(args.output, args.force, args.start)
         show = work.counter("measured layers", len(file.layers))
-        measured = sensitivities(file, work.teacher, work.holdout, args.precisions, show)
+        batches = work.hold_out(args.pictures).batches
+        measured = sensitivities(file, work.teacher, batches, args.precisions, show)
     chosen = best_upgrades(measured, int(args.growth * args.start.stat().st_size))
     precisions = {name: result.precision for name, result in chosen.items()}
     write_mixed(args.output, file, work.teacher.checkpoint, precisions, args.force)

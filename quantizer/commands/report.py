@@ -1,6 +1,8 @@
 """`report`: a page that shows what every stage did to a model."""
 
 import argparse
+import importlib.util
+import sys
 from pathlib import Path
 
 from . import options
@@ -21,13 +23,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--work", type=Path, help="the work folder of `convert`: its stages come first, its states are used"
     )
-    parser.add_argument("--vae", type=Path, help="a VAE in TAESD form; without it latents are shown in false colours")
+    parser.add_argument(
+        "--vae", type=Path, help="the model's VAE, read by ComfyUI; without it latents have false colours"
+    )
     parser.add_argument("--pictures", type=count, default=4, help="to show (default: %(default)s)")
     parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..report.decoders import taesd_decoder
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            f"reports are drawn with matplotlib, which is missing: {sys.executable} -m pip install matplotlib"
+        )
+    from ..report.decoders import vae_decoder
     from ..report.page import report
 
     files = {}
@@ -41,5 +49,6 @@ def run(args: argparse.Namespace) -> None:
     if not files:
         raise ValueError("give ternary files as NAME=FILE, or --work with the work folder of a conversion")
     folder = args.work or args.output / "work"
-    work = options.open_workspace(args, args.teacher, folder, held_out=args.held_out)
-    print(report(work, files, args.output, args.pictures, args.vae and taesd_decoder(args.vae)))
+    work = options.open_workspace(args, args.teacher, folder)
+    decode = vae_decoder(args.vae, work.arch) if args.vae else None
+    print(report(work, files, args.output, pictures=args.pictures, held_out=args.held_out, decode=decode))

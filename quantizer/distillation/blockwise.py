@@ -62,25 +62,36 @@ def train_blocks(
     start: TernaryFile,
     teacher: Teacher,
     pool: Pool,
+    *,
     target: str | os.PathLike,
-    work: Path,
+    folder: Path,
     settings: BlockSettings,
     device: torch.device | str = "cpu",
-    on_block: Callable[[BlockResult], None] = lambda result: None,
+    on_block: Callable[[BlockResult], object] = lambda result: None,
     overwrite: bool = False,
 ) -> None:
-    """Train block after block and write a ternary file; finished blocks are kept in `work` and not trained again."""
-    work.mkdir(parents=True, exist_ok=True)
+    """Train block after block and write a ternary file; finished blocks are kept in `folder` and not trained again."""
+    folder.mkdir(parents=True, exist_ok=True)
     ours = _prepare(load_stem(start, device), pool, settings, device)
     theirs = _prepare(teacher.stem, pool, settings, device)
     parts = []
-    for name in start.architecture.block_names:
-        part = work / f"{name}.safetensors"
-        targets = _through(teacher.block(name), theirs, settings.stream)
+    for name, dense in teacher.blocks():
+        part = folder / f"{name}.safetensors"
+        targets = _through(dense, theirs, settings.stream)
         if not part.exists():
             block = load_block(start, name, start.architecture, device)
             layers = ternary_linears(block, f"{name}.")
-            on_block(train_block(name, block, layers, teacher.checkpoint, ours, theirs, targets, settings))
+            result = train_block(
+                name,
+                block,
+                layers,
+                teacher=teacher.checkpoint,
+                inputs=ours,
+                before=theirs,
+                targets=targets,
+                settings=settings,
+            )
+            on_block(result)
             _write_part(part, name, block, layers, start)
             del block, layers
         parts.append(open_ternary(part))
@@ -93,6 +104,7 @@ def train_block(
     name: str,
     block: nn.Module,
     layers: Mapping[str, TernaryLinear],
+    *,
     teacher: Checkpoint,
     inputs: Sequence[Tokens],
     before: Sequence[Tokens],
@@ -136,31 +148,20 @@ def _prepare(stem: Flux, pool: Pool, settings: BlockSettings, device) -> list[To
     """The tokens before the first block of a model, in main memory."""
     dtype, batches = stem.img_in.weight.dtype, []
     for index in range(max(1, settings.states // settings.batch)):
-        latent, t, context, pooled, guidance = pool.draw(index, settings.batch, settings.seed, device).inputs
-        pooled = None if pooled is None else pooled.to(dtype)
-        tokens = stem.prepare(latent.to(dtype), t, context.to(dtype), pooled, guidance)
-        batches.append(_to(tokens, "cpu", settings.stream))
+        inputs = pool.draw(index, settings.batch, settings.seed, device).inputs
+        batches.append(stem.prepare(*inputs.to(device, dtype)).to("cpu", settings.stream))
     return batches
 
 
 @torch.no_grad()
 def _through(block: nn.Module, batches: Sequence[Tokens], dtype: torch.dtype) -> list[Tokens]:
-    return [_to(block(_onto(block, tokens)), "cpu", dtype) for tokens in batches]
+    return [block(_onto(block, tokens)).to("cpu", dtype) for tokens in batches]
 
 
 def _onto(block: nn.Module, tokens: Tokens) -> Tokens:
     """Tokens where a block's parameters are, in their dtype."""
     parameter = next(block.parameters())
-    return _to(tokens, parameter.device, parameter.dtype)
-
-
-def _to(tokens: Tokens, device, dtype: torch.dtype) -> Tokens:
-    """Tokens elsewhere and in another dtype; positions stay fp32."""
-    modulation = tokens.modulation
-    if modulation is not None:
-        modulation = tuple(tuple(x.to(device, dtype) for x in stream) for stream in modulation)
-    moved = {name: getattr(tokens, name).to(device, dtype) for name in ("img", "txt", "vec")}
-    return replace(tokens, **moved, pe=tokens.pe.to(device), modulation=modulation)
+    return tokens.to(parameter.device, parameter.dtype)
 
 
 def _power(before: Sequence[Tokens], after: Sequence[Tokens], stream: str) -> float:

@@ -9,20 +9,21 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files.container import TensorFile, create
+from ..files import container
+from ..files.container import TensorFile
 from ..files.ternary import TernaryFile
 from ..interrupts import whole_steps
 from ..model.flux import Flux
 from ..model.student import as_stored, rate_groups, stored_dtypes
 from ..pictures.pool import Pool
-from ..pictures.quality import Quality, measure
+from ..pictures.quality import HeldOut, Quality, measure
 from ..pictures.states import Batch
 from .optimizer import Adam
 from .schedule import RATES, TIMED_STEPS, learning_rates, schedule
@@ -62,11 +63,10 @@ class Distiller:
         model: Flux,
         start: TernaryFile,
         pool: Pool,
-        holdout: Sequence[Batch],
-        swapped: Sequence[Tensor],
+        held_out: HeldOut,
         settings: DistillSettings,
     ):
-        self.model, self.pool, self.holdout, self.swapped, self.settings = model, pool, holdout, swapped, settings
+        self.model, self.pool, self.held_out, self.settings = model, pool, held_out, settings
         self.start, self.dtypes = start, stored_dtypes(model, start)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.rate_groups, rates = rate_groups(self.parameters), learning_rates(model, settings.rates)
@@ -83,50 +83,59 @@ class Distiller:
 
     def loss(self, batch: Batch) -> Tensor:
         """Squared velocity error relative to the teacher's mean square at that timestep, mean over the batch."""
-        device = batch.latent.device
+        device = batch.velocity.device
         with torch.autocast(device.type, self.settings.autocast, enabled=self.settings.autocast is not None):
             velocity = forward(self.model, batch, self.settings.recompute)
         error = (velocity.float() - batch.velocity.float()).square().mean((1, 2, 3))
-        return (error / self.power[self.pool.bin(batch.t)]).mean()
+        return (error / self.power[self.pool.bin(batch.inputs.t)]).mean()
 
     def advance(self) -> float:
-        """One step; returns its loss."""
-        started, total = time.perf_counter(), 0.0
-        device = next(iter(self.parameters.values())).device
+        """One step; returns its loss. Raises Collapse where it is not finite."""
+        started = time.perf_counter()
+        device, settings = next(iter(self.parameters.values())).device, self.settings
+        numbers = range(self.step * settings.accumulate, (self.step + 1) * settings.accumulate)
+        batches = (self.pool.draw(number, settings.batch, settings.seed, device) for number in numbers)
+        loss = float(self.learn(batches))
+        if not math.isfinite(loss):
+            raise Collapse(f"the loss is {loss} at step {self.step}; lower the learning rates and start again")
+        self.step += 1
+        self.used += time.perf_counter() - started
+        if self.total is None and self.step == TIMED_STEPS:
+            timed = self.used / TIMED_STEPS
+            each = timed + self.evaluation_seconds / settings.evaluate_every
+            # Besides the regular evaluations: that of the start, of the end and of the written file.
+            left = settings.seconds - 3 * self.evaluation_seconds
+            self.total = max(TIMED_STEPS + 1, int(left / each))
+        return loss
+
+    def learn(self, batches: Iterable[Batch]) -> Tensor:
+        """Move parameters and average by one step on these batches; returns the loss. Nothing waits for the device."""
         factors = schedule(self.rate_groups, self.step, self.total, self.settings.warmup)
         for name, parameter in self.parameters.items():
             parameter.grad = None
             # Timed steps must cost what later ones do; Adam's moments of the codes settle meanwhile.
             parameter.requires_grad_(factors[name] > 0 or self.step < TIMED_STEPS)
-        for part in range(self.settings.accumulate):
-            index = self.step * self.settings.accumulate + part
-            loss = self.loss(self.pool.draw(index, self.settings.batch, self.settings.seed, device))
-            (loss / self.settings.accumulate).backward()
-            total += float(loss.detach()) / self.settings.accumulate
-        if not math.isfinite(total):
-            raise Collapse(f"the loss is {total} at step {self.step}; lower the learning rates and start again")
+        losses = []
+        for batch in batches:
+            loss = self.loss(batch) / self.settings.accumulate
+            loss.backward()
+            losses.append(loss.detach())
         self.optimizer.step(factors)
         weight = 1 - min(self.settings.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
+            exact = [name for name, parameter in self.parameters.items() if parameter.dtype == torch.float32]
+            averages, parameters = ([of[name] for name in exact] for of in (self.average, self.parameters))
+            torch._foreach_lerp_(averages, parameters, weight)
             # Parameters in bf16 have averages in bf16, which would not move: those follow the parameters.
-            for name, parameter in self.parameters.items():
-                exact = parameter.dtype == torch.float32
-                self.average[name].lerp_(parameter, weight if exact else 1.0)
-        self.step += 1
-        self.used += time.perf_counter() - started
-        if self.total is None and self.step == TIMED_STEPS:
-            timed = self.used / TIMED_STEPS
-            each = timed + self.evaluation_seconds / self.settings.evaluate_every
-            # Besides the regular evaluations: that of the start, of the end and of the written file.
-            left = self.settings.seconds - 3 * self.evaluation_seconds
-            self.total = max(TIMED_STEPS + 1, int(left / each))
-        return total
+            for name in self.parameters.keys() - set(exact):
+                self.average[name].copy_(self.parameters[name])
+        return torch.stack(losses).sum()
 
     def evaluate(self) -> Quality:
         """Quality of what would be written now; the best is kept. Raises Collapse where prompts lost influence."""
         started = time.perf_counter()
         with as_stored(self.model, self.dtypes, self.average):
-            quality = measure(self.model, self.holdout, self.swapped)
+            quality = measure(self.model, self.held_out)
         self.evaluation_seconds = time.perf_counter() - started
         best = self.best_error
         self.log.append({"step": self.step, **asdict(quality)})
@@ -155,11 +164,8 @@ class Distiller:
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"adam.{name}": value for name, value in self.optimizer.state_dict().items()}
         progress = {"step": self.step, "total": self.total, "used": self.used, "log": self.log}
-        plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         metadata = {"progress": json.dumps(progress), "settings": self.fingerprint()}
-        with create(path, plan, metadata, overwrite=True) as file:
-            for name, tensor in tensors.items():
-                file.write(name, tensor)
+        container.save(path, tensors, metadata, overwrite=True)
 
     def resume(self, path: str | os.PathLike) -> bool:
         """Go on from a snapshot if there is one that fits. Raises ValueError for one of other settings."""
@@ -179,8 +185,12 @@ class Distiller:
                 if kind == "adam":
                     adam[name] = file.tensor(key)
                 else:
-                    target = {"parameter": self.parameters, "average": self.average, "best": self.best}[kind]
-                    target[name].copy_(file.tensor(key))
+                    of_kind: dict[str, Mapping[str, Tensor]] = {
+                        "parameter": self.parameters,
+                        "average": self.average,
+                        "best": self.best,
+                    }
+                    of_kind[kind][name].copy_(file.tensor(key))
         self.optimizer.load_state_dict(adam)
         return True
 
@@ -194,7 +204,9 @@ class Distiller:
 
 
 def distill(
-    distiller: Distiller, snapshot: str | os.PathLike | None = None, on_step: Callable[[dict], None] = lambda row: None
+    distiller: Distiller,
+    snapshot: str | os.PathLike | None = None,
+    on_step: Callable[[dict], object] = lambda row: None,
 ) -> None:
     """Run to the end, from `snapshot` if it exists, and leave the best student in the model.
 

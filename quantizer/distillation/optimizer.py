@@ -1,6 +1,11 @@
-"""Adam (arXiv 1412.6980) with a learning rate for each tensor, optionally with 8-bit states and bf16 parameters."""
+"""Adam (arXiv 1412.6980) with a learning rate for each tensor, optionally with 8-bit states and bf16 parameters.
+
+It is our own because a run that was interrupted must go on to the same bits on every machine: its 8-bit states run
+without a compiler and on CPUs, and the chance in rounding bf16 parameters depends on seed and step alone.
+"""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +36,8 @@ class Adam:
     ):
         self.parameters, self.rates, self.betas, self.seed, self.count = dict(parameters), dict(rates), betas, seed, 0
         self.packed = {name for name, p in parameters.items() if eight_bit and p.numel() > _SMALL}
-        self.first: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
-        self.second: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+        self.first: dict[str, Any] = {}  # a tensor, or its codes and scales in 8 bits
+        self.second: dict[str, Any] = {}
         for name, parameter in self.parameters.items():
             zero = torch.zeros_like(parameter, dtype=torch.float32)
             self.first[name] = _pack_signed(zero) if name in self.packed else zero
@@ -79,8 +84,8 @@ class Adam:
     def _step_one(self, name: str, rate: float, corrections: list[float], generator: torch.Generator) -> None:
         parameter, packed = self.parameters[name], name in self.packed
         gradient = parameter.grad.float()
-        first = _unpack_signed(*self.first[name], parameter.shape) if packed else self.first[name]
-        second = _unpack_positive(*self.second[name], parameter.shape) if packed else self.second[name]
+        first = _unpack_signed(self.first[name], parameter.shape) if packed else self.first[name]
+        second = _unpack_positive(self.second[name], parameter.shape) if packed else self.second[name]
         first.lerp_(gradient, 1 - self.betas[0])
         second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
         divisor = (second / corrections[1]).sqrt_().add_(_TINY)
@@ -128,7 +133,8 @@ def _pack_signed(values: Tensor) -> tuple[Tensor, Tensor]:
     return ((blocks.abs() / top).sqrt_().copysign_(blocks) * 127).round_().to(torch.int8), top
 
 
-def _unpack_signed(codes: Tensor, top: Tensor, shape: torch.Size) -> Tensor:
+def _unpack_signed(packed: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
+    codes, top = packed
     roots = codes.float() / 127
     return (roots * roots.abs() * top).flatten()[: shape.numel()].view(shape)
 
@@ -140,5 +146,6 @@ def _pack_positive(values: Tensor) -> tuple[Tensor, Tensor]:
     return ((blocks / top).sqrt_().sqrt_() * 255).ceil_().to(torch.uint8), top
 
 
-def _unpack_positive(codes: Tensor, top: Tensor, shape: torch.Size) -> Tensor:
+def _unpack_positive(packed: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
+    codes, top = packed
     return ((codes.float() / 255).pow_(4) * top).flatten()[: shape.numel()].view(shape)

@@ -126,6 +126,13 @@ class Checkpoint:
                 whole[at : at + count] = rows.encoding.values(data, first, count)
         return whole
 
+    def read_ahead(self, prefix: str) -> None:
+        """Let the system start to read the tensors whose names have this prefix from the disk."""
+        for name, parts in self.parameters.items():
+            for rows in parts if name.startswith(prefix) else ():
+                if isinstance(rows.encoding.file, TensorFile):
+                    rows.encoding.file.read_ahead([rows.encoding.key])
+
     def sha256(self) -> str:
         """Of the files, one after another, in one pass over them."""
         digest = hashlib.sha256()

@@ -47,8 +47,9 @@ def check_values(file: TensorFile, key: str, layer: LayerPlan) -> None:
     for part in ("weight_down", "weight_up"):
         if layer.rank:
             check_finite(file.tensor(f"{key}.{part}"), file.path, f"{key}.{part}")
-    if not file.tensor(f"{key}.weight_scale").isfinite().all():
-        raise FormatError(file.path, f"a scale is not finite; {REDO}", f"{key}.weight_scale")
+    for suffix in ("weight_scale", "weight_column"):
+        if suffix in layer.tensors and not file.tensor(f"{key}.{suffix}").isfinite().all():
+            raise FormatError(file.path, f"a scale is not finite; {REDO}", f"{key}.{suffix}")
     if layer.scales == "integer":
         group = file.tensor(f"{key}.weight_group")
         if int(group.min()) < 1 or int(group.max()) > MAX_MULTIPLIER:

@@ -19,6 +19,7 @@ from .container import DTYPE_NAMES, FormatError
 FORMAT = "ternary_v1"
 INT8 = "int8_tensorwise"  # ComfyUI's name of its 8-bit format
 TERMS = (1, 2)
+FIELDS = ("format", "packing", "group_size", "shape", "terms")  # of the JSON
 SCALES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Field of TernaryWeight -> suffix of its key
 SUFFIXES = {
@@ -27,6 +28,7 @@ SUFFIXES = {
     "group": "weight_group",
     "down": "weight_down",
     "up": "weight_up",
+    "column": "weight_column",
 }
 PARTS = (*SUFFIXES.values(), "comfy_quant")
 REDO = "download or convert the file again"
@@ -40,7 +42,8 @@ class LayerPlan:
     """Which tensors a ternary Linear has in the file.
 
     scales: "integer" (row x integer group), "row" (row scales alone), or "bf16" / "fp16" / "fp32" (float group scales).
-    rank: of the low-rank part, 0 for none. terms: ternary matrices that are added, 1 or 2.
+    rank: of the low-rank part, 0 for none. terms: ternary matrices that are added, 1 or 2. columns: dtype of the column
+    scales, "bf16" or "fp32", or "" for none.
     """
 
     shape: tuple[int, int]
@@ -48,13 +51,16 @@ class LayerPlan:
     scales: str = "integer"
     rank: int = 0
     terms: int = 1
+    columns: str = ""
 
     @classmethod
     def of(cls, weight: TernaryWeight, packing: str = "planes32") -> "LayerPlan":
         names = {dtype: name for name, dtype in SCALES.items()}
         per_row = "row" if weight.group is None else "integer"
         scales = per_row if weight.scale.ndim == 1 else names[weight.scale.dtype]
-        return cls(weight.shape, packing, scales, 0 if weight.up is None else weight.up.shape[1], weight.terms)
+        rank = 0 if weight.up is None else weight.up.shape[1]
+        columns = "" if weight.column is None else names[weight.column.dtype]
+        return cls(weight.shape, packing, scales, rank, weight.terms, columns)
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -67,6 +73,8 @@ class LayerPlan:
             parts["weight_group"] = (torch.uint8, groups)
         if self.rank:
             parts |= {"weight_down": (torch.bfloat16, (self.rank, k)), "weight_up": (torch.bfloat16, (n, self.rank))}
+        if self.columns:
+            parts["weight_column"] = (SCALES[self.columns], (k,))
         return parts
 
     @property
@@ -100,7 +108,9 @@ def read_plan(get: Get, where: str | os.PathLike, key: str) -> LayerPlan:
         scales = "row" if get("weight_group") is None else "integer"
     down = get("weight_down")
     rank = 0 if down is None or not down.ndim else down.shape[0]
-    plan = LayerPlan(shape, packing, scales, rank, terms)
+    column = get("weight_column")
+    columns = "" if column is None else "bf16" if column.dtype == torch.bfloat16 else "fp32"
+    plan = LayerPlan(shape, packing, scales, rank, terms, columns)
     for suffix in SUFFIXES.values():
         tensor, expected = get(suffix), plan.tensors.get(suffix)
         if tensor is None and expected is None:
@@ -145,6 +155,9 @@ def _read_json(entry: Tensor, where: str | os.PathLike, key: str) -> tuple[str, 
         newer = isinstance(version, str) and version.startswith("ternary_v")
         remedy = "update this pack, or convert the checkpoint again" if newer else "load it with ComfyUI's own loader"
         raise FormatError(where, f"format {version!r}, and this version reads {FORMAT!r}; {remedy}", key)
+    if unknown := sorted(fields.keys() - set(FIELDS)):
+        problem = f"the field {unknown[0]!r} is unknown to this version, which would decode the layer wrongly"
+        raise FormatError(where, f"{problem}; update this pack", key)
     if fields.get("packing") not in PACKINGS:
         problem = f"packing {fields.get('packing')!r}; known: {', '.join(PACKINGS)}; update this pack"
         raise FormatError(where, problem, key)

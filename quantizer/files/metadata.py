@@ -4,7 +4,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata as installed
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def build(
             "modelspec.architecture": kept.get("modelspec.architecture", architecture.family.lower()),
             "modelspec.implementation": f"https://github.com/black-forest-labs/{implementation}",
             "modelspec.title": f"{title} (ternary, 1.58-bit)",
-            "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "ternary.format": FORMAT,
             "ternary.quantizer": f"comfyui-ternary-flux {version()}",
             "ternary.base_model": architecture.name,

@@ -108,6 +108,8 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
     if double := [plan.shape for plan in plans if plan.terms == 2]:
         count = sum(map(math.prod, double)) / 1e6
         yield _row("two terms", f"{len(double)} of these are Linears of two ternary terms, {count:,.1f} M weights")
+    if scaled := sum(bool(plan.columns) for plan in plans):
+        yield _row("column scales", f"{scaled} of these have a scale for each input")
     dtypes = _dtypes(file.file.entries[key].dtype for key in file.dense.values())
     yield _row("dense", f"{len(file.dense)} tensors, {size.dense_weights / 1e6:,.1f} M weights ({dtypes})")
     yield from _ignored(file.ignored)
@@ -134,7 +136,8 @@ def _layer(name: str, plan: LayerPlan, error: float | None) -> str:
     n, k = plan.shape
     shown = "" if error is None else f"  error {error:.4f}"
     terms = "" if plan.terms == 1 else f" in {plan.terms} terms"
-    return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{terms}{shown}"
+    columns = ", column scales" if plan.columns else ""
+    return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{terms}{columns}{shown}"
 
 
 def stated_errors(file: TernaryFile) -> dict[str, float]:

@@ -7,6 +7,7 @@ A ternary Linear X of logical shape [N, K], the sum of P terms, 1 or 2, with G =
     X.weight_group  uint8 [G, N] of 1..127, optional beside scales [N]; the scale of row n and group j is then
                     weight_scale[n] * weight_group[j, n]
     X.weight_down   bf16 [r, K], and X.weight_up bf16 [N, r], optional: W = ternary + up @ down
+    X.weight_column bf16 or fp32 [K], optional: W = trits * scales * column[k] (+ up @ down)
     X.comfy_quant   uint8, JSON: {"format": "ternary_v1", "packing": ..., "group_size": 128, "shape": [N, K]}, and
                     "terms": 2 where there are two
 
@@ -181,6 +182,13 @@ def open_ternary(source: str | os.PathLike | TensorFile | Source, check_codes: b
         layers[name] = read_plan(_tensors_of(file, key), file.path, key)
     parts = {f"{prefix}{name}.{part}" for name in names for part in PARTS}
     dense = {canonical(key.removeprefix(prefix)): key for key in keys if key not in parts}
+    for name in dense:
+        layer, _, part = name.rpartition(".")
+        if layer in layers and part != "bias":
+            problem = (
+                "this version knows no such part of a ternary layer, and would decode it wrongly; update this pack"
+            )
+            raise FormatError(file.path, problem, dense[name])
     eight_bit = {f"{key}.{part}" for key in int8 for part in ("weight", "weight_scale", "comfy_quant")}
     layers, dense = _own(layers, dense, file, eight_bit)
     for key in dense.values():

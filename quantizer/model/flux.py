@@ -3,12 +3,15 @@
 The mathematics is that of https://github.com/black-forest-labs/flux and flux2, with ComfyUI's conventions for latents,
 position ids, the order of text and image tokens, and norm epsilons, so that outputs equal ComfyUI's. A forward is
 `prepare`, then every block on `Tokens`, then `finish`.
+
+ComfyUI's own forward works in place, so no gradient goes through it, and the quantizer runs where ComfyUI is not.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,30 @@ from torch.nn import functional as F
 from ..files.architecture import TIME_CHANNELS, Architecture
 
 LinearFactory = Callable[[int, int, bool], nn.Module]
+
+
+class Inputs(NamedTuple):
+    """The arguments of a FLUX forward: `model(*inputs)`."""
+
+    latent: Tensor  # [B, in_channels, H, W]
+    t: Tensor  # [B], 0 (picture) .. 1 (noise)
+    context: Tensor  # [B, T, context_dim]
+    pooled: Tensor | None = None  # [B, vec_dim]; None: zeros, as in ComfyUI
+    guidance: Tensor | None = None  # [B]; None: no guidance embedding
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Inputs":
+        """On a device; with a dtype, latent, context and pooled vector in it, times and guidance in fp32."""
+        dtypes = (None,) * 5 if dtype is None else (dtype, torch.float32, dtype, dtype, torch.float32)
+        return Inputs(*(x if x is None else x.to(device, kind) for x, kind in zip(self, dtypes, strict=True)))
+
+    def rows(self, rows: slice | Tensor) -> "Inputs":
+        """Some of the batch."""
+        return Inputs(*(x if x is None else x[rows] for x in self))
+
+    def swapped(self) -> "Inputs":
+        """The same states with the prompt of their neighbour in the batch."""
+        pooled = None if self.pooled is None else self.pooled.roll(1, 0)
+        return self._replace(context=self.context.roll(1, 0), pooled=pooled)
 
 
 @dataclass(frozen=True)
@@ -29,6 +56,19 @@ class Tokens:
     pe: Tensor  # complex64 [T + I, head_dim / 2]: unit numbers of the rope angles, text first
     modulation: tuple[tuple[Tensor, ...], ...] | None  # FLUX.2: 6 for image, 6 for text, 3 single: [B, 1, hidden]
     grid: tuple[int, int]  # token rows and columns of the image
+
+    @property
+    def count(self) -> int:
+        """Image and text tokens of all states."""
+        return len(self.img) * (self.img.shape[1] + self.txt.shape[1])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Tokens":
+        """Elsewhere and in another dtype; positions stay as they are."""
+        modulation = self.modulation
+        if modulation is not None:
+            modulation = tuple(tuple(x.to(device, dtype) for x in stream) for stream in modulation)
+        moved = {name: getattr(self, name).to(device, dtype) for name in ("img", "txt", "vec")}
+        return replace(self, **moved, pe=self.pe.to(device), modulation=modulation)
 
 
 class Flux(nn.Module):
@@ -54,11 +94,7 @@ class Flux(nn.Module):
     def forward(
         self, latent: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
-        """Velocity [B, out_channels, H, W] of `latent` [B, in_channels, H, W] at `t` [B] in 0 (picture) .. 1 (noise).
-
-        `context` is [B, T, context_dim], `pooled` [B, vec_dim] (None: zeros, as in ComfyUI), `guidance` [B] (None: no
-        guidance embedding). H and W must be multiples of the patch size.
-        """
+        """Velocity [B, out_channels, H, W]; see `Inputs`. H and W must be multiples of the patch size."""
         tokens = self.prepare(latent, t, context, pooled, guidance)
         for block in self.blocks:
             tokens = block(tokens)
@@ -147,7 +183,7 @@ class HeadNorm(nn.Module):
         self.register_load_state_dict_pre_hook(_accept_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale)
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype))  # of one dtype: the fused kernel
 
 
 def _accept_weight(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
@@ -187,6 +223,20 @@ def activation(version: int) -> nn.Module:
     return nn.GELU(approximate="tanh") if version == 1 else SiluGate()
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Linears of a block that do not depend on each other.
+
+    role  "modulate": their input is SiLU of the modulation vector; "inner": within a branch; "add": their outputs are
+          multiplied by a gate and added to the tokens
+    half  of stages that add: the method of the block that ends with it
+    """
+
+    linears: tuple[str, ...]
+    role: str
+    half: str = "forward"
+
+
 class DoubleBlock(nn.Module):
     """Text and image tokens with weights of their own, and attention over both."""
 
@@ -201,24 +251,45 @@ class DoubleBlock(nn.Module):
             second = linear(arch.mlp_hidden, arch.hidden, arch.bias)
             setattr(self, f"{stream}_mlp", nn.Sequential(first, activation(arch.version), second))
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The block's Linears in the order in which a forward meets them."""
+
+        def both(part: str) -> tuple[str, str]:
+            return f"img_{part}", f"txt_{part}"
+
+        modulate = (Stage(both("mod.lin"), "modulate"),) if hasattr(self, "img_mod") else ()
+        return (
+            *modulate,
+            Stage(both("attn.qkv"), "inner"),
+            Stage(both("attn.proj"), "add", "attend"),
+            Stage(both("mlp.0"), "inner"),
+            Stage(both("mlp.2"), "add"),
+        )
+
     def forward(self, tokens: Tokens) -> Tokens:
         return self.feed(self.attend(tokens))
+
+    def stream(self, linear: str, tokens: Tokens) -> Tensor:
+        """The tokens that a Linear's branch is added to."""
+        return tokens.img if linear.startswith("img_") else tokens.txt
 
     def modulations(self, tokens: Tokens) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Of image and text: shift, scale, gate of the attention, and of the MLP."""
         if tokens.modulation is None:
             return self.img_mod(tokens.vec), self.txt_mod(tokens.vec)
-        return tokens.modulation[:2]
+        img, txt, *_ = tokens.modulation
+        return img, txt
 
     def gates(self, tokens: Tokens) -> dict[str, Tensor]:
-        """What the outputs of some Linears are multiplied with [B, 1, hidden] before they are added to the tokens."""
-        img_mod, txt_mod = self.modulations(tokens)
-        return {
-            "img_attn.proj": img_mod[2],
-            "txt_attn.proj": txt_mod[2],
-            "img_mlp.2": img_mod[5],
-            "txt_mlp.2": txt_mod[5],
-        }
+        """Of each Linear in a branch, the gate [B, 1, hidden] through which the branch is added to the tokens."""
+        gates = {}
+        for stream, (_, _, attention_gate, _, _, mlp_gate) in zip(
+            ("img", "txt"), self.modulations(tokens), strict=True
+        ):
+            gates |= {f"{stream}_attn.qkv": attention_gate, f"{stream}_attn.proj": attention_gate}
+            gates |= {f"{stream}_mlp.0": mlp_gate, f"{stream}_mlp.2": mlp_gate}
+        return gates
 
     def attend(self, tokens: Tokens) -> Tokens:
         """The first half: attention over both streams."""
@@ -255,13 +326,23 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(arch.head_dim)
         self.mlp_act = activation(arch.version)
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The block's Linears in the order in which a forward meets them."""
+        modulate = (Stage(("modulation.lin",), "modulate"),) if hasattr(self, "modulation") else ()
+        return (*modulate, Stage(("linear1",), "inner"), Stage(("linear2",), "add"))
+
     def modulations(self, tokens: Tokens) -> tuple[Tensor, ...]:
         """Shift, scale and gate."""
         return self.modulation(tokens.vec) if tokens.modulation is None else tokens.modulation[2]
 
     def gates(self, tokens: Tokens) -> dict[str, Tensor]:
-        """What the outputs of some Linears are multiplied with [B, 1, hidden] before they are added to the tokens."""
-        return {"linear2": self.modulations(tokens)[2]}
+        """Of each Linear in a branch, the gate [B, 1, hidden] through which the branch is added to the tokens."""
+        return dict.fromkeys(("linear1", "linear2"), self.modulations(tokens)[2])
+
+    def stream(self, linear: str, tokens: Tokens) -> Tensor:
+        """The tokens that a Linear's branch is added to."""
+        return torch.cat((tokens.txt, tokens.img), dim=1)
 
     def forward(self, tokens: Tokens) -> Tokens:
         shift, scale, gate = self.modulations(tokens)
@@ -273,6 +354,11 @@ class SingleBlock(nn.Module):
         return replace(tokens, img=img, txt=txt)
 
 
+def make_block(arch: Architecture, name: str, linear: LinearFactory = nn.Linear) -> DoubleBlock | SingleBlock:
+    """The block of this name (`double_blocks.0` ...)."""
+    return (DoubleBlock if name.startswith("double_blocks.") else SingleBlock)(arch, linear)
+
+
 class FinalLayer(nn.Module):
     def __init__(self, hidden: int, outputs: int, bias: bool):
         super().__init__()
@@ -281,6 +367,11 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         return self.linear(modulate(x, *self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)))
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """The Linear of this name in a dense block."""
+    return cast(nn.Linear, block.get_submodule(name))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ...ops import GROUP_SIZE, TernaryWeight
 from ...ops.packing import unpack_planes32
-from ...ops.scales import fit_integer_groups
+from ...ops.scales import fit_integer_groups, nearest_integer_groups
 
 THRESHOLD = 0.5  # latents beyond it, in units of the scale, are +-1
 _REACH = 1.5  # latents stay within it: beyond, a code could not come back
@@ -20,12 +20,17 @@ _MARGIN = 0.02  # a latent that must start at another code than its weight's sta
 
 
 class TernaryLinear(nn.Module):
-    """x [..., K] -> [..., N] with W[n, k] = code[n, k] * scale(n, k // 128) + (up @ down)[n, k].
+    """x [..., K] -> [..., N] with W[n, k] = code[n, k] * scale(n, k // 128) * column[k] + (up @ down)[n, k].
 
-    Parameters: `log_scale` fp32 [ceil(K/128), N], relative to the starting scales; `bias` [N] or None; with a rank
-    `down` [r, K] and `up` [N, r]; with trained codes `latent` [N, K]. Frozen codes are a buffer, int8 [N, K] or packed
-    in planes32 where memory is dearer than time.
+    Parameters: `log_scale` fp32 [ceil(K/128), N], relative to the starting scales; `log_column` fp32 [K], likewise,
+    where the weight has column scales; `bias` [N] or None; with a rank `down` [r, K] and `up` [N, r]; with trained
+    codes `latent` [N, K]. Frozen codes are a buffer, int8 [N, K] or packed in planes32 where memory is dearer than
+    time.
     """
+
+    start_scale: Tensor
+    frozen: Tensor | None
+    latent: nn.Parameter | None
 
     def __init__(self, weight: TernaryWeight, bias: Tensor | None, packed: bool = False):
         super().__init__()
@@ -33,6 +38,8 @@ class TernaryLinear(nn.Module):
         scales = weight.group_scales().clone()
         self.register_buffer("start_scale", scales)
         self.log_scale = nn.Parameter(torch.zeros_like(scales))
+        self.register_buffer("start_column", weight.column)
+        self.log_column = None if weight.column is None else nn.Parameter(torch.zeros(self.in_features))
         self.register_buffer("frozen", weight.trits.clone() if packed else weight.codes())
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
         self.register_parameter("latent", None)
@@ -45,7 +52,9 @@ class TernaryLinear(nn.Module):
         """Replace the frozen codes by latents that start as the dense weight [N, K], moved where its codes differ."""
         codes = self.codes().float()
         scale = _spread(self.scales().detach(), self.in_features)
-        latent = torch.where(scale > 0, dense.to(scale) / scale, 0.0)
+        if self.log_column is not None:
+            scale = scale * self.column().detach()
+        latent = torch.where(scale != 0, dense.to(scale) / scale, 0.0)
         low = torch.where(codes < 0, -_REACH, (codes - 1 + THRESHOLD) + _MARGIN)
         high = torch.where(codes > 0, _REACH, (codes + 1 - THRESHOLD) - _MARGIN)
         self.latent = nn.Parameter(latent.clamp_(low, high).to(dtype))
@@ -69,23 +78,36 @@ class TernaryLinear(nn.Module):
     def scales(self) -> Tensor:
         """fp32 [ceil(K/128), N]: row x integer-group values, with the gradient of the unrounded ones."""
         scales = self.start_scale * self.log_scale.exp()
-        row, group = fit_integer_groups(scales.detach())
+        row, group = nearest_integer_groups(scales.detach())
         return scales + (row * group - scales).detach()
+
+    def column(self) -> Tensor | None:
+        """fp32 [K] with the values that are stored, and the gradient of the unrounded ones; None without them."""
+        if self.log_column is None:
+            return None
+        column = self.start_column.float() * self.log_column.exp()
+        return column + (column.detach().to(self.start_column.dtype).float() - column.detach())
 
     def weight(self) -> Tensor:
         """fp32 [N, K], low-rank part excluded; differentiable."""
+        column, weight = self.column(), self._trits_times_scales()
+        return weight if column is None else weight * column
+
+    def _trits_times_scales(self) -> Tensor:
         if self.latent is not None:
             return _Latent.apply(self.latent, self.scales())
         return _Frozen.apply(self.codes(), self.scales())
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight(), None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        tokens, dense_size = x.numel() // self.in_features, self.in_features * self.out_features
+        if self.up is not None and tokens * (self.in_features + self.out_features) > dense_size:
+            return F.linear(x, torch.addmm(self.weight(), self.up, self.down).to(x.dtype), bias)
+        column = self.column()
+        scaled = x if column is None else (x * column).to(x.dtype)
+        y = F.linear(scaled, self._trits_times_scales().to(x.dtype), bias)
         if self.up is None:
-            return F.linear(x, weight.to(x.dtype), bias)
-        tokens = x.numel() // self.in_features
-        if tokens * (self.in_features + self.out_features) > weight.numel():  # the dense product is the smaller one
-            return F.linear(x, torch.addmm(weight, self.up, self.down).to(x.dtype), bias)
-        y = F.linear(x, weight.to(x.dtype), bias)
+            return y
         return y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
     @torch.no_grad()
@@ -93,7 +115,8 @@ class TernaryLinear(nn.Module):
         """The weight as it is stored."""
         row, group = fit_integer_groups(self.start_scale * self.log_scale.exp())
         down, up = (None if factor is None else factor.bfloat16() for factor in (self.down, self.up))
-        return TernaryWeight.from_codes(self.codes(), row, group, down, up)
+        column = None if self.log_column is None else self.column().to(self.start_column.dtype)
+        return TernaryWeight.from_codes(self.codes(), row, group, down, up, column=column)
 
 
 def ternary(latent: Tensor) -> Tensor:

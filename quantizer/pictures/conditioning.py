@@ -124,7 +124,8 @@ def create_conditioning(
 
     `context_shape` is (T, C), `pooled_size` is V or None. The file appears when all prompts were added.
     """
-    plan = {"context": (torch.bfloat16, (len(prompts), *context_shape))}
+    plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    plan["context"] = torch.bfloat16, (len(prompts), *context_shape)
     if pooled_size is not None:
         plan["pooled"] = (torch.bfloat16, (len(prompts), pooled_size))
     header = {"format": FORMAT, "prompts": json.dumps(list(prompts), ensure_ascii=False), **(metadata or {})}
@@ -141,7 +142,8 @@ def write(
     overwrite: bool = False,
 ) -> None:
     """Write prompts encoded as `context` [P, T, C] and `pooled` [P, V]."""
+    _, tokens, channels = context.shape
     size = None if pooled is None else pooled.shape[1]
-    with create_conditioning(path, prompts, tuple(context.shape[1:]), size, metadata, overwrite) as file:
+    with create_conditioning(path, prompts, (tokens, channels), size, metadata, overwrite) as file:
         for i in range(len(prompts)):
             file.add(context[i], None if pooled is None else pooled[i])

@@ -34,7 +34,7 @@ def import_comfyui() -> None:
         import comfy.cli_args
     except ImportError as error:
         raise FileNotFoundError(
-            f"ComfyUI is needed to run text encoders, and `import comfy` fails ({error}): "
+            f"ComfyUI is needed for text encoders and VAEs, and `import comfy` fails ({error}): "
             "set COMFYUI_PATH to its folder, and use the Python environment that ComfyUI runs in"
         ) from None
     if not torch.accelerator.is_available():

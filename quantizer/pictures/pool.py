@@ -2,34 +2,24 @@
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files.container import TensorFile, create
+from ..files.container import TensorFile, save
+from ..model.flux import Inputs
 from .conditioning import Conditioning
-from .quality import BINS, Model
-from .sampler import noise_levels, sample, with_control_channels
-from .states import Batch, States
+from .quality import BINS, HeldOut
+from .sampler import Velocities, noise_levels, sample_together, with_control_channels
+from .states import Batch, LabelledStates, States
 from .trajectories import Picture, Trajectories, batches, initial_noise
 
 _CHUNK = 64  # states whose velocities are kept in one file
 _HOLDOUT_TIMES = 10  # at most, of one held-out trajectory
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledStates:
-    """States of one size and the teacher's velocities there."""
-
-    states: States
-    velocity: Tensor  # [S, out_channels, H, W]
-
-    def __len__(self) -> int:
-        return len(self.states)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +33,7 @@ class Pool:
     def batch(self, group: int, rows: Tensor, device: torch.device | str = "cpu") -> Batch:
         """These states of a group, fp32, on the device."""
         source = self.groups[group]
-        inputs = (x if x is None else x.to(device) for x in source.states.inputs(rows, self.conditioning))
-        return Batch(*inputs, source.velocity[rows].to(device, torch.float32))
+        return Batch(source.states.inputs(rows, self.conditioning), source.velocity[rows].float()).to(device)
 
     def draw(self, index: int, size: int, seed: int, device: torch.device | str = "cpu") -> Batch:
         """Batch number `index` of an endless sequence of epochs, each of which has every state once, in its own order.
@@ -84,9 +73,10 @@ class Pool:
 
 
 def training_pool(
-    teacher: Model,
+    velocities: Velocities,
     trajectories: Trajectories,
     pictures: Sequence[Picture],
+    *,
     count: int,
     folder: Path,
     batch: int = 8,
@@ -95,65 +85,81 @@ def training_pool(
 ) -> Pool:
     """`count` states of these pictures with the teacher's velocities; those not known yet are kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    groups = []
-    for states in trajectories.states(pictures, count, seed, velocities=True):
-        velocity = states.velocity
-        unknown = torch.nonzero(velocity.flatten(1)[:, 0].isnan()).flatten()
-        on_progress(len(states) - len(unknown))
-        for rows in unknown.split(_CHUNK):
-            path = folder / f"{_digest(states, rows)}.safetensors"
-            if not path.exists():
-                inputs = states.inputs(rows, trajectories.conditioning)
-                pieces = zip(*(_split(x, batch, len(rows)) for x in inputs), strict=True)
-                _keep(path, {"velocity": torch.cat([teacher(*piece).cpu() for piece in pieces])})
-            velocity[rows] = TensorFile(path).tensor("velocity").float()
-            on_progress(len(rows))
-        groups.append(LabelledStates(states, velocity))
-    return Pool(groups, trajectories.conditioning)
+    groups = trajectories.labelled_states(pictures, count, seed)
+    on_progress(sum(int(group.known.sum()) for group in groups))
+    chunks = [(group, rows) for group in groups for rows in torch.nonzero(~group.known).flatten().split(_CHUNK)]
+    paths = [folder / f"{_digest(group.states, rows)}.safetensors" for group, rows in chunks]
+    missing = [chunk for chunk, path in zip(chunks, paths, strict=True) if not path.exists()]
+    parts = (
+        group.states.inputs(part, trajectories.conditioning) for group, rows in missing for part in rows.split(batch)
+    )
+    computed = velocities(parts)
+    for (group, rows), path in zip(chunks, paths, strict=True):
+        if not path.exists():
+            velocity = torch.cat([next(computed).cpu() for _ in rows.split(batch)])
+            save(path, {"velocity": velocity}, overwrite=True)
+        group.velocity[rows] = TensorFile(path).tensor("velocity").float()
+        on_progress(len(rows))
+    return Pool([LabelledStates(group.states, group.velocity) for group in groups], trajectories.conditioning)
 
 
-def holdout_batches(
-    teacher: Model, trajectories: Trajectories, count: int, folder: Path, batch: int = 8
-) -> list[Batch]:
-    """States on the teacher's own path to `count` pictures of held-out prompts, with velocities; kept in `folder`.
+def hold_out(
+    velocities: Velocities, trajectories: Trajectories, count: int, *, folder: Path, batch: int = 8, together: int = 1
+) -> HeldOut:
+    """States on the teacher's own path to `count` pictures of held-out prompts; the velocities are kept in `folder`.
 
-    Every batch has one time and, as far as there are that many, different prompts.
+    Every batch has one time and, as far as there are that many, different prompts. `together`: batches sampled at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    result = []
-    for number, pictures in enumerate(batches(trajectories.plan("holdout", count), batch)):
-        path = folder / f"holdout-{count}-{batch}-{number:04d}.safetensors"
-        conditions = trajectories.conditions(pictures)
-        if not path.exists():
-            _keep(path, dict(_record(teacher, trajectories, pictures, conditions)))
-        file = TensorFile(path)
-        stride = -(-trajectories.steps // _HOLDOUT_TIMES)
-        for step in range(0, trajectories.steps, stride):
+    parts = list(batches(trajectories.plan("holdout", count), batch))
+    paths = [folder / f"holdout-{count}-{batch}-{number:04d}.safetensors" for number in range(len(parts))]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    for start in range(0, len(missing), together):
+        numbers = missing[start : start + together]
+        recorded = _record(velocities, trajectories, [parts[number] for number in numbers])
+        for number, tensors in zip(numbers, recorded, strict=True):
+            save(paths[number], tensors, overwrite=True)
+    states: list[Batch] = []
+    levels = noise_levels(trajectories.steps, trajectories.shift).tolist()
+    for pictures, path in zip(parts, paths, strict=True):
+        conditions, file = trajectories.conditions(pictures), TensorFile(path)
+        for step in _recorded_steps(trajectories):
             latent, velocity = (file.tensor(f"{kind}.{step}").clone() for kind in ("latent", "velocity"))
-            t = torch.full((len(pictures),), float(noise_levels(trajectories.steps, trajectories.shift)[step]))
-            result.append(Batch(latent, t, *conditions, velocity))
-    return result
+            t = torch.full((len(pictures),), levels[step])
+            states.append(Batch(Inputs(latent, t, *conditions), velocity))
+    path = folder / f"swapped-{count}-{batch}.safetensors"
+    if not path.exists():
+        swapped = HeldOut.of(states, velocities).swapped
+        save(path, {str(number): velocity.cpu() for number, velocity in enumerate(swapped)}, overwrite=True)
+    file = TensorFile(path)
+    return HeldOut(states, [file.tensor(str(number)).clone() for number in range(len(states))])
 
 
-def _record(teacher: Model, trajectories: Trajectories, pictures, conditions) -> Iterator[tuple[str, Tensor]]:
-    """The latents and velocities of every step of the teacher's sampling."""
+def _recorded_steps(trajectories: Trajectories) -> range:
+    return range(0, trajectories.steps, -(-trajectories.steps // _HOLDOUT_TIMES))
+
+
+def _record(
+    velocities: Velocities, trajectories: Trajectories, parts: Sequence[Sequence[Picture]]
+) -> list[dict[str, Tensor]]:
+    """The latents and velocities of the recorded steps of the teacher's sampling, of each part."""
     arch, levels = trajectories.arch, noise_levels(trajectories.steps, trajectories.shift)
-    path = list(sample(teacher, initial_noise(pictures), levels, arch, conditions))
-    for step, (_, latent, velocity) in enumerate(path[:-1]):
-        yield f"latent.{step}", with_control_channels(latent, arch).cpu()
-        yield f"velocity.{step}", velocity.cpu()
+    noise = [initial_noise(pictures) for pictures in parts]
+    recorded: list[dict[str, Tensor]] = [{} for _ in parts]
+    path = sample_together(velocities, noise, levels, arch, lambda number: trajectories.conditions(parts[number]))
+    for step, (_, latents, steps) in enumerate(path):
+        if step in _recorded_steps(trajectories):
+            for tensors, latent, velocity in zip(recorded, latents, steps, strict=True):
+                tensors[f"latent.{step}"] = with_control_channels(latent, arch).cpu()
+                tensors[f"velocity.{step}"] = velocity.cpu()
+    return recorded
 
 
 def subset(batches: Sequence[Batch], count: int) -> list[Batch]:
     """About `count` of these states, at least one, spread over the batches."""
     chosen = batches[:: max(1, -(-len(batches) // max(1, count)))]
     rows = max(1, count // len(chosen))
-    return [Batch(**{name: x if x is None else x[:rows] for name, x in vars(batch).items()}) for batch in chosen]
-
-
-def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    moved = {name: value.to(device) for name, value in vars(batch).items() if value is not None}
-    return replace(batch, **moved)
+    return [batch.rows(slice(rows)) for batch in chosen]
 
 
 def _digest(states: States, rows: slice) -> str:
@@ -164,14 +170,3 @@ def _digest(states: States, rows: slice) -> str:
         if part is not None:
             digest.update(part[rows].numpy().tobytes())
     return digest.hexdigest()[:24]
-
-
-def _split(x: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
-    return [None] * -(-rows // size) if x is None else x.split(size)
-
-
-def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
-    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with create(path, plan, {}, overwrite=True) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)

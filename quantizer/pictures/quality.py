@@ -1,11 +1,12 @@
 """How well a model's velocities follow the teacher's: relative error by timestep, and response to the conditioning."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .sampler import Velocities
 from .states import Batch
 
 BINS = 10  # of the timestep, equally wide
@@ -35,23 +36,33 @@ class Quality:
 Model = Callable[..., Tensor]
 
 
-@torch.no_grad()
-def swapped_velocities(teacher: Model, batches: Iterable[Batch]) -> list[Tensor]:
-    """The teacher's velocities at the same states under the neighbour's prompt, which `measure` compares with."""
-    return [teacher(*batch.swapped().inputs) for batch in batches]
+@dataclass(frozen=True)
+class HeldOut:
+    """States that nothing is trained on, with the teacher's velocities under their own prompts and under others."""
+
+    batches: Sequence[Batch]
+    swapped: Sequence[Tensor]  # of each batch, under the prompts of the neighbours in it
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, batches: Sequence[Batch], velocities: Velocities) -> "HeldOut":
+        return cls(batches, list(velocities(batch.inputs.swapped() for batch in batches)))
+
+    def to(self, device: torch.device | str) -> "HeldOut":
+        return HeldOut([batch.to(device) for batch in self.batches], [velocity.to(device) for velocity in self.swapped])
 
 
 @torch.no_grad()
-def measure(model: Model, batches: Iterable[Batch], swapped: Iterable[Tensor]) -> Quality:
-    """Compare a model with the teacher at held-out states; `swapped` comes from `swapped_velocities`."""
+def measure(model: Model, held_out: HeldOut) -> Quality:
+    """Compare a model with the teacher at held-out states."""
     error, power = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
     own_square = their_square = product = 0.0
-    for batch, their_swapped in zip(batches, swapped, strict=True):
+    for batch, their_swapped in zip(held_out.batches, held_out.swapped, strict=True):
         own, their = model(*batch.inputs).float(), batch.velocity.float()
-        places = (batch.t * BINS).long().clamp_(0, BINS - 1).cpu()
+        places = (batch.inputs.t * BINS).long().clamp_(0, BINS - 1).cpu()
         error.index_add_(0, places, (own - their).square().sum((1, 2, 3)).cpu().double())
         power.index_add_(0, places, their.square().sum((1, 2, 3)).cpu().double())
-        own_change = own - model(*batch.swapped().inputs).float()
+        own_change = own - model(*batch.inputs.swapped()).float()
         their_change = their - their_swapped.float()
         own_square += float(own_change.square().sum())
         their_square += float(their_change.square().sum())

@@ -1,14 +1,16 @@
 """ComfyUI's `euler` sampler for FLUX: noise levels, steps, the shape of latents and the channels of control models."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..files.architecture import Architecture
+from ..model.flux import Inputs
 
 Velocity = Callable[..., Tensor]  # (latent, t, context, pooled, guidance) -> velocity
+Velocities = Callable[[Iterable[Inputs]], Iterator[Tensor]]  # of many batches, in turn; see `Teacher.velocities`
 _MASK = 64  # FLUX.1-Fill's mask channels
 
 
@@ -30,6 +32,11 @@ def noise_levels(steps: int, shift: float) -> Tensor:
     return even * math.exp(shift) / (1 + even * math.expm1(shift))
 
 
+def one_by_one(velocity: Velocity) -> Velocities:
+    """The velocities of a model that has no way of its own with many batches."""
+    return lambda batches: (velocity(*inputs) for inputs in batches)
+
+
 def sample(
     velocity: Velocity, noise: Tensor, levels: Tensor, arch: Architecture, conditions: Sequence[Tensor | None]
 ) -> Iterator[tuple[float, Tensor, Tensor | None]]:
@@ -37,13 +44,31 @@ def sample(
 
     `conditions`: context, pooled, guidance, as `velocity` takes them.
     """
-    latent = noise
+    for t, (latent,), steps in sample_together(one_by_one(velocity), [noise], levels, arch, lambda _: conditions):
+        yield t, latent, steps[0] if steps else None
+
+
+def sample_together(
+    velocities: Velocities,
+    noise: Sequence[Tensor],
+    levels: Tensor,
+    arch: Architecture,
+    conditions: Callable[[int], Sequence[Tensor | None]],
+) -> Iterator[tuple[float, list[Tensor], list[Tensor]]]:
+    """`sample` for many batches at the same time: lists of latents and of velocities, the last of which is empty.
+
+    `conditions` gives those of the batch of this number: they are as large as the latents and are not kept.
+    """
+    latents = list(noise)
     for now, after in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
-        times = torch.full((len(latent),), now, dtype=torch.float32)
-        step = velocity(with_control_channels(latent, arch), times, *conditions).to(latent)
-        yield now, latent, step
-        latent = latent + (after - now) * step
-    yield 0.0, latent, None
+        inputs = (
+            Inputs(with_control_channels(latent, arch), torch.full((len(latent),), now), *conditions(number))
+            for number, latent in enumerate(latents)
+        )
+        steps = [step.to(latent) for step, latent in zip(velocities(inputs), latents, strict=True)]
+        yield now, latents, steps
+        latents = [latent + (after - now) * step for latent, step in zip(latents, steps, strict=True)]
+    yield 0.0, latents, []
 
 
 def with_control_channels(latent: Tensor, arch: Architecture) -> Tensor:
@@ -80,9 +105,9 @@ def latent_shape(arch: Architecture, size: tuple[int, int]) -> tuple[int, int, i
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """`1024x1024,832x1216` as (width, height) pairs."""
     try:
-        sizes = tuple(tuple(int(side) for side in size.split("x")) for size in text.lower().split(","))
+        pairs = [[int(side) for side in size.split("x")] for size in text.lower().split(",")]
     except ValueError:
-        sizes = ()
-    if not sizes or any(len(size) != 2 for size in sizes):
+        pairs = []
+    if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"sizes {text!r} are not of the form 1024x1024,832x1216 (width x height in pixels)")
-    return sizes
+    return tuple((width, height) for width, height in pairs)

@@ -7,7 +7,6 @@ student has to be right; they are kept with the velocities that the sampler used
 With guidance distilled into a model, the two differ.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,21 +18,23 @@ from torch import Tensor
 
 from ..files.architecture import Architecture
 from ..files.checkpoint import digest
-from ..files.container import TensorFile, create
+from ..files.container import TensorFile, save
 from ..files.work_folder import keep_settings
 from .conditioning import Conditioning
 from .sampler import (
-    Velocity,
+    Velocities,
     default_shift,
     default_steps,
     draw_times,
     latent_shape,
     noise_levels,
-    sample,
+    sample_together,
     with_control_channels,
 )
-from .states import States
+from .states import LabelledStates, States
 
+# A state to be made: of a picture, a time and the seed of fresh noise, or the number of a kept state and None
+_Choice = tuple["Picture", float | int, int | None]
 _KEPT = 8  # states at most that are kept of the path to a picture
 
 
@@ -118,31 +119,41 @@ class Trajectories:
 
     def generate(
         self,
-        velocity: Velocity,
+        velocities: Velocities,
         pictures: Sequence[Picture],
         batch: int = 8,
+        together: int = 1,
         on_progress: Callable[[int], object] = lambda pictures: None,
     ) -> None:
-        """Paint those of the pictures that are not there yet, `batch` at a time. `on_progress` counts all of them."""
+        """Paint those of the pictures that are not there yet, `batch` at a time and so many batches together.
+
+        `on_progress` counts all of them. ValueError where a picture is not finite.
+        """
         todo = [picture for picture in pictures if not self._path(picture).exists()]
         on_progress(len(pictures) - len(todo))
         levels = noise_levels(self.steps, self.shift)
-        for same in batches(todo, batch):
-            conditions = self.conditions(same)
-            path = list(sample(velocity, initial_noise(same), levels, self.arch, conditions))
-            for row, picture in enumerate(same):
-                passed = [path[step][1:] for step in self._passed(picture)]
-                tensors = {
-                    "latent": path[-1][1][row].float(),
-                    "passed": torch.stack([latent[row] for latent, _ in passed]).half(),
-                    "velocity": torch.stack([velocities[row] for _, velocities in passed]).half(),
-                }
-                if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                    raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
-                plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-                with create(self._path(picture), plan, {}, overwrite=True) as file:
-                    for name, tensor in tensors.items():
-                        file.write(name, tensor)
+        for same in batches(todo, batch * together):
+            parts = list(batches(same, batch))
+            passed = {picture: self._passed(picture) for picture in same}
+            kept: dict[Picture, list[tuple[Tensor, Tensor]]] = {picture: [] for picture in same}
+            noise = [initial_noise(part) for part in parts]
+            path = sample_together(velocities, noise, levels, self.arch, lambda part: self.conditions(parts[part]))  # noqa: B023
+            for step, (_, latents, steps) in enumerate(path):
+                for part, latent, velocity in zip(parts, latents, steps, strict=False):
+                    for row, picture in enumerate(part):
+                        if step in passed[picture]:
+                            kept[picture].append((latent[row].half(), velocity[row].half()))
+            for part, latent in zip(parts, latents, strict=True):
+                for row, picture in enumerate(part):
+                    states, velocity = zip(*kept.pop(picture), strict=True)
+                    tensors = {
+                        "latent": latent[row].float(),
+                        "passed": torch.stack(states),
+                        "velocity": torch.stack(velocity),
+                    }
+                    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                        raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
+                    save(self._path(picture), tensors, overwrite=True)
             on_progress(len(same))
 
     def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor | None, ...]:
@@ -150,15 +161,22 @@ class Trajectories:
         context, pooled = self.conditioning.batch([picture.prompt for picture in pictures])
         return context, pooled, _guidance(pictures)
 
-    def states(self, pictures: Sequence[Picture], count: int, seed: int = 0, velocities: bool = False) -> list[States]:
-        """`count` noisy states of these pictures, by size; on request with the velocities that the sampler knew.
+    def states(self, pictures: Sequence[Picture], count: int, seed: int = 0) -> list[States]:
+        """`count` noisy states of these pictures, by size.
 
         Every picture in turn: one that the sampler passed, as long as there are such, then one with fresh noise.
         """
+        return [self._states(chosen) for chosen in self._choose(pictures, count, seed)]
+
+    def labelled_states(self, pictures: Sequence[Picture], count: int, seed: int = 0) -> list[LabelledStates]:
+        """The same states with the velocities that the sampler had where it passed."""
+        return [self._labelled(chosen) for chosen in self._choose(pictures, count, seed)]
+
+    def _choose(self, pictures: Sequence[Picture], count: int, seed: int) -> list[list[_Choice]]:
         laps = [(number // len(pictures), number % len(pictures)) for number in range(count)]
         passed = [lap // 2 if (lap + place) % 2 == 0 and lap // 2 < self.kept else None for lap, place in laps]
         drawn = iter(draw_times(passed.count(None), self.shift, seed).tolist())
-        chosen: dict[tuple[int, ...], list[tuple]] = {}
+        chosen: dict[tuple[int, ...], list[_Choice]] = {}
         for number, ((_, place), turn) in enumerate(zip(laps, passed, strict=True)):
             picture = pictures[place]
             if turn is None:
@@ -166,27 +184,31 @@ class Trajectories:
             else:
                 state = picture, (turn + place // 2) % self.kept, None
             chosen.setdefault(picture.shape, []).append(state)
-        return [self._states(states, velocities) for states in chosen.values()]
+        return list(chosen.values())
 
-    def _states(self, chosen: Sequence[tuple[Picture, float | int, int | None]], velocities: bool) -> States:
-        """States of one size from (picture, time, seed of fresh noise) or (picture, number of a kept state, None)."""
+    def _states(self, chosen: Sequence[_Choice]) -> States:
         pictures = [picture for picture, _, _ in chosen]
         levels = noise_levels(self.steps, self.shift).float()
         latent, times = torch.empty(len(chosen), *pictures[0].shape), torch.empty(len(chosen))
-        velocity = torch.full_like(latent, math.nan) if velocities else None
         for row, (picture, place, seed) in enumerate(chosen):
             file = TensorFile(self._path(picture))
             if seed is None:
                 times[row] = levels[self._passed(picture)[place]]
                 latent[row] = file.tensor("passed")[place]
-                if velocity is not None:
-                    velocity[row] = file.tensor("velocity")[place]
             else:
                 noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
                 times[row] = place
                 torch.lerp(file.tensor("latent"), noise, times[row], out=latent[row])
         prompts = torch.tensor([picture.prompt for picture in pictures])
-        return States(with_control_channels(latent, self.arch), times, prompts, _guidance(pictures), velocity)
+        return States(with_control_channels(latent, self.arch), times, prompts, _guidance(pictures))
+
+    def _labelled(self, chosen: Sequence[_Choice]) -> LabelledStates:
+        velocity = torch.zeros(len(chosen), *chosen[0][0].shape)
+        known = torch.tensor([seed is None for _, _, seed in chosen])
+        for row, (picture, place, seed) in enumerate(chosen):
+            if seed is None:
+                velocity[row] = TensorFile(self._path(picture)).tensor("velocity")[place]
+        return LabelledStates(self._states(chosen), velocity, known)
 
     def _passed(self, picture: Picture) -> list[int]:
         """Sampler steps whose states are kept of a picture: one, chosen by chance, of each of equal ranges."""

@@ -25,8 +25,8 @@ class Budget:
 
     pictures: int
     states: int
-    held_out: int
-    calibration_states: int
+    held_out: int  # pictures
+    calibration_states: int = 0
 
 
 def default_minutes(weights: int) -> float:
@@ -34,7 +34,7 @@ def default_minutes(weights: int) -> float:
     return 15 if weights < _SMALL_MODEL else 240
 
 
-def budget_for(seconds: float, state_seconds: float, steps: int, prompts: int, enough: int, capacity: int) -> Budget:
+def budget_for(seconds: float, state_seconds: float, steps: int, *, prompts: int, enough: int, capacity: int) -> Budget:
     """What so many seconds pay for.
 
     `state_seconds`: of a teacher forward of one state; `steps` of its sampler; `enough` states for calibration;

@@ -2,15 +2,14 @@
 
 With a growth the most sensitive Linears are found before calibration, and get more bits.
 
-Every choice that depends on the machine's speed is made once and kept in the work folder, so that a run that was
-interrupted goes on with the same choices and writes the same file.
+What depends on the machine's speed is decided once and kept in the work folder, so that a run that was interrupted goes
+on with the same decisions and writes the same file.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,13 +17,14 @@ import torch
 from ..calibration import calibrate
 from ..calibration.sensitivity import best_upgrades, sensitivities
 from ..distillation.blockwise import BlockSettings
-from ..files.atomic import write_json
+from ..distillation.schedule import TIMED_STEPS
 from ..files.ternary import open_ternary
 from ..files.work_folder import keep_settings
-from ..pictures.pool import subset
-from ..pictures.quality import Quality
+from ..pictures.pool import Pool, subset
+from ..pictures.quality import HeldOut, Quality
 from ..rounding.round import round_checkpoint
-from .budget import BLOCKWISE, CHOICE, Budget, Plan, budget_for, default_minutes, plan_for, settings_for
+from .budget import BLOCKWISE, CHOICE, Plan, budget_for, default_minutes, plan_for, settings_for
+from .decisions import Decisions, Training
 from .stages import distill_file
 from .workspace import Workspace
 
@@ -48,6 +48,7 @@ class Run:
         work: Workspace,
         target: Path,
         minutes: float | None = None,
+        *,
         rank: int = 0,
         codes: bool | None = None,
         packing: str = "planes32",
@@ -70,147 +71,142 @@ class Run:
         return self.budget - (time.monotonic() - self.started)
 
     def run(self) -> list[Stage]:
-        self.work.check(self.target, self.overwrite)
-        folder = self.work.folder
-        settings = {"dense": self.work.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
-        settings |= {"sizes": self.work.sizes, "seed": self.work.seed, "packing": self.packing, "growth": self.growth}
+        work, folder = self.work, self.work.folder
+        work.check(self.target, self.overwrite)
+        settings = {"dense": work.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
+        settings |= {"sizes": work.sizes, "seed": work.seed, "packing": self.packing, "growth": self.growth}
         keep_settings(folder, settings)
-        choices = self._choices(folder / "choices.json")
-        chosen = Budget(**choices["budget"])
-        self.work.pictures, self.work.states = chosen.pictures, chosen.states
-        self.work.held_out = chosen.held_out
-        stages = [self._stage("round", folder / "rounded.safetensors", self._round)]
-        self.on_message(
-            f"sampling {chosen.pictures} pictures and {chosen.states} states with the original model"
-            f" ({self._left_text()})"
+        decisions = Decisions.load(self._kept) or self._decide(self._within_budget())
+        budget, rounded, calibrated = (
+            decisions.budget,
+            folder / "rounded.safetensors",
+            folder / "calibrated.safetensors",
         )
-        self.work.pool  # noqa: B018  sampled now, so that the stages' times are their own
-        self.work.swapped  # noqa: B018
-        precisions = self._precisions(folder / "precisions.json", choices["state_seconds"]) if self.growth else {}
-        stages.append(
-            self._stage(
-                "calibrate", folder / "calibrated.safetensors", lambda path: self._calibrate(path, chosen, precisions)
-            )
-        )
-        stages.append(self._stage("distill", self.target, lambda path: self._distill(path, choices)))
-        return stages
 
-    def _stage(self, name: str, file: Path, make: Callable[[Path], object]) -> Stage:
+        seconds = self._timed("round", rounded, lambda: round_checkpoint(work.dense, rounded, overwrite=True))
+        held_out = work.hold_out(budget.held_out)
+        stages = [self._finished("round", rounded, seconds, held_out)]
+
+        counts = f"{budget.pictures} pictures and {budget.states} states"
+        self.on_message(f"sampling {counts} with the original model ({self._left_text()})")
+        pool = work.label_states(budget.pictures, budget.states)
+        if decisions.precisions is None:
+            precisions = self._precisions(rounded, held_out, decisions.state_seconds) if self.growth else {}
+            decisions = self._decide(replace(decisions, precisions=precisions))
+        seconds = self._timed("calibrate", calibrated, lambda: self._calibrate(rounded, calibrated, decisions))
+        stages.append(self._finished("calibrate", calibrated, seconds, held_out))
+
+        seconds = self._timed("distill", None, lambda: self._distill(calibrated, decisions, pool, held_out))
+        return [*stages, self._finished("distill", self.target, seconds, held_out)]
+
+    @property
+    def _kept(self) -> Path:
+        return self.work.folder / "decisions.json"
+
+    def _decide(self, decisions: Decisions) -> Decisions:
+        decisions.save(self._kept)
+        return decisions
+
+    def _timed(self, name: str, file: Path | None, make: Callable[[], object]) -> float:
+        """Make the file where it is missing (None: in any case); returns the seconds that it took."""
         started = time.monotonic()
-        if name == "distill" or not file.exists():
+        if file is None or not file.exists():
             self.on_message(f"{name} ({self._left_text()})")
-            make(file)
-        seconds = time.monotonic() - started
-        quality = self.work.quality(file)
+            make()
+        return time.monotonic() - started
+
+    def _finished(self, name: str, file: Path, seconds: float, held_out: HeldOut) -> Stage:
+        quality = self.work.measure(file, held_out)
         self.on_message(f"  {name}: velocity error {quality.error:.4f} on held-out prompts, {seconds:.0f} s")
         return Stage(name, str(file), os.path.getsize(file) / 1e6, seconds, quality)
 
     def _left_text(self) -> str:
         return f"about {max(0, round(self.left / 60))} min left" if self.left > 90 else "less than 2 min left"
 
-    def _choices(self, path: Path) -> dict:
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        state_seconds = self.work.time_state()
-        enough = calibrate.enough_states(self.work.arch, self.work.tokens)
-        prompts, steps = len(self.work.conditioning), self.work.trajectories.steps
-        chosen = budget_for(self.budget, state_seconds, steps, prompts, enough, self.work.state_capacity)
-        choices = {"budget": asdict(chosen), "state_seconds": state_seconds}
-        write_json(path, choices)
-        return choices
+    def _within_budget(self) -> Decisions:
+        work, state_seconds = self.work, self.work.time_state()
+        budget = budget_for(
+            self.budget,
+            state_seconds,
+            work.trajectories.steps,
+            prompts=len(work.conditioning),
+            enough=calibrate.enough_states(work.arch, work.tokens),
+            capacity=work.state_capacity,
+        )
+        return Decisions(budget, state_seconds)
 
-    def _round(self, path: Path) -> None:
-        round_checkpoint(self.work.dense, path, overwrite=True)
-
-    def _precisions(self, path: Path, state_seconds: float) -> dict[str, str]:
+    def _precisions(self, rounded: Path, held_out: HeldOut, state_seconds: float) -> dict[str, str]:
         """The Linears in two terms or 8 bits, by name."""
-        if not path.exists():
-            self.on_message(f"looking for the most sensitive Linears ({self._left_text()})")
-            start = self.work.folder / "rounded.safetensors"
-            file = open_ternary(start)
-            count = self.work.counter("measured layers", len(file.layers))
-            # Three forms of each, and half of the blocks come after it.
-            states = int(CHOICE * self.budget / (1.5 * len(file.layers) * state_seconds))
-            measured = sensitivities(file, self.work.teacher, subset(self.work.holdout, states), on_layer=count)
-            chosen = best_upgrades(measured, int(self.growth * start.stat().st_size))
-            write_json(path, {name: option.precision for name, option in chosen.items()})
-        return json.loads(path.read_text(encoding="utf-8"))
+        self.on_message(f"looking for the most sensitive Linears ({self._left_text()})")
+        file = open_ternary(rounded)
+        # Three forms of each, and half of the blocks come after it.
+        states = int(CHOICE * self.budget / (1.5 * len(file.layers) * state_seconds))
+        batches, count = subset(held_out.batches, states), self.work.counter("measured layers", len(file.layers))
+        measured = sensitivities(file, self.work.teacher, batches, on_layer=count)
+        chosen = best_upgrades(measured, int(self.growth * rounded.stat().st_size))
+        return {name: option.precision for name, option in chosen.items()}
 
-    def _calibrate(self, path: Path, chosen: Budget, precisions: dict[str, str]) -> None:
-        work = self.work
-        states = work.trajectories.states(work.training_pictures, chosen.calibration_states, work.seed + 1)
+    def _calibrate(self, rounded: Path, target: Path, decisions: Decisions) -> None:
+        work, budget = self.work, decisions.budget
+        pictures = work.trajectories.plan("train", budget.pictures)
         count = work.counter("calibrated blocks", len(work.arch.block_names))
-        source = open_ternary(work.folder / "rounded.safetensors").metadata["ternary.source_sha256"]
         calibrate.calibrate(
             work.teacher,
-            states,
+            work.trajectories.states(pictures, budget.calibration_states, work.seed + 1),
             work.conditioning,
-            path,
-            work.folder / "calibrate",
-            calibrate.CalibrationSettings(rank=self.rank, batch=work.teacher_batch, precisions=precisions),
+            target=target,
+            folder=work.folder / "calibrate",
+            settings=calibrate.CalibrationSettings(
+                rank=self.rank, batch=work.teacher_batch, precisions=decisions.precisions
+            ),
             overwrite=True,
             on_block=lambda name, fit: count(1),
-            sha256=source,
+            sha256=open_ternary(rounded).metadata["ternary.source_sha256"],
         )
 
-    def _distill(self, path: Path, choices: dict) -> None:
-        plan_file = self.work.folder / "choices.json"
-        if "training" not in choices:
+    def _distill(self, start: Path, decisions: Decisions, pool: Pool, held_out: HeldOut) -> None:
+        if decisions.training is None:
             self.work.release_teacher()
-            plan, seconds = plan_for(self.work), max(0.3 * self.budget, self.left - 0.03 * self.budget)
-            choices["training"] = self._training(plan, seconds, choices["state_seconds"])
-            write_json(plan_file, choices)
-        training = choices["training"]
-        dtype = torch.bfloat16 if training["autocast"] else None
-        plan = Plan(**{**training["plan"], "autocast": dtype})
-        blocks = training["blocks"]
-        settings = settings_for(plan, steps=training["steps"], seconds=training["seconds"])
-        block_settings = BlockSettings(**blocks) if blocks else None
-        if block_settings and dtype:
-            block_settings = replace(block_settings, stream=dtype)
+            seconds = max(0.3 * self.budget, self.left - 0.03 * self.budget)
+            training = self._training(plan_for(self.work), seconds, decisions.state_seconds)
+            decisions = self._decide(replace(decisions, training=training))
+        training = decisions.training
 
         def step(row: dict) -> None:
-            if training["steps"] is None and row["total"]:
-                training["steps"] = row["total"]
-                write_json(plan_file, choices)
+            if training.steps is None and row["step"] == TIMED_STEPS:
+                self._decide(replace(decisions, training=replace(training, steps=row["total"])))
             self.work.on_progress("training steps", row["step"], row["total"] or 0)
 
         distill_file(
             self.work,
-            self.work.folder / "calibrated.safetensors",
-            path,
-            settings,
-            self.rank,
-            training["codes"],
-            self.packing,
-            block_settings,
-            self.overwrite,
+            start,
+            self.target,
+            pool=pool,
+            held_out=held_out,
+            settings=settings_for(training.plan, steps=training.steps, seconds=training.seconds),
+            rank=self.rank,
+            codes=training.codes,
+            packing=self.packing,
+            block_settings=training.blocks,
+            overwrite=self.overwrite,
             on_step=step,
             on_block=lambda result: self.on_message(f"  {result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
 
-    def _training(self, plan: Plan, seconds: float, state_seconds: float) -> dict:
+    def _training(self, plan: Plan, seconds: float, state_seconds: float) -> Training:
         """What to train and for how long."""
-        codes = plan.codes if self.codes is None else self.codes and plan.codes
-        blocks = None
+        codes, blocks = plan.codes if self.codes is None else self.codes and plan.codes, None
         if not codes and self.codes is not False:
             count = len(self.work.arch.block_names)
             # A step of a block costs about four teacher forwards of the block.
             each = 4 * state_seconds * plan.batch / count
             steps = int(min(400, BLOCKWISE * seconds / count / max(each, 1e-9)))
             states = max(plan.batch, 64 // plan.batch * plan.batch)
-            blocks = {"steps": steps, "batch": plan.batch, "states": states, "rank": self.rank, "eight_bit": True}
-            blocks = blocks if steps >= 20 else None
-            seconds *= 1 - BLOCKWISE if blocks else 1
-        description = asdict(plan) | {"autocast": None}
-        return {
-            "codes": codes,
-            "steps": None,
-            "seconds": seconds,
-            "blocks": blocks,
-            "plan": description,
-            "autocast": bool(plan.autocast),
-        }
+            stream = plan.autocast or torch.float32
+            if steps >= 20:
+                blocks = BlockSettings(steps, plan.batch, states, rank=self.rank, eight_bit=True, stream=stream)
+                seconds *= 1 - BLOCKWISE
+        return Training(plan, codes, steps=None, seconds=seconds, blocks=blocks)
 
 
 def expectation(stages: list[Stage]) -> str:

@@ -10,6 +10,8 @@ from ..distillation.distill import Distiller, DistillSettings, distill
 from ..files import metadata
 from ..files.ternary import TernaryFile, open_ternary
 from ..model.student import add_low_rank, input_power, load_student, save_student, ternary_linears, train_codes
+from ..pictures.pool import Pool
+from ..pictures.quality import HeldOut
 from ..rounding.one_term import METHODS
 from .workspace import Workspace
 
@@ -18,6 +20,9 @@ def distill_file(
     work: Workspace,
     start: Path,
     target: Path,
+    *,
+    pool: Pool,
+    held_out: HeldOut,
     settings: DistillSettings,
     rank: int = 0,
     codes: bool = False,
@@ -34,14 +39,19 @@ def distill_file(
     (Collapse) where the training went wrong.
     """
     work.check(target, overwrite, start)
-    _check_rank(open_ternary(start), rank)
-    pool, holdout, swapped = work.pool, work.holdout, work.swapped
+    check_rank(open_ternary(start), rank)
     if block_settings is not None:
         block_file = work.folder / "blocks.safetensors"
         if not block_file.exists():
-            folder = work.folder / "blocks"
             train_blocks(
-                open_ternary(start), work.teacher, pool, block_file, folder, block_settings, work.device, on_block
+                open_ternary(start),
+                work.teacher,
+                pool,
+                target=block_file,
+                folder=work.folder / "blocks",
+                settings=block_settings,
+                device=work.device,
+                on_block=on_block,
             )
         start = block_file
     dense = work.teacher.checkpoint
@@ -56,7 +66,7 @@ def distill_file(
         add_low_rank(layers, dense, rank, power)
     if codes:
         train_codes(layers, dense, torch.bfloat16 if settings.eight_bit else torch.float32)
-    distiller = Distiller(model, file, pool, holdout, swapped, settings)
+    distiller = Distiller(model, file, pool, held_out, settings)
     distill(distiller, snapshot or work.folder / "distill.safetensors", on_step)
     best = min(distiller.log, key=lambda row: row["error"])
     done = {
@@ -68,12 +78,16 @@ def distill_file(
         "velocity_error": round(best["error"], 5),
         "best_step": best["step"],
     }
-    save_student(target, model, file, metadata.after_distillation(file.metadata, done), packing, overwrite)
+    described = metadata.after_distillation(file.metadata, done)
+    save_student(target, model, file, metadata=described, packing=packing, overwrite=overwrite)
     return distiller
 
 
-def _check_rank(start: TernaryFile, rank: int) -> None:
-    """Factors from what the weights miss undo what the codes of one calibrated Linear make up for in others."""
+def check_rank(start: TernaryFile, rank: int) -> None:
+    """Raises ValueError for a calibrated start without factors.
+
+    Factors from what the weights miss undo what the codes of one calibrated Linear make up for in others.
+    """
     method, ranks = start.metadata.get("ternary.method"), {plan.rank for plan in start.layers.values()}
     if rank and method not in (None, *METHODS) and ranks == {0}:
         raise ValueError(f"{start.file.path}: {method} made it without low-rank factors; use `calibrate --rank {rank}`")

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..files.architecture import Architecture
 from ..files.atomic import check_target
@@ -17,10 +16,9 @@ from ..files.ternary import open_ternary
 from ..model.student import load_student
 from ..model.teacher import Teacher, free_memory
 from ..pictures import conditioning
-from ..pictures.pool import Pool, holdout_batches, to_device, training_pool
-from ..pictures.quality import Quality, measure, swapped_velocities
+from ..pictures.pool import Pool, hold_out, training_pool
+from ..pictures.quality import HeldOut, Quality, measure
 from ..pictures.sampler import latent_shape
-from ..pictures.states import Batch
 from ..pictures.trajectories import Picture, PictureSettings, Trajectories
 from .budget import MAX_PICTURES, STATES_EACH
 
@@ -44,17 +42,18 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Workspace:
-    """A teacher, its conditioning, its pictures and states; everything that takes time to make is kept in `folder`."""
+    """A teacher and its prompts, and a folder that keeps what takes time to make of them.
+
+    Its methods `sample_pictures`, `label_states` and `hold_out` may work for hours, but once: what is there already is
+    read. Its properties cost no more than reading the teacher.
+    """
 
     dense: Path
     conditioning_file: Path
     folder: Path
     sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
-    pictures: int = 256
-    states: int = 2048
-    held_out: int = 32
     sampler_steps: int | None = None
     guidance: tuple[float, ...] | None = None
     seed: int = 0
@@ -105,6 +104,10 @@ class Workspace:
         """States that the teacher runs at a time."""
         return max(1, min(64, 4096 // self.tokens))
 
+    def _together(self, batch: int) -> int:
+        """Batches that the teacher takes at once."""
+        return self.teacher.placement.together(batch, self.tokens)
+
     @property
     def state_capacity(self) -> int:
         """States, with the teacher's velocities, that a fifth of the free main memory holds."""
@@ -140,44 +143,39 @@ class Workspace:
         model = fingerprint(open_checkpoint(self.dense))
         return Trajectories(self.folder / "pictures", self.arch, self.conditioning, settings, model)
 
-    @property
-    def training_pictures(self) -> list[Picture]:
-        return self.trajectories.plan("train", self.pictures)
+    def sample_pictures(self, count: int) -> list[Picture]:
+        """Let the teacher sample the first `count` of its training pictures."""
+        pictures = self.trajectories.plan("train", count)
+        progress = self.counter("pictures", count)
+        batch, together = self.teacher_batch, self._together(self.teacher_batch)
+        self.trajectories.generate(self.teacher.velocities, pictures, batch, together, progress)
+        return pictures
 
-    def sample_pictures(self) -> None:
-        """Let the teacher sample its training pictures."""
-        count = self.counter("pictures", self.pictures)
-        self.trajectories.generate(self.teacher, self.training_pictures, self.teacher_batch, count)
-
-    @cached_property
-    def pool(self) -> Pool:
-        self.sample_pictures()
-        count = self.counter("teacher velocities", self.states)
-        velocities = self.folder / "velocities"
-        pictures, batch = self.training_pictures, self.teacher_batch
+    def label_states(self, pictures: int, count: int) -> Pool:
+        """`count` states of so many pictures with the teacher's velocities, in main memory."""
         return training_pool(
-            self.teacher, self.trajectories, pictures, self.states, velocities, batch, self.seed, count
+            self.teacher.velocities,
+            self.trajectories,
+            self.sample_pictures(pictures),
+            count=count,
+            folder=self.folder / "velocities",
+            batch=self.teacher_batch,
+            seed=self.seed,
+            on_progress=self.counter("teacher velocities", count),
         )
 
-    @cached_property
-    def holdout(self) -> list[Batch]:
-        """States of pictures of held-out prompts, on the device."""
-        velocities = self.folder / "velocities"
-        batches = holdout_batches(
-            self.teacher, self.trajectories, self.held_out, velocities, max(2, self.teacher_batch)
+    def hold_out(self, pictures: int) -> HeldOut:
+        """States of so many pictures of held-out prompts, on the device."""
+        batch = max(2, self.teacher_batch)
+        held_out = hold_out(
+            self.teacher.velocities,
+            self.trajectories,
+            pictures,
+            folder=self.folder / "velocities",
+            batch=batch,
+            together=self._together(batch),
         )
-        return [to_device(batch, self.device) for batch in batches]
-
-    @cached_property
-    def swapped(self) -> list[Tensor]:
-        """The teacher's velocities at the held-out states under other prompts, on the device."""
-        path = self.folder / "velocities" / f"swapped-{self.held_out}.pt"
-        if not path.exists():
-            velocities = [velocity.cpu() for velocity in swapped_velocities(self.teacher, self.holdout)]
-            partial = path.with_suffix(".partial")
-            torch.save(velocities, partial)
-            os.replace(partial, path)
-        return [velocity.to(self.device) for velocity in torch.load(path)]
+        return held_out.to(self.device)
 
     def release_teacher(self) -> None:
         """Free the teacher's memory; it is read again when it is needed."""
@@ -185,7 +183,6 @@ class Workspace:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def quality(self, file: str | os.PathLike) -> Quality:
-        """Held-out quality of a ternary file."""
-        model = load_student(open_ternary(file), self.device)
-        return measure(model, self.holdout, self.swapped)
+    def measure(self, file: str | os.PathLike, held_out: HeldOut) -> Quality:
+        """Quality of a ternary file."""
+        return measure(load_student(open_ternary(file), self.device), held_out)

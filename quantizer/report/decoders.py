@@ -1,13 +1,15 @@
-"""From latents to pictures: a VAE in TAESD form, or false colours where there is none."""
+"""From latents to pictures: ComfyUI's own VAE, or false colours where none is given."""
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..files.container import TensorFile
+from ..files.architecture import Architecture
+from ..pictures.encode import import_comfyui
 
 Decode = Callable[[Tensor], np.ndarray]  # latents [B, C, H, W] -> pictures [B, h, w, 3] in 0..1
 
@@ -27,49 +29,34 @@ def preview(latents: Tensor) -> Decode:
     return decode
 
 
-def taesd_decoder(path: str | os.PathLike) -> Decode:
-    """A decoder from a VAE file in TAESD form (`taesd_decoder.*` keys, any width and number of latent channels).
+def vae_decoder(path: str | os.PathLike, arch: Architecture) -> Decode:
+    """The decoder of a VAE file that ComfyUI's "Load VAE" reads, for latents of this FLUX.
 
-    Raises ValueError for other files.
+    Raises FileNotFoundError without the file or without ComfyUI, ValueError for files of another kind.
     """
-    file = TensorFile(path)
-    prefix = "taesd_decoder."
-    state = {key.removeprefix(prefix): file.tensor(key).float() for key in file.entries if key.startswith(prefix)}
-    if "1.weight" not in state:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such VAE file")
+    import_comfyui()
+    import comfy.latent_formats
+    import comfy.sd
+    import comfy.utils
+
+    latent_format = comfy.latent_formats.Flux() if arch.version == 1 else comfy.latent_formats.Flux2()
+    try:
+        state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+        vae = comfy.sd.VAE(sd=state, metadata=metadata)
+        vae.throw_exception_if_invalid()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: ComfyUI cannot load this as a VAE: {reason}") from error
+    if vae.latent_channels != latent_format.latent_channels:
         raise ValueError(
-            f"{path}: no {prefix}1.weight: a VAE in TAESD form is needed (as taef1_decoder, with its keys)"
+            f"{path}: this VAE has {vae.latent_channels} latent channels, "
+            f"and {arch.name} paints {latent_format.latent_channels}: give the VAE you use with it"
         )
-    layers = _taesd_layers(state)
 
     @torch.inference_mode()
     def decode(latents: Tensor) -> np.ndarray:
-        return layers(latents.float()).clamp(0, 1).movedim(1, -1).numpy()
+        return vae.decode(latent_format.process_out(latents.float())).float().clamp(0, 1).cpu().numpy()
 
     return decode
-
-
-def _taesd_layers(state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """TAESD's decoder from its weights: the numbers in the keys are positions in its list of layers."""
-    convolve = torch.nn.functional.conv2d
-    last = max(int(key.split(".")[0]) for key in state)
-
-    def convolution(x: Tensor, name: str) -> Tensor:
-        return convolve(x, state[f"{name}.weight"], state.get(f"{name}.bias"), padding=1)
-
-    def run(x: Tensor) -> Tensor:
-        x = torch.tanh(x / 3) * 3
-        for index in range(1, last + 1):
-            if f"{index}.conv.0.weight" in state:
-                inner = x
-                for place in (0, 2, 4):
-                    inner = convolution(inner, f"{index}.conv.{place}")
-                    inner = inner.relu() if place < 4 else inner
-                x = (inner + x).relu()
-            elif f"{index}.weight" in state:
-                # A layer without bias follows an upsampling.
-                x = x if f"{index}.bias" in state else torch.nn.functional.interpolate(x, scale_factor=2)
-                x = convolution(x, str(index))
-                x = x.relu() if index == 1 else x
-        return x
-
-    return run

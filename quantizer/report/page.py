@@ -2,21 +2,21 @@
 
 import base64
 import html
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..files.atomic import atomic_file
 from ..files.checkpoint import Checkpoint
 from ..files.summary import sizes
 from ..files.ternary import TernaryFile, open_ternary
+from ..model.flux import Inputs
 from ..model.student import load_student
-from ..pictures.quality import BINS, Quality, measure
+from ..pictures.quality import BINS, HeldOut, Quality, measure
 from ..pictures.sampler import noise_levels, sample
 from ..pictures.trajectories import Picture, initial_noise
 from ..pipeline.workspace import Workspace
@@ -49,35 +49,49 @@ class Measured:
 
 
 def report(
-    work: Workspace, files: Mapping[str, Path], folder: Path, pictures: int = 4, decode: Decode | None = None
+    work: Workspace,
+    files: Mapping[str, Path],
+    folder: Path,
+    *,
+    pictures: int = 4,
+    held_out: int = 16,
+    decode: Decode | None = None,
 ) -> Path:
     """Compare ternary files (by name, in the order of the stages) with their teacher; returns the page's path.
 
-    Writes report.html and its charts as PNG. `decode` makes pictures of latents; without it their colours are a
-    projection of the latent channels.
+    Writes report.html and its charts as PNG. `pictures` are shown; quality is measured at states of `held_out`.
+    `decode` makes pictures of latents; without it their colours are a projection of the latent channels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chosen = work.trajectories.plan("holdout", pictures)
     chosen = [picture for picture in chosen if picture.shape == chosen[0].shape]
     theirs = _trajectory(work.teacher, work, chosen)
-    measured = [_measure(work, name, path, chosen, theirs) for name, path in files.items()]
+    held = work.hold_out(held_out)
+    measured = [_measure(work, held, name, path, theirs=theirs, pictures=chosen) for name, path in files.items()]
     images = _charts(work, chosen, theirs[-1], measured, decode or preview(theirs[-1]))
     for name, image in images.items():
-        image.save(folder / f"{name}.png", optimize=True)
+        (folder / f"{name}.png").write_bytes(image)
     path = folder / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(_page(work, measured, images, decode is None), encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_file(path, overwrite=True) as file:
+        file.write(_page(work, measured, images, decode is None).encode())
     return path
 
 
-def _measure(work: Workspace, name: str, path: Path, pictures: Sequence[Picture], theirs: Sequence[Tensor]) -> Measured:
+def _measure(
+    work: Workspace,
+    held_out: HeldOut,
+    name: str,
+    path: Path,
+    *,
+    theirs: Sequence[Tensor],
+    pictures: Sequence[Picture],
+) -> Measured:
     file = open_ternary(path)
     model = load_student(file, work.device).requires_grad_(False)
     ours = _trajectory(_on_device(model, work.device), work, pictures)
     # Both start from the same noise: the first state differs by nothing.
     divergence = [float((a - b).norm() / b.norm()) for a, b in zip(ours[1:], theirs[1:], strict=True)]
-    quality = measure(model, work.holdout, work.swapped)
+    quality = measure(model, held_out)
     return Measured(
         name,
         path,
@@ -92,7 +106,7 @@ def _measure(work: Workspace, name: str, path: Path, pictures: Sequence[Picture]
 def _on_device(model, device: torch.device):
     def velocity(*inputs: Tensor | None) -> Tensor:
         with torch.no_grad():
-            return model(*(x if x is None else x.to(device) for x in inputs)).cpu()
+            return model(*Inputs(*inputs).to(device)).cpu()
 
     return velocity
 
@@ -117,7 +131,8 @@ def weight_errors(file: TernaryFile, teacher: Checkpoint) -> dict[str, float]:
 
 def _charts(
     work: Workspace, pictures: Sequence[Picture], theirs: Tensor, measured: Sequence[Measured], decode: Decode
-) -> dict[str, Image.Image]:
+) -> dict[str, bytes]:
+    """Name -> PNG."""
     columns = [decode(theirs)] + [decode(m.latents) for m in measured]
     rows = [list(row) for row in zip(*columns, strict=True)]
     prompts = [_short(work.conditioning.prompts[picture.prompt]) for picture in pictures]
@@ -125,30 +140,30 @@ def _charts(
         m.name: [((i + 0.5) / BINS, e) for i, e in enumerate(m.quality.by_timestep) if e is not None] for m in measured
     }
     apart = {m.name: [(i + 1, d) for i, d in enumerate(m.divergence)] for m in measured}
-    images = {
-        "pictures": charts.grid(rows, prompts, ["original", *(m.name for m in measured)], 128),
-        "velocity": charts.lines("Velocity error by timestep", "t (0: picture, 1: noise)", by_time, log=True),
-        "divergence": charts.lines("Distance from the original's trajectory", "sampler step", apart),
-    }
+    sheet = charts.figure(1.6 * (len(columns) + 1), 1.6 * len(rows) + 0.4)
+    charts.grid(sheet, rows, prompts, ["original", *(m.name for m in measured)])
+    velocity, divergence = charts.figure(), charts.figure()
+    charts.lines(velocity.subplots(), "Velocity error by timestep", "t (0: picture, 1: noise)", by_time, log=True)
+    charts.lines(divergence.subplots(), "Distance from the original's trajectory", "sampler step", apart)
+    figures = {"pictures": sheet, "velocity": velocity, "divergence": divergence}
     for m in measured:
         blocks = list(work.arch.block_names)
         names = list(dict.fromkeys(name for block in blocks for name in work.arch.block_linears(block)))
         values = [[m.errors.get(f"{block}.{name}") for name in names] for block in blocks]
-        rows = [block.replace("_blocks.", " ") for block in blocks]
-        title = f"Relative weight error after {m.name}"
-        images[f"weights-{m.name.replace(' ', '-')}"] = charts.heatmap(title, rows, names, values)
-    return images
+        labels = [block.replace("_blocks.", " ") for block in blocks]
+        heat = charts.figure(0.5 * len(names) + 2, 0.2 * len(blocks) + 1.6)
+        charts.heatmap(heat.subplots(), f"Relative weight error after {m.name}", labels, names, values)
+        figures[f"weights-{m.name.replace(' ', '-')}"] = heat
+    return {name: charts.png(drawn) for name, drawn in figures.items()}
 
 
 def _short(prompt: str, length: int = 36) -> str:
     return prompt if len(prompt) <= length else f"{prompt[: length - 1]}…"
 
 
-def _page(work: Workspace, measured: Sequence[Measured], images: Mapping[str, Image.Image], previews: bool) -> str:
+def _page(work: Workspace, measured: Sequence[Measured], images: Mapping[str, bytes], previews: bool) -> str:
     def figure(name: str, text: str) -> str:
-        buffer = io.BytesIO()
-        images[name].save(buffer, "PNG", optimize=True)
-        data = base64.b64encode(buffer.getvalue()).decode()
+        data = base64.b64encode(images[name]).decode()
         return f'<div class="wide"><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></div>'
 
     dense = os.path.getsize(work.dense)

@@ -95,7 +95,8 @@ def ternarize(weight: Tensor, method: str = "least-squares") -> tuple[TernaryWei
 
 def by_rows(weight: Tensor, rounding: Callable[[Tensor], Rows], terms: int = 1) -> tuple[TernaryWeight, float]:
     """Round a weight [N, K] some rows at a time; returns it and its relative error."""
-    matrix = Matrix(tuple(weight.shape), terms)
+    n, k = weight.shape
+    matrix = Matrix((n, k), terms)
     step = Matrix.chunk_rows(matrix.weight.shape)
     for start in range(0, len(weight), step):
         matrix.put(start, rounding(weight[start : start + step].detach()))

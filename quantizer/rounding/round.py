@@ -1,11 +1,10 @@
 """Round a whole checkpoint: one pass over the source file, in pieces, with bounded memory."""
 
-import contextlib
 import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..files.container import FormatError
 from ..files.layer import LayerPlan
 from ..files.sources.encodings import NOT_FINITE, check_finite
 from ..files.ternary import TernaryWriter, create_ternary
+from ..threads import single_threaded_pool
 from .one_term import Matrix, Rows, round_rows
 
 _IN_FLIGHT = 8  # pieces of 4 MB that are read ahead of the rounding
@@ -82,17 +82,6 @@ def round_checkpoint(
     return Summary(arch.name, checkpoint.name, source.lossy, source.ignored, errors, weights, *sizes, seconds)
 
 
-@contextlib.contextmanager
-def _single_threaded_pool() -> Iterator[ThreadPoolExecutor]:
-    """One thread for each core, in which torch does not start threads of its own."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)  # threads started later take the setting made last in any thread
-
-
 class _Pass:
     """Reads in this thread, hashes in a second, rounds in one thread for each core, and writes in this one again."""
 
@@ -107,7 +96,7 @@ class _Pass:
 
     def run(self) -> None:
         waiting: deque[tuple[Piece, Future, Future]] = deque()
-        with ThreadPoolExecutor(1) as hasher, _single_threaded_pool() as rounders:
+        with ThreadPoolExecutor(1) as hasher, single_threaded_pool() as rounders:
             for piece in self.checkpoint.pieces():
                 hashed = hasher.submit(self.digest.update, piece.data)
                 waiting.append((piece, rounders.submit(self._convert, piece), hashed))

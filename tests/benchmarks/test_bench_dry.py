@@ -42,6 +42,19 @@ def test_kernels(tmp_path):
     assert {"gemlite A16W2 g128 fp16", "comfy-kitchen int8", "torch._int_mm", "ours e4m3, row scales"} <= methods
 
 
+def test_fallback(tmp_path):
+    out = tmp_path / "fallback.json"
+    printed = run("speed.fallback", "--dry", "--threads", 1, "--out", out)
+    report = json.loads(out.read_text())
+    assert [row["tokens"] for row in report["rows"]] == [1, 20]
+    for row in report["rows"]:
+        methods = row["methods"]
+        assert methods["dense"]["ratio"] == 1 and methods["full"]["error"] < 1e-6
+        assert ("int8" in methods) == report["machine"]["int8 products"]
+        assert "int8" not in methods or methods["int8"]["error"] < 0.02
+    assert "full" in printed and "20 tokens" in printed
+
+
 @pytest.mark.parametrize("forward, modes", [("ComfyUI", ["int8"]), ("quantizer", ["bf16", "full"])])
 def test_transformer(tmp_path, forward, modes):
     from ternary_flux.benchmarks import comfyui

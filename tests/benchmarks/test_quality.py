@@ -71,8 +71,12 @@ def test_scores_of_the_teacher_and_of_another_model(teacher, stage):
         {"name": name, "accuracy": s.summary["accuracy"], "velocity": s.summary["velocity"]}
         for name, s in (("original", reference), ("other", scores))
     ]
-    picture = chart.draw(rows, {"original": reference.examples, "other": scores.examples}, stage.examples)
-    assert picture.width > 600 and picture.height > 500
+    drawn = chart.draw(rows, {"original": reference.examples, "other": scores.examples}, stage.examples)
+    shown = [axes.images[0].get_array() for axes in drawn.axes if axes.images]
+    expected = [*reference.examples, *scores.examples]
+    assert len(shown) == len(expected) and all(np.allclose(a, b) for a, b in zip(shown, expected, strict=True))
+    (velocity,) = [axes for axes in drawn.axes if axes.lines and axes.get_xlabel() == "t"]
+    assert len(velocity.lines) == 1 and np.allclose(velocity.lines[0].get_ydata(), 0.01, rtol=1e-3)
 
 
 def test_the_same_noise_for_every_model(stage):

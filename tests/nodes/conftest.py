@@ -41,8 +41,8 @@ def comfy() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def path(tmp_path_factory):
-    """A tiny ternary FLUX file."""
-    return tiny.write(tmp_path_factory.mktemp("models") / "tiny-ternary.safetensors")
+    """A tiny ternary FLUX file; every second Linear has column scales."""
+    return tiny.write(tmp_path_factory.mktemp("models") / "tiny-ternary.safetensors", columns="half")
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ def mixed(path, tmp_path_factory):
     """The tiny file with one Linear in ComfyUI's int8 format, as the quantizer's mixed profile writes it."""
     state = dict(load_file(path))
     weight = tiny.dense_twin(path)[f"{adapters.QKV}.weight"]
-    del state[f"{adapters.QKV}.weight_group"]
+    del state[f"{adapters.QKV}.weight_group"], state[f"{adapters.QKV}.weight_column"]
     scale = weight.abs().amax(1, keepdim=True) / 127
     state[f"{adapters.QKV}.weight"] = (weight / scale).round().to(torch.int8)
     state[f"{adapters.QKV}.weight_scale"] = scale

@@ -11,7 +11,14 @@ from ternary_flux.tests.nodes import adapters, tiny
 from torch.nn.functional import linear
 
 N, K = 96, 200
-VARIANTS = {"integer": {}, "float": {"float_groups": True}, "low rank": {"rank": 8}, "two terms": {"terms": 2}}
+VARIANTS = {
+    "integer": {},
+    "float": {"float_groups": True},
+    "low rank": {"rank": 8},
+    "two terms": {"terms": 2},
+    "column scales": {"columns": True},
+    "column scales, low rank": {"columns": True, "rank": 8},
+}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -59,9 +66,10 @@ def tensors_of(weight):
     return [weight._qdata, *(getattr(weight._params, field) for field in weight._params._tensor_fields())]
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("terms, bound", [(1, 0.01), (2, 0.15)])  # one term is 0.36 off from two
-def test_quantizing_keeps_a_ternary_weight(comfy, terms, bound):
-    ternary = tiny.ternary_weight((N, 256), tiny.generator(0), terms=terms)
+def test_quantizing_keeps_a_ternary_weight(comfy, terms, bound, columns):
+    ternary = tiny.ternary_weight((N, 256), tiny.generator(0), terms=terms, columns=columns)
     weight = comfy.layout.wrap(ternary, torch.float32, "full")
     options = {"scale": "recalculate", "stochastic_rounding": 1, "inplace_ops": True}
     again = weight.requantize_from_float(weight.dequantize(), **options)
@@ -80,17 +88,39 @@ def test_state_dict_and_back(comfy, weight):
     assert torch.equal(again.dequantize(), weight.dequantize())
 
 
-def test_a_second_copy_of_the_pack_does_not_disturb_the_first(comfy, weight):
+@pytest.fixture
+def second_copy(comfy):
+    """The layout of the pack imported a second time, under another name."""
     from ternary_flux import __file__ as root
 
     folder = root.removesuffix("__init__.py")
     spec = importlib.util.spec_from_file_location("second_copy", root, submodule_search_locations=[folder])
     package = importlib.util.module_from_spec(spec)
     sys.modules["second_copy"] = package
-    spec.loader.exec_module(package)
-    second = importlib.import_module("second_copy.nodes.layout")
-    assert second.LAYOUT != comfy.layout.LAYOUT
-    assert torch.equal(weight.dequantize(), weight.to(torch.float32).dequantize())
+    try:
+        spec.loader.exec_module(package)
+        yield importlib.import_module("second_copy.nodes.layout")
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "second_copy"]:
+            del sys.modules[name]
+
+
+def test_two_copies_of_the_pack_do_not_disturb_each_other(comfy, weight, request, monkeypatch):
+    x = torch.randn(3, K)
+    with torch.inference_mode():
+        before = linear(x, weight)
+    second = request.getfixturevalue("second_copy")
+    ternary = comfy.layout.ternary_weight(weight._qdata, weight._params)
+    theirs = second.wrap(second.TernaryWeight(**vars(ternary)), torch.float32)
+    assert second.is_ternary(theirs) and not second.is_ternary(weight) and not comfy.layout.is_ternary(theirs)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x, theirs), before, rtol=1e-4, atol=1e-5)
+        # Each multiplies by its own weights alone.
+        monkeypatch.setattr(second, "ternary_linear", lambda *_: pytest.fail("the second copy"))
+        torch.testing.assert_close(linear(x, weight), before, rtol=1e-4, atol=1e-5)
+        monkeypatch.undo()
+        monkeypatch.setattr(comfy.layout, "ternary_linear", lambda *_: pytest.fail("the first copy"))
+        torch.testing.assert_close(linear(x, theirs), before, rtol=1e-4, atol=1e-5)
 
 
 def test_gathers_into_one_buffer(comfy, weight):

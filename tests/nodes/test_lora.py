@@ -231,9 +231,10 @@ def dense(comfy, path):
     return comfy.sd.load_diffusion_model_state_dict(tiny.dense_twin(path), model_options={"dtype": torch.float32})
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
-def test_saving_keeps_a_lora_in_the_low_rank_part(comfy, tmp_path, rank):
-    path = tiny.write(tmp_path / "model.safetensors", rank=rank)
+def test_saving_keeps_a_lora_in_the_low_rank_part(comfy, tmp_path, rank, columns):
+    path = tiny.write(tmp_path / "model.safetensors", rank=rank, columns=columns)
     model = adapters.apply(comfy, comfy.loader.load(str(path), "full"), adapters.COMBINATIONS["stacked"])
     comfy.model_management.load_models_gpu([model])
     comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model)

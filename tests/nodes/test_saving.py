@@ -19,7 +19,8 @@ METADATA = {
 @pytest.fixture
 def file(tmp_path):
     """A ternary file as the quantizer writes it for sharing."""
-    return tiny.write(tmp_path / "file.safetensors", packing="base3", dtype=torch.bfloat16, metadata=METADATA)
+    options = {"packing": "base3", "dtype": torch.bfloat16, "metadata": METADATA, "columns": "half"}
+    return tiny.write(tmp_path / "file.safetensors", **options)
 
 
 @pytest.fixture

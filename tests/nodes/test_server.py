@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from ternary_flux.benchmarks import comfyui
-from ternary_flux.tests.nodes import tiny
+from ternary_flux.tests.nodes import adapters, tiny
 
 PACK = "comfyui-ternary-flux"
 NODE = "TernaryFluxLoader"
@@ -30,6 +30,9 @@ def server(tmp_path_factory):
     from comfy.taesd.taesd import TAESD
 
     save_file(TAESD(latent_channels=16).state_dict(), models / "vae" / "tiny-vae.safetensors")
+    (models / "loras").mkdir()
+    wider = {name: (2 * n, 2 * k) for name, (n, k) in adapters.BFL.items()}
+    save_file(adapters.bfl_lora(1, shapes=wider), models / "loras" / "wide.safetensors")
     (folder / "flux").mkdir()
     shutil.copy(path, folder / "flux")
     helpers = {name: Path(__file__).with_name(name) for name in ("conditioning_pack.py", "name_pack.py")}
@@ -77,8 +80,9 @@ def test_the_node_is_listed_with_its_inputs(server):
     required = node["input"]["required"]
     kind, file = required["file"]
     names = file["options"] if kind == "COMBO" else kind
-    assert set(names) == {"tiny.safetensors", "flux/tiny.safetensors", "truncated.safetensors", "style.safetensors"}
-    assert set(names[:2]) == {"flux/tiny.safetensors", "tiny.safetensors"}  # those that Run accepts
+    assert set(names) >= {"tiny.safetensors", "flux/tiny.safetensors", "truncated.safetensors", "style.safetensors"}
+    assert "notes.txt" not in names
+    assert names.index("tiny.safetensors") < names.index("style.safetensors")  # those that Run accepts come first
     kind, activations = required["activations"]
     assert (activations["options"] if kind == "COMBO" else kind) == ["auto", "int8", "full"]
     assert activations["advanced"] and "W1.58A8" in activations["tooltip"]
@@ -170,6 +174,23 @@ def test_a_linked_name_is_checked_when_it_runs(server):
     with pytest.raises(comfyui.WorkflowError) as failed:
         server.execute(graph)
     assert failed.value.details["exception_message"].startswith("style.safetensors: this is a LoRA")
+
+
+def test_a_saved_model_is_offered_and_runs(server):
+    graph = workflow()
+    graph["lora"] = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": ["model", 0], "lora_name": "wide.safetensors", "strength_model": 1.0},
+    }
+    inputs = {"model": ["lora", 0], "filename_prefix": "diffusion_models/saved"}
+    server.execute(graph | {"store": {"class_type": "ModelSave", "inputs": inputs}})
+    lines = [line for line in server.log().splitlines() if "do not fit" in line]
+    assert len(lines) == 1 and "4 of 4 layers do not fit: made for another model" in lines[0]
+    kind, options = server.get_json(f"/object_info/{NODE}")[NODE]["input"]["required"]["file"]
+    names = options["options"] if kind == "COMBO" else kind
+    (saved,) = [name for name in names if name.startswith("saved")]
+    assert names.index(saved) < names.index("style.safetensors")
+    assert server.execute(workflow(saved)).outputs["save"]["images"]
 
 
 def cached_nodes(execution: comfyui.Execution) -> set[str]:

@@ -37,7 +37,7 @@ def dense_tensors(arch: Architecture, g: torch.Generator, dtype=torch.float32) -
     return tensors
 
 
-def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, terms=1) -> TernaryWeight:
+def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, terms=1, columns=False) -> TernaryWeight:
     n, k = shape
     codes = torch.randint(-1, 2, (n, terms * k), generator=g, dtype=torch.int8)
     row = (torch.rand(n, generator=g) + 0.5) * k**-0.5 / 100
@@ -47,7 +47,8 @@ def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, terms=
     if rank:
         down = (torch.randn(rank, k, generator=g) * k**-0.5).to(torch.bfloat16)
         up = (torch.randn(n, rank, generator=g) * 0.3).to(torch.bfloat16)
-    return TernaryWeight.from_codes(codes, *scales, down, up, terms)
+    column = (torch.randn(k, generator=g) * 0.5).exp().to(torch.bfloat16) if columns else None
+    return TernaryWeight.from_codes(codes, *scales, down, up, terms, column)
 
 
 def write(
@@ -58,14 +59,18 @@ def write(
     prefix="",
     dtype=torch.float32,
     metadata=None,
+    columns: bool | str = False,
     **weights,
 ) -> Path:
-    """Write a random ternary FLUX; `dtype` of what is dense."""
+    """Write a random ternary FLUX; `dtype` of what is dense. columns: column scales, "half" in every second Linear."""
     g = generator(seed)
     dense = dense_tensors(arch, g, dtype)
     for name in arch.linears:
         del dense[f"{name}.weight"]
-    layers = {f"{prefix}{name}": ternary_weight(shape, g, **weights) for name, shape in arch.linear_shapes.items()}
+    layers = {}
+    for i, (name, shape) in enumerate(arch.linear_shapes.items()):
+        scaled = i % 2 == 1 if columns == "half" else columns
+        layers[f"{prefix}{name}"] = ternary_weight(shape, g, columns=scaled, **weights)
     plans = {name: LayerPlan.of(weight, packing) for name, weight in layers.items()}
     specs = {f"{prefix}{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
     with create_ternary(path, plans, specs, metadata or {"modelspec.title": "tiny"}, overwrite=True) as writer:

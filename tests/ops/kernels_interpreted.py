@@ -25,7 +25,7 @@ def chip(request, monkeypatch):
     monkeypatch.setattr(configs, "chip", lambda device: chip)
 
 
-def make(n, k, scales="integer", rank=0, seed=0, terms=1):
+def make(n, k, scales="integer", rank=0, seed=0, terms=1, column=False):
     """(weight, its float64 dense form)"""
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(-1, 2, (n, terms * k), dtype=torch.int8, generator=g)
@@ -42,9 +42,13 @@ def make(n, k, scales="integer", rank=0, seed=0, terms=1):
     up = torch.randn(n, rank, generator=g).bfloat16() * 0.1 if rank else None
     per_input = [term.t().repeat_interleave(128, 1)[:, :k] for term in per_block.chunk(terms)]
     dense = (codes.double() * torch.cat(per_input, 1)).view(n, terms, k).sum(1)
+    # exact in the dtypes of the activations
+    columns = (torch.randn(k, generator=g) * 0.7).exp().half().float() if column else None
+    if column:
+        dense *= columns.double()
     if rank:
         dense += up.double() @ down.double()
-    return TernaryWeight.from_codes(codes, scale, group, down, up, terms), dense
+    return TernaryWeight.from_codes(codes, scale, group, down, up, terms, columns), dense
 
 
 def error(y, expected):
@@ -61,6 +65,15 @@ def test_quantize_rows_int8(dtype):
     torch.testing.assert_close(scale[:, None], expected_scale, rtol=3e-7, atol=0)
     different = (codes[:, :300].int() - expected.int()).abs()
     assert different.max() <= 1 and different.sum() <= 1  # a product with 1 / scale may round a tie the other way
+
+
+def test_quantize_rows_multiplies_by_the_column_scales():
+    x, column = torch.randn(5, 300).half(), (torch.randn(300) * 0.7).exp().bfloat16()
+    codes, scale = quantize_rows(x, 384, torch.int8, column)
+    expected, expected_scale = eager.quantize_tokens(x.float() * column.float())
+    torch.testing.assert_close(scale[:, None], expected_scale, rtol=3e-7, atol=0)
+    different = (codes[:, :300].int() - expected.int()).abs()
+    assert not codes[:, 300:].any() and different.max() <= 1 and different.sum() <= 1
 
 
 def test_quantize_rows_keeps_broken_activations_visible():
@@ -86,16 +99,24 @@ def test_quantize_rows_e4m3():
 @pytest.mark.parametrize("activations", ["int8", "e4m3"])
 @pytest.mark.parametrize("scales", SCALES[:2])
 @pytest.mark.parametrize(
-    "m, n, k, rank, terms", [(1, 72, 1100, 0, 1), (20, 40, 384, 3, 1), (70, 136, 300, 0, 1), (20, 40, 300, 3, 2)]
+    "m, n, k, rank, terms, column",
+    [
+        (1, 72, 1100, 0, 1, False),
+        (20, 40, 384, 3, 1, False),
+        (70, 136, 300, 0, 1, True),
+        (20, 40, 300, 3, 2, False),
+        (20, 40, 300, 3, 2, True),
+    ],
 )
-def test_eight_bit(chip, activations, scales, m, n, k, rank, terms):
+def test_eight_bit(chip, activations, scales, m, n, k, rank, terms, column):
     """Against the float64 product of the kernel's own codes: int8 is exact up to the fp32 epilogue."""
-    weight, dense = make(n, k, scales, rank, terms=terms)
+    weight, dense = make(n, k, scales, rank, terms=terms, column=column)
     # the interpreter multiplies bf16 wrongly, which is the low-rank branch's dtype where activations are fp32
     x, bias = torch.randn(m, k, dtype=torch.float16 if rank else torch.float32), torch.randn(n)
     dtype = torch.int8 if activations == "int8" else torch.float8_e4m3fn
-    codes, scale = quantize_rows(x, 128 * math.ceil(k / 128), dtype)
+    codes, scale = quantize_rows(x, 128 * math.ceil(k / 128), dtype, weight.column)
     seen = codes[:, :k].double() * scale.double()[:, None]
+    seen = seen if weight.column is None else seen / weight.column.double()
     expected = bias.double() + seen @ dense.t()
     if rank:
         expected += (x.double() - seen) @ (weight.up.double() @ weight.down.double()).t()
@@ -106,10 +127,18 @@ def test_eight_bit(chip, activations, scales, m, n, k, rank, terms):
 
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize(
-    "m, n, k, rank, terms", [(1, 72, 1100, 0, 1), (20, 40, 384, 3, 1), (70, 136, 300, 2, 1), (20, 40, 300, 3, 2)]
+    "m, n, k, rank, terms, column",
+    [
+        (1, 72, 1100, 0, 1, True),
+        (20, 40, 384, 3, 1, False),
+        (20, 40, 384, 0, 1, True),
+        (70, 136, 300, 2, 1, True),
+        (20, 40, 300, 3, 2, False),
+        (20, 40, 300, 3, 2, True),
+    ],
 )
-def test_full(chip, scales, m, n, k, rank, terms):
-    weight, dense = make(n, k, scales, rank, terms=terms)
+def test_full(chip, scales, m, n, k, rank, terms, column):
+    weight, dense = make(n, k, scales, rank, terms=terms, column=column)
     x, bias = torch.randn(m, k).half(), torch.randn(n).half()
     y = triton.linear(x, weight, bias, "full")
     assert y.dtype == torch.float16 and y.is_contiguous()
@@ -118,11 +147,11 @@ def test_full(chip, scales, m, n, k, rank, terms):
 
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("scratch", [1 << 30, 1 << 17])
-@pytest.mark.parametrize("dtype, bound", [(torch.float16, 1e-3), (torch.float32, 1e-6)])
-def test_dense(monkeypatch, scales, scratch, dtype, bound):
+@pytest.mark.parametrize("dtype, bound, column", [(torch.float16, 1e-3, True), (torch.float32, 1e-6, False)])
+def test_dense(monkeypatch, scales, scratch, dtype, bound, column):
     """Dequantize and torch's matmul: more tokens than linear_a16 takes, or fp32; whole and in parts over N."""
     monkeypatch.setattr(dispatch, "SCRATCH_BYTES", scratch)
-    weight, dense = make(300, 392, scales)
+    weight, dense = make(300, 392, scales, column=column)
     x, bias = torch.randn(300, 392, dtype=dtype), torch.randn(300)
     for b in (None, bias):
         y = triton.linear(x, weight, b, "full")
@@ -130,10 +159,22 @@ def test_dense(monkeypatch, scales, scratch, dtype, bound):
         assert error(y, x.double() @ dense.t() + (0 if b is None else b.double())) < bound
 
 
+@pytest.mark.parametrize("rank, terms, column", [(0, 1, False), (5, 2, True)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float16, 1e-3), (torch.bfloat16, 3e-3), (torch.float32, 1e-6)])
+def test_turing(monkeypatch, dtype, bound, rank, terms, column):
+    """No product in a kernel; bf16 is rounded once, at the end."""
+    turing = configs.Chip("interpreter", "sm_75", 8, False, (), ("full",), products=False)
+    monkeypatch.setattr(configs, "chip", lambda device: turing)
+    weight, dense = make(300, 392, "integer", rank, terms=terms, column=column)
+    x, bias = torch.randn(3, 392).to(dtype), torch.randn(300).to(dtype)
+    y = triton.linear(x, weight, bias, "full")
+    assert y.dtype == dtype and error(y, x.double() @ dense.t() + bias.double()) < bound
+
+
 @pytest.mark.parametrize("terms", [1, 2])
 def test_dense_with_low_rank(monkeypatch, terms):
     monkeypatch.setattr(dispatch, "SCRATCH_BYTES", 1 << 17)
-    weight, dense = make(300, 392, "integer", rank=5, terms=terms)
+    weight, dense = make(300, 392, "integer", rank=5, terms=terms, column=terms == 1)
     x = torch.randn(300, 392).half()
     assert error(triton.linear(x, weight, None, "full"), x.double() @ dense.t()) < 1e-3
 
@@ -194,7 +235,7 @@ def test_float_groups_need_conversion_for_8_bits():
 
 @pytest.mark.parametrize("activations", ["int8", "full"])
 def test_torch_compile_sees_one_node(activations):
-    weight, _ = make(24, 256)
+    weight, _ = make(24, 256, column=True)
     bias, nodes = torch.randn(24), []
 
     def backend(graph, inputs):

@@ -11,20 +11,24 @@ from ternary_flux.benchmarks.speed import codegen
 EXPECTED = [
     (80, "a8 row", "IMMA.16832.S8", 2.3),
     (80, "a16 group, 16 tokens", "HMMA.16816.F32.BF16", 12),
+    (80, "a16 group, 16 tokens, columns", "HMMA.16816.F32.BF16", 12),
     (86, "a8 group", "IMMA.16832.S8", 2.3),
     (89, "a8 row", "IMMA.16832.S8", 2.3),
     (89, "a8 group, rank 16", "IMMA.16832.S8", 2.3),
     (89, "a8 group, 512 tokens", "IMMA.16832.S8", 3),
     (89, "a8 group, 16 tokens", "IMMA.16832.S8", 12.5),
     (89, "a16 group, 1024 tokens", "HMMA.16816.F32.BF16", 5),
+    (89, "a16 group, 1024 tokens, columns", "HMMA.16816.F32.BF16", 5),
     (90, "a8 row", "IGMMA", 26),
     (90, "a8 group, rank 16", "IGMMA", 38),
     (90, "a8 group, 16 tokens", "IGMMA", 26),
     (90, "e4m3 row", "QGMMA", 36),
     (90, "e4m3 group", "QGMMA", 64),
-    (90, "a16 group, 1024 tokens", "HGMMA", 43),
+    (90, "a16 group, 1024 tokens", "HGMMA", 48),
+    (90, "a16 group, 64 tokens, columns", "HGMMA", 38),
     (100, "e4m3 row", "UTCQMMA", None),
     (100, "a16 group, 16 tokens", "(UTC)?HMMA", None),
+    (100, "a16 group, 64 tokens, columns", "(UTC)?HMMA", None),
     (120, "a8 row", "IMMA.16832.S8", 3),
 ]
 
@@ -61,15 +65,31 @@ def test_compiled_kernels_are_few():
     assert len(compiled) == 1
 
 
+def test_column_scales_leave_the_loops_of_other_kernels_alone():
+    """8-bit kernels get inputs that were scaled as they were quantized; tiles of many tokens on sm_90 have no room."""
+    for x, capability, activations, kernel in (
+        (torch.empty(4608, 3072, dtype=torch.bfloat16), 89, "int8", "_linear_a8"),
+        (torch.empty(1024, 3072, dtype=torch.bfloat16), 90, "full", "_linear_a16"),
+    ):
+        hashes = set()
+        for column in (False, True):
+            weight = codegen.sample_weight(3072, 3072, column=column)
+            found = codegen.launches(capability, x, weight, None, activations)
+            hashes.update(launch.compiled.hash for launch in found if launch.name == kernel)
+        assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("column", [None, torch.bfloat16])
 @pytest.mark.parametrize("dtype, conversion", [(torch.int8, ""), (torch.float8_e4m3fn, "cvt.rn.satfinite.e4m3x2.f32")])
-def test_quantize_rows(dtype, conversion):
+def test_quantize_rows(dtype, conversion, column):
     """16-byte loads and stores, no local memory, and hardware rounding to e4m3."""
     from ternary_flux.ops.backends.triton.quantize_rows import quantize_rows
 
     chip = codegen.configs.nvidia("", 90, 132)
     target = codegen.GPUTarget("cuda", 90, 32)
     with codegen.recording(chip, target, codegen.SHARED_MEMORY[90]) as found:
-        quantize_rows(torch.empty(4, 15360, dtype=torch.bfloat16), 15360, dtype)
+        column = None if column is None else torch.empty(15360, dtype=column)
+        quantize_rows(torch.empty(4, 15360, dtype=torch.bfloat16), 15360, dtype, column)
     ptx = found[0].compiled.asm["ptx"]
     assert conversion in ptx
     assert re.search(r"ld\.global\S*\.v4\.b32", ptx) and re.search(r"st\.global\S*\.v[24]\.b32", ptx)
@@ -79,13 +99,28 @@ def test_quantize_rows(dtype, conversion):
 def test_dequantize():
     from ternary_flux.ops.backends.triton.dequantize import dequantize
 
-    chip, weight = codegen.configs.nvidia("", 90, 132), codegen.sample_weight(3072, 3072, rank=16)
+    chip = codegen.configs.nvidia("", 90, 132)
     target = codegen.GPUTarget("cuda", 90, 32)
-    for up, down in ((None, None), (weight.up, weight.down)):
+    for up, column in ((False, False), (True, False), (False, True), (True, True)):
+        weight = codegen.sample_weight(3072, 3072, rank=16, column=column)
+        up, down = (weight.up, weight.down) if up else (None, None)
         with codegen.recording(chip, target, codegen.SHARED_MEMORY[90]) as found:
             dequantize(weight, down, up, torch.empty(3072, 3072, dtype=torch.bfloat16), chip)
         code = codegen.machine_code(found[0])
         assert code.spills == 0 and bool(code.products) == (up is not None)
+
+
+@pytest.mark.parametrize("dtype, rank", [(torch.float16, 16), (torch.bfloat16, 0), (torch.float32, 0)])
+def test_turing_only_dequantizes(dtype, rank):
+    """Triton has no matrix instructions there: torch multiplies, bf16 in fp32, and the low-rank branch apart."""
+    x, weight = torch.ones(40, 3072, dtype=dtype), codegen.sample_weight(256, 3072, rank=rank)
+    (launch,) = codegen.launches(75, x, weight, torch.zeros(256, dtype=dtype), "full")
+    code = codegen.machine_code(launch)
+    assert launch.name == "_dequantize" and code.spills == 0 and not code.products
+    assert code.shared <= codegen.SHARED_MEMORY[75]
+    assert "bf16" not in launch.compiled.asm["ptx"]
+    with pytest.raises(ValueError, match="sm_75 has no kernel for int8 activations"):
+        codegen.launches(75, x, weight)
 
 
 def test_portable_branch_compiles_for_amd():

@@ -44,6 +44,15 @@ def test_ampere_and_newer_use_triton(gpu, monkeypatch):
     assert choice.activations == "int8" and "no e4m3 kernel" in choice.reason
 
 
+def test_turing_dequantizes_in_triton(gpu, monkeypatch):
+    gpu(7, 5)
+    monkeypatch.setattr(configs, "chip", lambda device: configs.nvidia("Tesla T4", 75, 40))
+    choice = resolve(CUDA)
+    assert choice.backend is backend and choice.activations == "full"
+    choice = resolve(CUDA, "int8")
+    assert choice.activations == "full" and "no int8 kernel" in choice.reason
+
+
 @pytest.mark.parametrize("capability, fastest", [(80, "int8"), (90, "int8"), (100, "e4m3"), (120, "int8")])
 def test_fastest_format(gpu, monkeypatch, capability, fastest):
     gpu(capability // 10, 0)
@@ -54,7 +63,7 @@ def test_fastest_format(gpu, monkeypatch, capability, fastest):
 @pytest.mark.parametrize(
     "setting, reason",
     [
-        (dict(major=7, minor=5), "Tesla T4 has compute capability 7.5"),
+        (dict(major=7, minor=0), "Tesla T4 has compute capability 7.0, kernels need 7.5"),
         (dict(major=8, minor=9, probe=RuntimeError("Failed to find C compiler")), "Failed to find C compiler"),
         (dict(major=9, minor=0, probe="a test kernel gave a wrong result"), "wrong result"),
     ],

@@ -31,6 +31,18 @@ def test_round_trip(name, shape, seed, terms):
     assert packing.first_invalid(packed, name) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_decode_planes32(dtype, offset):
+    """Inputs before outputs, a trit of 1 as 2.0 or 64; the trits may be rows of a tensor at any address."""
+    codes = random_codes((20, 384))
+    storage = torch.cat((torch.zeros(offset, dtype=torch.uint8), packing.pack_planes32(codes).flatten()))
+    trits = storage[offset:].view(3, 20, 32)[:, 3:16]
+    decoded = packing.decode_planes32(trits, torch.empty(3, 128, 13, dtype=dtype))
+    one = 64 if dtype == torch.int8 else 2
+    assert torch.equal(decoded.view(384, 13).t(), one * codes[3:16].to(dtype))
+
+
 @pytest.mark.parametrize("name", packing.PACKINGS)
 def test_numpy_and_torch_agree(name):
     pack, unpack = PACKERS[name]

@@ -1,4 +1,4 @@
-"""Triton kernels: NVIDIA GPUs of compute capability 8.0 and newer; others through the portable decode."""
+"""Triton kernels: NVIDIA GPUs of compute capability 7.5 and newer; others through the portable decode."""
 
 import functools
 
@@ -25,8 +25,8 @@ def unavailable(device: torch.device) -> str | None:
         return "torch sees no CUDA device"
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, kernels need 8.0"
+        if (major, minor) < (7, 5):
+            return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, kernels need 7.5"
     try:
         return _probe(device)
     except Exception as error:  # no C compiler, an unsupported driver, a broken cache folder, ...
@@ -53,11 +53,13 @@ def _dispatch():
 
 
 def _probe(device: torch.device) -> str | None:
-    from .quantize_rows import quantize_rows
+    from . import configs
+    from .dequantize import dequantize
 
+    weight = TernaryWeight.from_codes(torch.ones(16, 128, dtype=torch.int8), torch.ones(16)).to(device)
     with torch.get_device_module(device).device(device):
-        codes, _ = quantize_rows(torch.ones(1, 128, device=device), 128)
-    return None if bool((codes == 127).all()) else "a test kernel gave a wrong result"
+        dense = dequantize(weight, None, None, torch.empty(16, 128, device=device), configs.chip(device))
+    return None if bool((dense == 1).all()) else "a test kernel gave a wrong result"
 
 
 def _first_line(error: Exception) -> str:

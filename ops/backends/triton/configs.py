@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import torch
 
-
 KERNELS = ("int8_row", "int8_group", "e4m3_row", "e4m3_group", "a16")
 
 
@@ -65,6 +64,7 @@ class Chip:
     ptx: bool  # inline PTX; False on other vendors and in Triton's interpreter
     wide: tuple[str, ...]  # operands with wgmma or tcgen05 products, which take K = 128 at once; mma.sync takes 32
     formats: tuple[str, ...]  # activations, fastest first
+    products: bool = True  # whether Triton compiles products to matrix instructions
 
 
 # Per kernel: (largest M, tile), ascending; the last has no limit. a16 above its last entry dequantizes.
@@ -72,6 +72,7 @@ _SMALL = ((16, Tile(16, 128, 4, 4, 16)), (32, Tile(32, 64, 4, 5, 8)), (64, Tile(
 _SMALL_A16 = ((16, Tile(16, 128, 4, 4, 16)), (32, Tile(32, 64, 4, 4, 8)), (64, Tile(64, 64, 4, 3, 8)))
 _ANY = float("inf")
 TABLE: dict[str, dict[str, tuple[tuple[float, Tile], ...]]] = {
+    "sm_75": {"a16": ()},  # RTX 20, GTX 16, T4: dequantize only
     "sm_80": {  # A100, A30: 163 KB of shared memory
         "int8_row": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(128, 128, 4, 3))),
         "int8_group": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(256, 128, 8, 3))),
@@ -122,7 +123,9 @@ TABLE: dict[str, dict[str, tuple[tuple[float, Tile], ...]]] = {
 
 
 def nvidia(name: str, capability: int, multiprocessors: int) -> Chip:
-    """The chip of a compute capability such as 89 (8.0 or newer)."""
+    """The chip of a compute capability such as 89 (7.5 or newer)."""
+    if capability == 75:
+        return Chip(name, "sm_75", multiprocessors, True, (), ("full",), products=False)
     family = {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(capability, "sm_86")
     wide, formats = (), ("int8", "full")
     if family == "sm_90":
@@ -181,11 +184,7 @@ def write_user_table(name: str, entries: dict[str, tuple[tuple[float, Tile], ...
     """Put the entries of one GPU into the user's file, keeping those of other GPUs."""
     path = user_path()
     content = json.loads(path.read_text()) if path.is_file() else {}
-    rows = {
-        kernel: [[None if limit == _ANY else limit, [t.block_m, t.block_n, t.warps, t.stages, t.max_splits, t.registers]]
-                 for limit, t in of]
-        for kernel, of in entries.items()
-    }  # fmt: skip
+    rows = {kernel: [_row(limit, tile) for limit, tile in of] for kernel, of in entries.items()}
     content[name] = {**content.get(name, {}), **rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -193,6 +192,11 @@ def write_user_table(name: str, entries: dict[str, tuple[tuple[float, Tile], ...
     temporary.replace(path)
     table.cache_clear()
     return path
+
+
+def _row(limit: float, t: Tile) -> list:
+    values = [t.block_m, t.block_n, t.warps, t.stages, t.max_splits, t.registers]
+    return [None if limit == _ANY else limit, values]
 
 
 def _entries(kernel: str, rows: list) -> tuple[tuple[float, Tile], ...]:

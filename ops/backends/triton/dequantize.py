@@ -1,8 +1,8 @@
 """dequantize: a ternary weight to a dense one, for torch's own matmul.
 
-    trits [terms * blocks, N, 32], scales, low-rank factors -> [N, K] fp16 / bf16 / fp32
+    trits [terms * blocks, N, 32], scales, column scales, low-rank factors -> [N, K] fp16 / bf16 / fp32
 
-Scale, low-rank part and sums are fp32; each weight is rounded once.
+Scales, low-rank part and sums are fp32; each weight is rounded once.
 """
 
 import triton
@@ -30,6 +30,7 @@ def _dequantize(
     trits_ptr,
     row_scale_ptr,
     group_ptr,
+    column_ptr,
     down_ptr,
     up_ptr,
     out_ptr,
@@ -40,6 +41,7 @@ def _dequantize(
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,
     ROW_SCALE: tl.constexpr,
+    COLUMN: tl.constexpr,
     RANK: tl.constexpr,
     TERMS: tl.constexpr,
     PTX: tl.constexpr,
@@ -66,6 +68,8 @@ def _dequantize(
         if TERMS == 2:
             dense += second[quarter]
         k = block * 128 + quarter * 32 + i
+        if COLUMN:
+            dense *= tl.load(column_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         if RANK > 0:
             inside = (r[:, None] < RANK) & (k[None, :] < K)
             dense = tl.dot(up, tl.load(down_ptr + r[:, None] * K + k[None, :], mask=inside, other=0.0), dense)
@@ -81,6 +85,7 @@ def dequantize(weight, down, up, out, chip):
         weight.trits,
         row_scale,
         group,
+        weight.column,
         down,
         up,
         out,
@@ -91,6 +96,7 @@ def dequantize(weight, down, up, out, chip):
         BLOCK_N=BLOCK_N,
         GROUPS=group is not None,
         ROW_SCALE=row_scale is not None,
+        COLUMN=weight.column is not None,
         RANK=0 if up is None else up.shape[1],
         TERMS=weight.terms,
         PTX=chip.ptx,

@@ -1,5 +1,7 @@
 """From a layer's input to kernel launches: which kernels, with which tiles, in which order."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
@@ -15,6 +17,10 @@ from .quantize_rows import quantize_rows
 # Bound of the dense scratch weight. FLUX.1's largest layer (21504 x 3072, 132 MB) fits at once: one matmul with a fused
 # bias. Larger layers are done in parts.
 SCRATCH_BYTES = 160 << 20
+
+# wgmma and tcgen05 read x from shared memory. Tiles of more tokens have no room there for x times its column scales
+# (256 x 128 on sm_90 needs 238 KB of 227), which is then written beforehand.
+_MOST_SCALED = 64
 
 
 def linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activations: str) -> Tensor:
@@ -36,7 +42,9 @@ def linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activations: s
     bias = None if bias is None else bias.detach()
     chip = configs.chip(x.device)
     if activations == "full":
-        return _full(x, weight, bias, chip)
+        return _full(x, weight, bias, chip) if chip.products else _full_on_turing(x, weight, bias, chip)
+    if not chip.products:
+        raise ValueError(f"{chip.name} has no kernel for {activations} activations: use full")
     if activations == "int8" and weight.scale.ndim == 2:
         raise ValueError("int8 activations need row x integer scales: convert the weight with with_integer_groups()")
     return _eight_bit(x, weight, bias, activations, chip)
@@ -47,7 +55,7 @@ def _eight_bit(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activation
     kernel = f"{activations}_{'row' if weight.group is None and weight.scale.ndim == 1 else 'group'}"
     dtype = torch.int8 if activations == "int8" else torch.float8_e4m3fn
     low, up = _low_rank(x, weight)
-    codes, token_scale = quantize_rows(x, groups_of(x.shape[1]) * GROUP_SIZE, dtype)
+    codes, token_scale = quantize_rows(x, groups_of(x.shape[1]) * GROUP_SIZE, dtype, weight.column)
     codes = codes if weight.terms == 1 else weight.repeat_inputs(codes)
     y = x.new_empty(m, weight.shape[0])
     return linear_a8(codes, token_scale, weight, low, up, bias, y, configs.tile(chip, kernel, m), chip)
@@ -58,8 +66,24 @@ def _full(x: Tensor, weight: TernaryWeight, bias: Tensor | None, chip: configs.C
     if tile is None:
         return dense_product(x, weight, bias, chip)
     low, up = _low_rank(x, weight)
-    x = x if weight.terms == 1 else weight.repeat_inputs(x)
-    return linear_a16(x, weight, low, up, bias, x.new_empty(x.shape[0], weight.shape[0]), tile, chip)
+    column = None if weight.column is None else weight.column.to(x.dtype)
+    if column is not None and "a16" in chip.wide and tile.block_m > _MOST_SCALED:
+        x, column = weight.scale_inputs(x), None
+    if weight.terms > 1:
+        x = weight.repeat_inputs(x)
+        column = None if column is None else weight.repeat_inputs(column[None])[0]
+    return linear_a16(x, column, weight, low, up, bias, x.new_empty(x.shape[0], weight.shape[0]), tile, chip)
+
+
+def _full_on_turing(x: Tensor, weight: TernaryWeight, bias: Tensor | None, chip: configs.Chip) -> Tensor:
+    """Dequantize in Triton, all products in torch. bf16, which Turing does not have, is multiplied in fp32."""
+    dtype = x.dtype
+    x = x.float() if dtype == torch.bfloat16 else x
+    y = dense_product(x, replace(weight, down=None, up=None), bias, chip)
+    if weight.up is not None:
+        down, up = _factors(weight, x.dtype)
+        y.addmm_(dense_linear(x, down), up.t())
+    return y.to(dtype)
 
 
 def dense_product(x: Tensor, weight: TernaryWeight, bias: Tensor | None, chip: configs.Chip) -> Tensor:

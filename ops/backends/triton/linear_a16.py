@@ -1,11 +1,13 @@
 """linear_a16: fp16 or bf16 activations times ternary weights (W1.58A16), for few tokens.
 
-    y[m, n] = row_scale[n] * sum_j group[j, n] * sum_(k in block j) x[m, k] * trit[n, k] + (low @ up.T)[m, n] + bias[n]
+    y[m, n] = row_scale[n] * sum_j group[j, n] * sum_(k in block j) column[k] * x[m, k] * trit[n, k]
+              + (low @ up.T)[m, n] + bias[n]
 
     x          fp16 / bf16 [M, K], any row stride, any K
     trits      uint8 [blocks, N, 32], planes32; two terms meet inputs that were repeated before the launch
     row_scale  fp32 [N], or absent with float groups
     group      uint8 [blocks, N], or float [blocks, N], optional
+    column     [K] in the dtype of x, optional; repeated as x is
     low, up    [M, r], [N, r] in the dtype of x, optional
     bias       [N], optional
 
@@ -24,17 +26,23 @@ from .tiling import finish, tile_of_program
 
 
 @triton.jit
-def _inputs(ptrs, k, count, TAIL: tl.constexpr):
-    """A tile of inputs; with TAIL, zeros from index `count` on."""
+def _inputs(ptrs, column_ptrs, k, count, COLUMN: tl.constexpr, TAIL: tl.constexpr):
+    """A tile of inputs, with COLUMN times their column scales; with TAIL, zeros from index `count` on."""
     if TAIL:
-        return tl.load(ptrs, mask=k[None, :] < count, other=0.0)
+        x = tl.load(ptrs, mask=k[None, :] < count, other=0.0)
+        if COLUMN:
+            x *= tl.load(column_ptrs, mask=k < count, other=0.0)[None, :]
     else:
-        return tl.load(ptrs)
+        x = tl.load(ptrs)
+        if COLUMN:
+            x *= tl.load(column_ptrs)[None, :]
+    return x
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "split_blocks"])
 def _linear_a16(
     x_ptr,
+    column_ptr,
     trits_ptr,
     row_scale_ptr,
     group_ptr,
@@ -54,6 +62,7 @@ def _linear_a16(
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     GROUPS: tl.constexpr,
+    COLUMN: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
@@ -74,6 +83,7 @@ def _linear_a16(
     k = tl.arange(0, 128 if JOIN else 32)
     x_ptrs = x_ptr + m_safe.to(tl.int64)[:, None] * x_stride + first * 128 + k[None, :]
     w_ptrs = trits_ptr + first * trits_stride + n_safe[:, None] * 32 + tl.arange(0, 32)[None, :]
+    column_ptrs = (column_ptr if COLUMN else x_ptr) + first * 128 + k  # not read without COLUMN
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if GROUPS:
         group = tl.load(group_ptr + first * group_stride + n_safe)
@@ -90,18 +100,19 @@ def _linear_a16(
         inputs = K - block * 128
         if JOIN:
             w = join_planes(w0, w1, w2, w3)
-            acc = tl.dot(w, _inputs(x_ptrs, k, inputs, TAIL).T, acc)
+            acc = tl.dot(w, _inputs(x_ptrs, column_ptrs, k, inputs, COLUMN, TAIL).T, acc)
         else:
-            x0 = _inputs(x_ptrs, k, inputs, TAIL)
-            x1 = _inputs(x_ptrs + 32, k, inputs - 32, TAIL)
-            x2 = _inputs(x_ptrs + 64, k, inputs - 64, TAIL)
-            x3 = _inputs(x_ptrs + 96, k, inputs - 96, TAIL)
+            x0 = _inputs(x_ptrs, column_ptrs, k, inputs, COLUMN, TAIL)
+            x1 = _inputs(x_ptrs + 32, column_ptrs + 32, k, inputs - 32, COLUMN, TAIL)
+            x2 = _inputs(x_ptrs + 64, column_ptrs + 64, k, inputs - 64, COLUMN, TAIL)
+            x3 = _inputs(x_ptrs + 96, column_ptrs + 96, k, inputs - 96, COLUMN, TAIL)
             acc = tl.dot(w0, x0.T, acc)
             acc = tl.dot(w1, x1.T, acc)
             acc = tl.dot(w2, x2.T, acc)
             acc = tl.dot(w3, x3.T, acc)
         w_ptrs += trits_stride
         x_ptrs += 128
+        column_ptrs += 128
 
     if SPLIT:
         offsets = (tl.program_id(1) * M + m).to(tl.int64)[:, None] * N + n[None, :]
@@ -110,7 +121,7 @@ def _linear_a16(
         finish(acc, y_ptr, row_scale_ptr, bias_ptr, low_ptr, up_ptr, m, n, M, N, 2.0, ROW_SCALE, BIAS, RANK)
 
 
-def linear_a16(x, weight, low, up, bias, y, tile, chip):
+def linear_a16(x, column, weight, low, up, bias, y, tile, chip):
     """Launches the kernel (and the sum of its splits) on y [M, N]; shapes and dtypes as above."""
     (m, n), blocks = y.shape, weight.trits.shape[0]
     splits, split_blocks = tile.split(m, n, blocks, chip)
@@ -120,6 +131,7 @@ def linear_a16(x, weight, low, up, bias, y, tile, chip):
         sums = torch.empty(splits, m, n, dtype=torch.float32, device=y.device)
     _linear_a16[(tile.tiles(m, n), splits)](
         x,
+        column,
         weight.trits,
         row_scale,
         group,
@@ -139,6 +151,7 @@ def linear_a16(x, weight, low, up, bias, y, tile, chip):
         BLOCK_N=tile.block_n,
         GROUP_M=tile.GROUP_M,
         GROUPS=group is not None,
+        COLUMN=column is not None,
         ROW_SCALE=row_scale is not None,
         BIAS=bias is not None,
         RANK=0 if up is None else up.shape[1],

@@ -75,7 +75,7 @@ _OUTSIDES = {
     },
 }
 _BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
-_TABLES = {
+_TABLES: dict[int, dict[str, dict[str, tuple[str, ...]]]] = {
     version: {"double_blocks": _DOUBLES[version], "single_blocks": _SINGLES[version], "": _OUTSIDES[version]}
     for version in (1, 2)
 }

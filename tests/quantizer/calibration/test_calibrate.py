@@ -1,6 +1,7 @@
 """Calibration of tiny FLUX.1 and FLUX.2 models with random weights."""
 
 import hashlib
+from copy import deepcopy
 
 import pytest
 import safetensors.torch
@@ -13,8 +14,8 @@ from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux
-from ternary_flux.quantizer.model.teacher import Teacher
+from ternary_flux.quantizer.model.flux import Flux, Stage
+from ternary_flux.quantizer.model.teacher import Placement, Teacher
 from ternary_flux.quantizer.pictures import trajectories
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
 from ternary_flux.quantizer.rounding.round import round_checkpoint
@@ -44,13 +45,15 @@ class Case:
         settings = trajectories.PictureSettings(sizes, steps=2)
         self.trajectories = trajectories.Trajectories(folder / "pictures", arch, self.conditioning, settings, "random")
         pictures = self.trajectories.plan("train", 6)
-        self.trajectories.generate(self.teacher, pictures)
+        self.trajectories.generate(self.teacher.velocities, pictures)
         self.states = self.trajectories.states(pictures, 24)
 
     def run(self, name: str, work: str, **arguments):
         settings = CalibrationSettings(batch=4, sweeps=1, **arguments)
         target = self.folder / f"{name}.safetensors"
-        report = calibrate.calibrate(self.teacher, self.states, self.conditioning, target, self.folder / work, settings)
+        report = calibrate.calibrate(
+            self.teacher, self.states, self.conditioning, target=target, folder=self.folder / work, settings=settings
+        )
         return target, report
 
     def error(self, path) -> float:
@@ -103,22 +106,24 @@ def test_an_interrupted_run_gives_the_same_file(case, tmp_path, mixed):
         raise Stop
 
     path = tmp_path / "resumed.safetensors"
-    arguments = (case.teacher, case.states, case.conditioning, path, tmp_path / "resumed")
+    arguments, places = (case.teacher, case.states, case.conditioning), {"target": path, "folder": tmp_path / "resumed"}
     settings = CalibrationSettings(batch=4, sweeps=1, precisions=precisions)
     with pytest.raises(Stop):
-        calibrate.calibrate(*arguments, settings, on_block=stop)
+        calibrate.calibrate(*arguments, **places, settings=settings, on_block=stop)
     assert not path.exists()
     done = []
-    resumed = calibrate.calibrate(*arguments, settings, on_block=lambda name, _: done.append(name))
+    resumed = calibrate.calibrate(*arguments, **places, settings=settings, on_block=lambda name, _: done.append(name))
     first, report = case.run(f"again-{mixed}", f"once-{mixed}", precisions=precisions)
     assert report == resumed and done == list(case.teacher.arch.block_names)
     files = [open_ternary(p) for p in (path, first)]
     assert files[0].file.entries == files[1].file.entries
     assert all((files[0].file.bytes(key) == files[1].file.bytes(key)).all() for key in files[0].file.entries)
     with pytest.raises(ValueError, match="its batch is 4, not 8"):
-        calibrate.calibrate(*arguments, CalibrationSettings(batch=8, sweeps=1, precisions=precisions), overwrite=True)
+        calibrate.calibrate(
+            *arguments, **places, settings=CalibrationSettings(batch=8, sweeps=1, precisions=precisions), overwrite=True
+        )
     with pytest.raises(FileExistsError):
-        calibrate.calibrate(*arguments, settings)
+        calibrate.calibrate(*arguments, **places, settings=settings)
 
 
 def test_low_rank_factors_and_packing(case):
@@ -132,7 +137,7 @@ def test_low_rank_factors_and_packing(case):
 
 
 def test_the_teacher_reads_blocks_when_they_are_needed(case):
-    streaming = Teacher(open_checkpoint(case.path), resident=False)
+    streaming = Teacher(open_checkpoint(case.path), placement=Placement(False, 0))
     inputs = case.states[0].inputs(slice(0, 3), case.conditioning)
     dense = Flux(case.teacher.arch)
     dense.load_state_dict(safetensors.torch.load_file(case.path))
@@ -145,19 +150,40 @@ def test_the_teacher_reads_blocks_when_they_are_needed(case):
 
 def test_stages_have_every_linear_once_and_in_order(case):
     arch = case.teacher.arch
-    for block in arch.block_names:
-        flat = [name for stage in calibrate.stages(arch, block) for name in stage]
-        assert sorted(flat) == sorted(arch.block_linears(block))
-        positions = [name.split(".")[-1] for name in flat]
-        assert positions.index("qkv" if block.startswith("double") else "linear1") < len(flat) - 1
+    order = {"double": ["attn.qkv", "attn.proj", "mlp.0", "mlp.2"], "single": ["linear1", "linear2"]}
+    modulation = {"double": ["mod.lin"], "single": ["modulation.lin"]}
+    for name in arch.block_names:
+        kind, stages = name.split("_")[0], case.teacher.block(name).stages
+        flat = [linear for stage in stages for linear in stage.linears]
+        assert sorted(flat) == sorted(arch.block_linears(name))
+        first = [stage.linears[0].removeprefix("img_") for stage in stages]
+        assert first == (modulation[kind] if arch.version == 1 else []) + order[kind]
+
+
+def test_gates_are_those_of_the_branch_that_a_linear_is_in(case):
+    """Another output of a Linear that adds to the tokens changes them by its gate, and nothing else."""
+    with torch.inference_mode():
+        for name in case.teacher.arch.block_names:
+            block = deepcopy(case.teacher.block(name))
+            tokens = case.teacher.prepare(case.states[0].inputs(slice(0, 2), case.conditioning))
+            gates = block.gates(tokens)
+            assert set(gates) == {linear for s in block.stages if s.role != "modulate" for linear in s.linears}
+            for stage in (stage for stage in block.stages if stage.role == "add"):
+                for linear in stage.linears:
+                    run = getattr(block, stage.half)
+                    before = block.stream(linear, run(tokens))
+                    handle = block.get_submodule(linear).register_forward_hook(lambda _, inputs, output: output + 1)
+                    changed = block.stream(linear, run(tokens)) - before
+                    handle.remove()
+                    torch.testing.assert_close(changed, gates[linear].expand_as(changed), rtol=1e-3, atol=1e-4)
 
 
 def test_moments_are_of_what_the_linears_get(case):
     with torch.inference_mode():
         streams = Streams(case.teacher, case.states, case.conditioning, case.folder / "streams", batch=5)
         block = case.teacher.block("double_blocks.0")
-        names = ["img_mlp.0", "txt_mlp.0"]
-        moments = streams.moments(block, block, names)
+        names = ("img_mlp.0", "txt_mlp.0")
+        moments = streams.moments(block, block, Stage(names, "inner"))
         tokens = streams.groups[0].tokens(case.teacher.stem, slice(0, 5), 0)
         seen = inputs_of(block, names, tokens)
     assert {name: x.shape[-1] for name, x in seen.items()} == {name: 128 for name in names}

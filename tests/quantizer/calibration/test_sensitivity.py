@@ -10,11 +10,12 @@ from ternary_flux.quantizer.files.container import FormatError
 from ternary_flux.quantizer.files.export import export_checkpoint
 from ternary_flux.quantizer.files.precision import int8
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.model.flux import Flux, Inputs
 from ternary_flux.quantizer.model.student import load_student, save_student
 from ternary_flux.quantizer.model.teacher import Teacher
 from ternary_flux.quantizer.pictures.states import Batch
 from ternary_flux.quantizer.rounding.round import round_checkpoint
+from ternary_flux.tests import builders
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
 LOUD, HALF = "single_blocks.0.linear1", "single_blocks.0.linear2"
@@ -25,19 +26,15 @@ def made(tmp_path_factory):
     """Dense checkpoint, rounded file, and states with the teacher's velocities."""
     folder = tmp_path_factory.mktemp("mixed")
     generator = torch.Generator().manual_seed(0)
-    model, state = Flux(ARCH), {}
-    for name, parameter in model.named_parameters():
-        scale, mean = (0.08, 0.0) if parameter.ndim == 2 else (0.1, float(name.endswith("scale")))
-        state[name] = (mean + scale * torch.randn(parameter.shape, generator=generator)).bfloat16()
-    save_file(state, folder / "dense.safetensors")
-    model.load_state_dict({name: value.float() for name, value in state.items()})
+    builders.write_flux(folder / "dense.safetensors", ARCH)
+    model = builders.flux(ARCH)
     round_checkpoint(folder / "dense.safetensors", folder / "round.safetensors")
-    inputs = [torch.randn(4, 16, 4, 4, generator=generator), torch.rand(4, generator=generator)]
-    inputs += [torch.randn(4, 5, 32, generator=generator), torch.randn(4, 24, generator=generator), None]
+    states = torch.randn(4, 16, 4, 4, generator=generator), torch.rand(4, generator=generator)
+    inputs = Inputs(*states, torch.randn(4, 5, 32, generator=generator), torch.randn(4, 24, generator=generator))
     with torch.no_grad():
         velocity = model(*inputs)
     dense, file = open_checkpoint(folder / "dense.safetensors"), open_ternary(folder / "round.safetensors")
-    return dense, file, Batch(*inputs, velocity)
+    return dense, file, Batch(inputs, velocity)
 
 
 def original(dense):
@@ -137,7 +134,7 @@ def test_it_is_exported_and_saved_again(made, mixed, tmp_path):
     student = load_student(mixed)
     for name in (LOUD, HALF):
         assert not student.get_parameter(f"{name}.weight").requires_grad
-    save_student(tmp_path / "again.safetensors", student, mixed, mixed.metadata)
+    save_student(tmp_path / "again.safetensors", student, mixed, metadata=mixed.metadata)
     again = open_ternary(tmp_path / "again.safetensors")
     assert torch.equal(again.tensor(f"{LOUD}.weight"), mixed.tensor(f"{LOUD}.weight"))
     assert again.int8 == mixed.int8 and again.layers == mixed.layers

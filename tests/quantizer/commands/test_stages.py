@@ -5,14 +5,13 @@ import signal
 from dataclasses import replace
 
 import pytest
-import torch
 from ternary_flux.quantizer import cli, console
 from ternary_flux.quantizer.calibration.sensitivity import write_mixed
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
+from ternary_flux.tests import builders
 from ternary_flux.tests.quantizer import synthetic
 
 
@@ -22,8 +21,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     arch = synthetic.FLUX1
     synthetic.write(folder / "dense.safetensors")
-    context, pooled = torch.randn(8, 5, arch.context_dim), torch.randn(8, arch.vec_dim)
-    conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(8)], context, pooled)
+    builders.write_conditioning(folder / "cond.safetensors", arch, 8)
     more = ("--pictures", 4, "--states", 16, "--sweeps", 1, "--packing", "base3", "--rank", 2)
     assert run("calibrate", folder / "dense.safetensors", "-o", folder / "calibrated.safetensors", *more) == 0
     return folder

@@ -2,20 +2,19 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from ternary_flux.quantizer.calibration.sensitivity import write_mixed
 from ternary_flux.quantizer.distillation.blockwise import BlockSettings, train_blocks
 from ternary_flux.quantizer.distillation.schedule import RATES
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux
 from ternary_flux.quantizer.model.student import load_student
 from ternary_flux.quantizer.model.teacher import Teacher
 from ternary_flux.quantizer.pictures import conditioning
-from ternary_flux.quantizer.pictures.pool import LabelledStates, Pool
-from ternary_flux.quantizer.pictures.states import States
+from ternary_flux.quantizer.pictures.pool import Pool
+from ternary_flux.quantizer.pictures.states import LabelledStates, States
 from ternary_flux.quantizer.rounding.round import round_checkpoint
+from ternary_flux.tests import builders
 
 ARCHITECTURES = {
     "flux1": Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=True),
@@ -28,16 +27,9 @@ def job(request, tmp_path):
     """Start file, teacher and pool of a tiny model."""
     arch = ARCHITECTURES[request.param]
     generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, parameter in Flux(arch).named_parameters():
-        scale, mean = (0.08, 0.0) if parameter.ndim == 2 else (0.1, float(name.endswith("scale")))
-        state[name] = (mean + scale * torch.randn(parameter.shape, generator=generator)).bfloat16()
-    save_file(state, tmp_path / "teacher.safetensors")
+    builders.write_flux(tmp_path / "teacher.safetensors", arch)
     round_checkpoint(tmp_path / "teacher.safetensors", tmp_path / "start.safetensors")
-    context = torch.randn(4, 5, arch.context_dim, generator=generator)
-    pooled = None if arch.vec_dim is None else torch.randn(4, arch.vec_dim, generator=generator)
-    conditioning.write(tmp_path / "cond.safetensors", list("abcd"), context, pooled)
-    cond = conditioning.read(tmp_path / "cond.safetensors", arch)
+    cond = conditioning.read(builders.write_conditioning(tmp_path / "cond.safetensors", arch, 4), arch)
     latent = torch.randn(16, arch.in_channels, 4, 4, generator=generator)
     t, guidance = torch.rand(16, generator=generator), torch.full((16,), 3.5) if arch.guidance else None
     states = States(latent, t, torch.arange(16) % 4, guidance)
@@ -61,7 +53,13 @@ def test_every_block_improves_and_so_does_the_model(job, tmp_path, rank, codes):
     rates = RATES | {"code": 1e-2}  # so that codes change within so few steps
     settings = BlockSettings(steps=30, batch=8, states=16, rank=rank, codes=codes, rates=rates)
     train_blocks(
-        start, teacher, pool, tmp_path / "out.safetensors", tmp_path / "work", settings, on_block=results.append
+        start,
+        teacher,
+        pool,
+        target=tmp_path / "out.safetensors",
+        folder=tmp_path / "work",
+        settings=settings,
+        on_block=results.append,
     )
     assert [result.name for result in results] == list(start.architecture.block_names)
     # FLUX.2 has no biases: without codes or factors only scales and norms can move.
@@ -78,7 +76,7 @@ def test_layers_of_two_terms_and_of_8_bits_stay_as_they_are(job, tmp_path):
     write_mixed(tmp_path / "mixed.safetensors", start, teacher.checkpoint, precisions)
     mixed = open_ternary(tmp_path / "mixed.safetensors")
     settings = BlockSettings(steps=1, batch=8, states=8)
-    train_blocks(mixed, teacher, pool, tmp_path / "out.safetensors", tmp_path / "work", settings)
+    train_blocks(mixed, teacher, pool, target=tmp_path / "out.safetensors", folder=tmp_path / "work", settings=settings)
     written = open_ternary(tmp_path / "out.safetensors")
     assert written.layers == mixed.layers and written.int8 == mixed.int8
     for name in precisions:
@@ -93,12 +91,28 @@ def test_an_interrupted_pass_goes_on_to_the_same_file(job, tmp_path):
         if result.name == "single_blocks.0":
             raise KeyboardInterrupt
 
-    train_blocks(start, teacher, pool, tmp_path / "through.safetensors", tmp_path / "a", settings)
+    train_blocks(
+        start, teacher, pool, target=tmp_path / "through.safetensors", folder=tmp_path / "a", settings=settings
+    )
     with pytest.raises(KeyboardInterrupt):
-        train_blocks(start, teacher, pool, tmp_path / "resumed.safetensors", tmp_path / "b", settings, on_block=stop)
+        train_blocks(
+            start,
+            teacher,
+            pool,
+            target=tmp_path / "resumed.safetensors",
+            folder=tmp_path / "b",
+            settings=settings,
+            on_block=stop,
+        )
     again = []
     train_blocks(
-        start, teacher, pool, tmp_path / "resumed.safetensors", tmp_path / "b", settings, on_block=again.append
+        start,
+        teacher,
+        pool,
+        target=tmp_path / "resumed.safetensors",
+        folder=tmp_path / "b",
+        settings=settings,
+        on_block=again.append,
     )
     assert [result.name for result in again] == ["single_blocks.0"]
     assert (tmp_path / "through.safetensors").read_bytes() == (tmp_path / "resumed.safetensors").read_bytes()

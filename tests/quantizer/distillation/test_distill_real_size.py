@@ -24,9 +24,9 @@ from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.container import create
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.pictures.pool import LabelledStates, Pool
-from ternary_flux.quantizer.model.teacher import Teacher
-from ternary_flux.quantizer.pictures.states import States
+from ternary_flux.quantizer.pictures.pool import Pool
+from ternary_flux.quantizer.model.teacher import Placement, Teacher
+from ternary_flux.quantizer.pictures.states import LabelledStates, States
 
 folder = Path(sys.argv[2])
 arch = Architecture(1, 3072, 1, 1, 16, 16, context_dim=4096, vec_dim=768, guidance=True)
@@ -45,7 +45,7 @@ conditioning.write(folder / "cond.safetensors", ["a", "b"], torch.randn(2, 16, 4
 cond = conditioning.read(folder / "cond.safetensors", arch)
 states = States(torch.randn(2, 16, 16, 16), torch.tensor([0.3, 0.7]), torch.arange(2), torch.full((2,), 3.5))
 pool = Pool([LabelledStates(states, torch.zeros(2, 16, 16, 16))], cond)
-teacher = Teacher(open_checkpoint(folder / "dense.safetensors"), resident=False)
+teacher = Teacher(open_checkpoint(folder / "dense.safetensors"), placement=Placement(False, 0))
 blocks, started = {}, time.perf_counter()
 
 
@@ -58,7 +58,8 @@ def on_block(result):
 
 settings = BlockSettings(steps=2, batch=1, states=2, codes=True, eight_bit=True, warmup=1)
 start = open_ternary(folder / "start.safetensors", check_codes=False)
-train_blocks(start, teacher, pool, folder / "out.safetensors", folder / "work", settings, on_block=on_block)
+places = {"target": folder / "out.safetensors", "folder": folder / "work"}
+train_blocks(start, teacher, pool, **places, settings=settings, on_block=on_block)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(json.dumps({"peak": peak, "blocks": blocks}))
 """

@@ -1,5 +1,6 @@
 import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from ternary_flux.quantizer.files.atomic import atomic_file
-from ternary_flux.quantizer.files.container import DTYPES, FormatError, TensorFile, create, read_header
+from ternary_flux.quantizer.files.container import (
+    DTYPES,
+    FormatError,
+    TensorFile,
+    checksums_of,
+    create,
+    read_header,
+)
 
 
 def plan(tensors):
@@ -69,9 +77,13 @@ def test_large_tensors_start_at_multiples_of_64(tmp_path):
 
 def test_a_tensor_in_pieces(tmp_path):
     with create(tmp_path / "x", {"a": (torch.uint8, (4,))}, {}) as writer:
-        writer.write_bytes("a", b"cd", 2)
+        writer.write_bytes("a", b"cd", 2)  # waits for those before it, as the halves that diffusers swaps
         writer.write_bytes("a", b"ab")
-    assert TensorFile(tmp_path / "x").bytes("a").tobytes() == b"abcd"
+        with pytest.raises(ValueError, match="a: byte 1 was written already"):
+            writer.write_bytes("a", b"c", 1)
+    file = TensorFile(tmp_path / "x")
+    assert file.bytes("a").tobytes() == b"abcd"
+    assert checksums_of(file.header).tensors["a"] == zlib.crc32(b"abcd")
 
 
 def test_mistakes_of_the_writer_leave_nothing(tmp_path):

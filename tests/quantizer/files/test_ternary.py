@@ -6,27 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from ternary_flux.ops import TernaryWeight
 from ternary_flux.ops.packing import pack_base3
 from ternary_flux.quantizer.files.container import FormatError, read_header
 from ternary_flux.quantizer.files.layer import LayerPlan
 from ternary_flux.quantizer.files.ternary import create_ternary, open_ternary
 from ternary_flux.quantizer.rounding.round import round_checkpoint
+from ternary_flux.tests.builders import ternary_weight
 from ternary_flux.tests.quantizer import synthetic
 
-
-def random_weight(
-    n: int, k: int, scales: str = "integer", rank: int = 0, seed: int = 0, terms: int = 1
-) -> TernaryWeight:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-1, 2, (n, terms * k), generator=generator, dtype=torch.int8)
-    groups = terms * -(-k // 128), n
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    scale = torch.rand(groups, generator=generator).to(dtypes[scales]) if scales in dtypes else torch.rand(n)
-    group = torch.randint(1, 128, groups, generator=generator, dtype=torch.uint8) if scales == "integer" else None
-    down = torch.randn(rank, k, generator=generator).bfloat16() if rank else None
-    up = torch.randn(n, rank, generator=generator).bfloat16() if rank else None
-    return TernaryWeight.from_codes(codes, scale, group, down, up, terms)
+COLUMNS = {"": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def write(path, weight, packing="planes32", **options):
@@ -46,12 +34,13 @@ def write(path, weight, packing="planes32", **options):
     scales=st.sampled_from(["integer", "row", "bf16", "fp16", "fp32"]),
     rank=st.sampled_from([0, 0, 3]),
     terms=st.sampled_from([1, 2]),
+    columns=st.sampled_from(list(COLUMNS)),
 )
-def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, terms):
-    weight = random_weight(n, k, scales, rank, terms=terms)
+def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, terms, columns):
+    weight = ternary_weight(n, k, scales, rank, terms=terms, column=COLUMNS[columns])
     path = write(tmp_path_factory.mktemp("files") / "x.safetensors", weight, packing)
     file = open_ternary(path)
-    assert file.layers == {"x": LayerPlan((n, k), packing, scales, rank, terms)}
+    assert file.layers == {"x": LayerPlan((n, k), packing, scales, rank, terms, columns)}
     assert file.shapes == {"x.weight": (n, k), "x.bias": (n,)}
     assert file.metadata == {"note": "n"}
     read = file.weight("x")
@@ -67,7 +56,7 @@ def test_round_trip(tmp_path_factory, n, k, packing, scales, rank, terms):
 
 
 def test_keys_and_dtypes_are_those_of_the_specification(tmp_path):
-    stored = load_file(write(tmp_path / "x.safetensors", random_weight(6, 200, rank=2)))
+    stored = load_file(write(tmp_path / "x.safetensors", ternary_weight(6, 200, rank=2, column=torch.bfloat16)))
     found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in stored.items() if key != "x.comfy_quant"}
     assert found == {
         "x.weight": (torch.uint8, (2, 6, 32)),
@@ -75,9 +64,10 @@ def test_keys_and_dtypes_are_those_of_the_specification(tmp_path):
         "x.weight_group": (torch.uint8, (2, 6)),
         "x.weight_down": (torch.bfloat16, (2, 200)),
         "x.weight_up": (torch.bfloat16, (6, 2)),
+        "x.weight_column": (torch.bfloat16, (200,)),
         "x.bias": (torch.bfloat16, (6,)),
     }
-    weight = random_weight(6, 200)
+    weight = ternary_weight(6, 200)
     stored = load_file(write(tmp_path / "b.safetensors", weight, "base3"))
     assert torch.equal(stored["x.weight"], pack_base3(weight.codes())) and stored["x.weight"].shape == (6, 40)
 
@@ -86,7 +76,7 @@ def test_keys_and_dtypes_are_those_of_the_specification(tmp_path):
 def test_a_file_with_a_prefix_as_comfyui_saves_it(tmp_path, arch):
     round_checkpoint(synthetic.write(tmp_path / "dense.safetensors", arch), tmp_path / "ternary.safetensors")
     file = open_ternary(tmp_path / "ternary.safetensors")
-    assert file.architecture == arch and tuple(file.layers) == tuple(sorted(file.layers, key=list(file.layers).index))
+    assert file.architecture == arch and list(file.layers) == list(arch.linears)
     saved = {f"model.diffusion_model.{key}": tensor.clone() for key, tensor in file.state_dict().items()}
     save_file(saved | {"vae.decoder.weight": torch.zeros(3, dtype=torch.int32)}, tmp_path / "saved.safetensors")
     again = open_ternary(tmp_path / "saved.safetensors")
@@ -96,13 +86,13 @@ def test_a_file_with_a_prefix_as_comfyui_saves_it(tmp_path, arch):
 
 def test_a_file_that_is_no_whole_flux(tmp_path):
     with pytest.raises(FormatError, match="x.safetensors: .*not a FLUX transformer"):
-        _ = open_ternary(write(tmp_path / "x.safetensors", random_weight(4, 128))).architecture
+        _ = open_ternary(write(tmp_path / "x.safetensors", ternary_weight(4, 128))).architecture
 
 
 def test_the_writer_keeps_to_its_plan(tmp_path):
     with pytest.raises(ValueError, match="x: .* was planned"):
         with create_ternary(tmp_path / "x", {"x": LayerPlan((4, 128))}, {}, {}) as writer:
-            writer.layer("x", random_weight(4, 128, "bf16"))
+            writer.layer("x", ternary_weight(4, 128, "bf16"))
     assert not list(tmp_path.iterdir())
 
 
@@ -128,7 +118,7 @@ def poke(index, value):
 
 
 Q, W = "x.comfy_quant", "x.weight"
-S, G, D, U = (f"x.weight_{part}" for part in ("scale", "group", "down", "up"))
+S, G, D, U, C = (f"x.weight_{part}" for part in ("scale", "group", "down", "up", "column"))
 DAMAGES = {
     "JSON": (damage(Q, text(b"{")), Q, "the JSON cannot be read"),
     "JSON bytes": (damage(Q, text(b"\xff\xfe")), Q, "the JSON cannot be read"),
@@ -145,6 +135,11 @@ DAMAGES = {
     "three terms": (damage(Q, text(JSON | {"terms": 3})), Q, "3 terms"),
     "terms as float": (damage(Q, text(JSON | {"terms": 2.0})), Q, "2.0 terms"),
     "terms as truth": (damage(Q, text(JSON | {"terms": True})), Q, "True terms"),
+    "unknown field": (damage(Q, text(JSON | {"basis": "hadamard"})), Q, "the field 'basis' is unknown.*update this"),
+    "unknown part": (damage("x.weight_bias", torch.ones(6)), "x.weight_bias", "knows no such part.*update this pack"),
+    "column dtype": (damage(C, lambda t: t.half()), C, r"F16 \[200\] where F32 \[200\]"),
+    "column shape": (damage(C, lambda t: t[:199].clone()), C, r"BF16 \[199\] where BF16 \[200\]"),
+    "column NaN": (damage(C, poke(7, float("nan"))), C, "a scale is not finite"),
     "terms that are not there": (damage(Q, text(JSON | {"terms": 2})), W, r"U8 \[2, 6, 32\] where U8 \[4, 6, 32\]"),
     "other shape": (damage(Q, text(JSON | {"shape": [6, 300]})), W, r"U8 \[2, 6, 32\] where U8 \[3, 6, 32\]"),
     "no JSON": (lambda state: state.pop(Q), "", "this is no FLUX transformer"),
@@ -174,7 +169,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("change, key, message", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_files(tmp_path, change, key, message):
-    state = load_file(write(tmp_path / "x.safetensors", random_weight(6, 200, rank=2)))
+    state = load_file(write(tmp_path / "x.safetensors", ternary_weight(6, 200, rank=2, column=torch.bfloat16)))
     if key == "y.weight":
         state[key] = None
     change(state)
@@ -185,7 +180,7 @@ def test_damaged_files(tmp_path, change, key, message):
 
 
 def test_damaged_base3(tmp_path):
-    state = load_file(write(tmp_path / "x.safetensors", random_weight(6, 198), "base3"))
+    state = load_file(write(tmp_path / "x.safetensors", ternary_weight(6, 198), "base3"))
     for index, value, message in (((4, 7), 243, "byte 167 holds no valid base3"), ((0, 39), 0, "padding")):
         save_file(state | {W: poke(index, value)(state[W])}, tmp_path / "bad.safetensors")
         with pytest.raises(FormatError, match=f"x.weight: .*{message}"):
@@ -194,7 +189,7 @@ def test_damaged_base3(tmp_path):
 
 @pytest.mark.parametrize("packing, row", [("planes32", r"\[4, 6, 32\]"), ("base3", r"\[6, 80\]")])
 def test_damaged_terms(tmp_path, packing, row):
-    state = load_file(write(tmp_path / "x.safetensors", random_weight(6, 198, terms=2), packing))
+    state = load_file(write(tmp_path / "x.safetensors", ternary_weight(6, 198, terms=2), packing))
     # the last byte of the first term, where only padding is damaged
     byte, value = ((1, 2, 31), 0b00000001) if packing == "planes32" else ((2, 39), 0)
     # a reader that ignores terms sees the file as the same JSON without them
@@ -210,7 +205,7 @@ def test_damaged_terms(tmp_path, packing, row):
 
 
 def test_damage_late_in_a_large_tensor_is_found_and_can_be_skipped(tmp_path):
-    state = load_file(write(tmp_path / "x.safetensors", random_weight(3000, 1024)))
+    state = load_file(write(tmp_path / "x.safetensors", ternary_weight(3000, 1024)))
     state[W].view(-1)[-3] = 0b10
     save_file(state, tmp_path / "bad.safetensors")
     with pytest.raises(FormatError, match="byte 767997 "):
@@ -220,7 +215,7 @@ def test_damage_late_in_a_large_tensor_is_found_and_can_be_skipped(tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
 def test_truncated_files(tmp_path, share):
-    path = write(tmp_path / "x.safetensors", random_weight(60, 500))
+    path = write(tmp_path / "x.safetensors", ternary_weight(60, 500))
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(FormatError, match="x.safetensors: .*truncated"):
@@ -228,7 +223,7 @@ def test_truncated_files(tmp_path, share):
 
 
 def test_the_header_is_plain_safetensors(tmp_path):
-    path = write(tmp_path / "x.safetensors", random_weight(6, 200), header_room=50)
+    path = write(tmp_path / "x.safetensors", ternary_weight(6, 200), header_room=50)
     (length,) = struct.unpack("<Q", path.read_bytes()[:8])
     assert (8 + length) % 64 == 0
     assert read_header(path).metadata == {"note": "n"}

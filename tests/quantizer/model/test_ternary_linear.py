@@ -1,5 +1,7 @@
 """Trainable ternary Linears: a forward multiplies by what is stored, and gradients are those of that product."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ternary_flux.ops import TernaryWeight
@@ -14,10 +16,16 @@ def dense(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def scaled(shape, dtype=torch.bfloat16):
+    """A ternary weight with column scales."""
+    return replace(ternarize(dense(shape))[0], column=(0.5 * dense(shape[1:], 9)).exp().to(dtype))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_starts_as_the_stored_weight(shape, packed):
-    weight, _ = ternarize(dense(shape))
+@pytest.mark.parametrize("columns", [False, True])
+def test_starts_as_the_stored_weight(shape, packed, columns):
+    weight = scaled(shape) if columns else ternarize(dense(shape))[0]
     layer = TernaryLinear(weight, dense(shape[:1], 1), packed)
     x = dense((3, shape[1]), 2)
     expected = x @ weight.dequantize().t() + dense(shape[:1], 1)
@@ -46,6 +54,22 @@ def test_what_is_trained_is_what_is_written():
         layer.log_scale += 0.3 * dense(layer.log_scale.shape, 4)
         layer.latent += 0.3 * dense((16, 256), 5)
     assert torch.equal(layer.weight(), layer.export().dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_column_scales_are_trained_as_they_are_written(dtype):
+    layer = TernaryLinear(scaled((16, 200), dtype), None)
+    layer.train_codes(layer.weight().detach())
+    codes, x, target = layer.codes(), dense((5, 200), 6), dense((5, 16), 7)
+    (layer(x) * target).sum().backward()
+    expected = ((target.t() @ x) * layer.weight().detach()).sum(0)
+    torch.testing.assert_close(layer.log_column.grad, expected, rtol=0.01, atol=1e-3)
+    with torch.no_grad():
+        layer.log_column += 0.3 * dense((200,), 4)
+    stored = layer.export()
+    assert stored.column.dtype == dtype and torch.equal(stored.codes(), codes)
+    torch.testing.assert_close(layer.weight(), stored.dequantize())
+    torch.testing.assert_close(layer(x), x @ stored.dequantize().t(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("codes", [False, True])
@@ -102,8 +126,9 @@ def test_low_rank_prefers_loud_inputs():
 
 
 @pytest.mark.parametrize("tokens", [3, 64])  # factors as products of their own, and summed into the weight first
-def test_low_rank_part_is_added(tokens):
-    weight, _ = ternarize(dense((16, 256)))
+@pytest.mark.parametrize("columns", [False, True])
+def test_low_rank_part_is_added(tokens, columns):
+    weight = scaled((16, 256)) if columns else ternarize(dense((16, 256)))[0]
     layer = TernaryLinear(weight, dense((16,), 7))
     up, down = svd_low_rank(dense((16, 256)) - layer.weight().detach(), 4)
     layer.up, layer.down = torch.nn.Parameter(up.bfloat16().float()), torch.nn.Parameter(down.bfloat16().float())

@@ -10,7 +10,7 @@ from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.container import TensorFile
 from ternary_flux.quantizer.pictures import sampler
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
-from ternary_flux.quantizer.pictures.pool import training_pool
+from ternary_flux.quantizer.pictures.pool import hold_out, training_pool
 from ternary_flux.quantizer.pictures.trajectories import PictureSettings, Trajectories, initial_noise
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=12, vec_dim=5, guidance=True)
@@ -80,16 +80,16 @@ def test_pictures_are_cached_and_continued(tmp_path):
 
     trajectories = make(tmp_path / "pictures", steps=2, sizes=((64, 64), (32, 64)))
     pictures = trajectories.plan("train", 6)
-    trajectories.generate(counted, pictures[:3], batch=2)
+    trajectories.generate(sampler.one_by_one(counted), pictures[:3], batch=2)
     first = {path: path.read_bytes() for path in trajectories.folder.glob("train-*")}
     assert len(first) == 3
     calls.clear()
     seen = []
     again = make(tmp_path / "pictures", steps=2, sizes=((64, 64), (32, 64)))
-    again.generate(counted, pictures, 2, seen.append)
+    again.generate(sampler.one_by_one(counted), pictures, 2, on_progress=seen.append)
     assert sum(calls) == 2 * 3 and seen[0] == 3 and sum(seen) == 6
     assert all(path.read_bytes() == data for path, data in first.items())
-    trajectories.generate(counted, pictures)
+    trajectories.generate(sampler.one_by_one(counted), pictures)
     assert sum(calls) == 2 * 3
     for picture in pictures:
         latent = latent_of(trajectories, picture)
@@ -97,12 +97,33 @@ def test_pictures_are_cached_and_continued(tmp_path):
         torch.testing.assert_close(latent, torch.full(picture.shape, picture.prompt / 10))
 
 
-def test_pictures_do_not_depend_on_the_batch(tmp_path):
-    both = [make(tmp_path / str(batch), steps=2) for batch in (1, 3)]
-    for batch, trajectories in zip((1, 3), both, strict=True):
-        trajectories.generate(lambda latent, *_: 0.1 * latent, trajectories.plan("train", 3), batch)
-    for picture in both[0].plan("train", 3):
-        assert torch.equal(*(latent_of(trajectories, picture) for trajectories in both))
+def test_pictures_do_not_depend_on_batches_and_how_many_run_together(tmp_path):
+    ways = [(1, 1), (3, 1), (2, 2), (1, 5)]
+    made = [make(tmp_path / f"{way}", steps=2, sizes=((64, 96), (32, 64))) for way in ways]
+    for (batch, together), trajectories in zip(ways, made, strict=True):
+        velocities = sampler.one_by_one(lambda latent, *_: 0.1 * latent)
+        trajectories.generate(velocities, trajectories.plan("train", 5), batch, together)
+    for picture in made[0].plan("train", 5):
+        first, *others = [(trajectories.folder / f"{picture.name}.safetensors").read_bytes() for trajectories in made]
+        assert all(other == first for other in others)
+
+
+def test_held_out_states_do_not_depend_on_how_many_run_together(tmp_path):
+    alone, together = (
+        hold_out(
+            sampler.one_by_one(velocity),
+            make(tmp_path / f"pictures-{number}", count=60, steps=12),
+            6,
+            folder=tmp_path / str(number),
+            batch=2,
+            together=number,
+        )
+        for number in (1, 2)
+    )
+    assert len(alone.batches) == 3 * 6 and len(alone.swapped) == 18
+    for one, other in zip(alone.batches, together.batches, strict=True):
+        assert torch.equal(one.velocity, other.velocity) and torch.equal(one.inputs.latent, other.inputs.latent)
+    assert all(map(torch.equal, alone.swapped, together.swapped))
 
 
 def test_other_settings_or_models_are_refused(tmp_path):
@@ -140,7 +161,7 @@ def test_one_prompt_serves_both(tmp_path):
 def painted(folder, pictures: int, **settings) -> tuple[Trajectories, list]:
     trajectories = make(folder, **{"steps": 12, "sizes": ((64, 64), (32, 64)), **settings})
     plan = trajectories.plan("train", pictures)
-    trajectories.generate(velocity, plan)
+    trajectories.generate(sampler.one_by_one(velocity), plan)
     return trajectories, plan
 
 
@@ -173,13 +194,11 @@ def test_half_of_the_states_are_those_that_the_sampler_passed(tmp_path):
 def test_velocities_come_with_the_states_that_were_passed(tmp_path):
     trajectories, plan = painted(tmp_path, 4)
     levels = sampler.noise_levels(12, trajectories.shift).float()
-    assert all(group.velocity is None for group in trajectories.states(plan, 40))
-    for group in trajectories.states(plan, 40, velocities=True):
-        known = torch.isin(group.t, levels)
-        assert torch.equal(group.velocity.flatten(1).isnan().any(1), ~known)
-        assert torch.equal(group.velocity.flatten(1).isnan().all(1), ~known)
-        theirs = velocity(*group.inputs(slice(None), trajectories.conditioning))
-        torch.testing.assert_close(group.velocity[known], theirs[known], rtol=1e-2, atol=1e-2)
+    for plain, group in zip(trajectories.states(plan, 40), trajectories.labelled_states(plan, 40), strict=True):
+        assert torch.equal(plain.latent, group.states.latent)
+        assert torch.equal(group.known, torch.isin(plain.t, levels))
+        theirs = velocity(*plain.inputs(slice(None), trajectories.conditioning))
+        torch.testing.assert_close(group.velocity[group.known], theirs[group.known], rtol=1e-2, atol=1e-2)
 
 
 def test_the_teacher_answers_for_fresh_noise_only_and_only_once(tmp_path):
@@ -191,7 +210,14 @@ def test_the_teacher_answers_for_fresh_noise_only_and_only_once(tmp_path):
         return velocity(latent, *rest)
 
     pools = [
-        training_pool(teacher, trajectories, plan, 40, tmp_path / "velocities", on_progress=counted.append)
+        training_pool(
+            sampler.one_by_one(teacher),
+            trajectories,
+            plan,
+            count=40,
+            folder=tmp_path / "velocities",
+            on_progress=counted.append,
+        )
         for _ in "ab"
     ]
     assert sum(asked) == 20 and sum(counted) == 2 * 40
@@ -263,5 +289,6 @@ def test_sizes():
 def test_broken_teachers_are_noticed(tmp_path):
     trajectories = make(tmp_path, steps=1)
     with pytest.raises(ValueError, match="not finite"):
-        trajectories.generate(lambda latent, *_: latent * torch.nan, trajectories.plan("train", 1))
+        nothing = sampler.one_by_one(lambda latent, *_: latent * torch.nan)
+        trajectories.generate(nothing, trajectories.plan("train", 1))
     assert not list(trajectories.folder.glob("train-*"))

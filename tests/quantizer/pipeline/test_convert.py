@@ -5,20 +5,23 @@ import hashlib
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from ternary_flux.quantizer import cli
+from ternary_flux.quantizer.distillation.blockwise import BlockSettings
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.model.flux import Inputs
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import subset
 from ternary_flux.quantizer.pictures.states import Batch
-from ternary_flux.quantizer.pipeline.budget import budget_for, plan
+from ternary_flux.quantizer.pipeline.budget import Budget, budget_for, plan
+from ternary_flux.quantizer.pipeline.decisions import Decisions, Training
 from ternary_flux.quantizer.pipeline.workspace import Workspace
+from ternary_flux.tests import builders
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
 DEV = Architecture(1, 3072, 19, 38, 16, 16, context_dim=4096, vec_dim=768, guidance=True)
@@ -29,14 +32,8 @@ GB = 1 << 30
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, parameter in Flux(ARCH).named_parameters():
-        scale, mean = (0.08, 0.0) if parameter.ndim == 2 else (0.1, float(name.endswith("scale")))
-        state[name] = (mean + scale * torch.randn(parameter.shape, generator=generator)).bfloat16()
-    save_file(state, folder / "tiny.safetensors")
-    context, pooled = torch.randn(20, 5, 32, generator=generator), torch.randn(20, 24, generator=generator)
-    conditioning.write(folder / "cond.safetensors", [f"prompt {i}" for i in range(20)], context, pooled)
+    builders.write_flux(folder / "tiny.safetensors", ARCH)
+    builders.write_conditioning(folder / "cond.safetensors", ARCH)
     return folder
 
 
@@ -74,7 +71,7 @@ def test_a_distilled_file_and_the_stages_before_it(converted):
     assert json.loads(file.metadata["ternary.settings"])["distill"]["codes"]
     digest = hashlib.sha256((converted / "tiny.safetensors").read_bytes()).hexdigest()
     assert file.metadata["ternary.source_sha256"] == digest
-    assert {"rounded.safetensors", "calibrated.safetensors", "choices.json"} <= {path.name for path in work.iterdir()}
+    assert {"rounded.safetensors", "calibrated.safetensors", "decisions.json"} <= {path.name for path in work.iterdir()}
 
 
 def test_a_refused_conversion_leaves_no_work(source, tmp_path, capsys):
@@ -112,24 +109,24 @@ def test_a_mixed_conversion_grows_as_far_as_it_may(source):
     """The choice is kept with the work: an interrupted run does not make another."""
     output, work = source / "mixed.safetensors", source / "mixed.safetensors.work"
     assert cli.run(command(source, output, "--growth", 0.3)) == 0
-    precisions = json.loads((work / "precisions.json").read_text())
-    assert precisions and precisions == precisions_of(open_ternary(output))
+    decisions = Decisions.load(work / "decisions.json")
+    assert decisions.precisions and decisions.precisions == precisions_of(open_ternary(output))
     size = (work / "rounded.safetensors").stat().st_size
     assert size < output.stat().st_size < 1.3 * size + 4096
-    precisions.popitem()
-    (work / "precisions.json").write_text(json.dumps(precisions))
+    fewer = dict(list(decisions.precisions.items())[1:])
+    replace(decisions, precisions=fewer).save(work / "decisions.json")
     for path in (output, work / "calibrated.safetensors"):
         path.unlink()
     shutil.rmtree(work / "calibrate")
     assert cli.run(command(source, output, "--growth", 0.3)) == 0
-    assert precisions_of(open_ternary(output)) == precisions
+    assert precisions_of(open_ternary(output)) == fewer
 
 
 def test_fewer_states_of_all_batches():
-    batches = [Batch(*(torch.full((4, 1), float(i)) for _ in range(3)), None, None, torch.ones(4)) for i in range(10)]
-    counts = {count: [len(batch.t) for batch in subset(batches, count)] for count in (0, 3, 10, 25, 100)}
+    batches = [Batch(Inputs(*(torch.full((4, 1), float(i)) for _ in range(3))), torch.ones(4)) for i in range(10)]
+    counts = {count: [len(batch.inputs.t) for batch in subset(batches, count)] for count in (0, 3, 10, 25, 100)}
     assert counts == {0: [1], 3: [1] * 3, 10: [1] * 10, 25: [2] * 10, 100: [4] * 10}
-    assert [float(batch.t[0]) for batch in subset(batches, 3)] == [0, 4, 8]
+    assert [float(batch.inputs.t[0]) for batch in subset(batches, 3)] == [0, 4, 8]
 
 
 def test_a_work_folder_of_another_conversion_is_refused(converted, capsys):
@@ -169,15 +166,28 @@ def test_a_small_model_trains_everything_in_full_precision():
 
 
 def test_amounts_follow_the_budget_and_stay_within_bounds():
-    small, large = (budget_for(seconds, 0.01, 20, 1000, 500, 10**6) for seconds in (60, 6000))
+    small, large = (budget_for(seconds, 0.01, 20, prompts=1000, enough=500, capacity=10**6) for seconds in (60, 6000))
     assert small.pictures < large.pictures and small.states < large.states
     assert 0.9 * 0.2 * 60 < 0.01 * (20 * small.pictures + small.states / 2) <= 0.2 * 60
-    tiny = budget_for(1, 10.0, 50, 4, 500, 10**6)
+    tiny = budget_for(1, 10.0, 50, prompts=4, enough=500, capacity=10**6)
     assert tiny.pictures >= 16 and tiny.states >= 64 and tiny.held_out == 2
     assert tiny.calibration_states == 32 and large.calibration_states == 500
 
 
 def test_states_stay_within_the_memory():
     assert (
-        budget_for(6000, 0.01, 20, 1000, 500, 3000).states <= 3000 < budget_for(6000, 0.01, 20, 1000, 500, 10**6).states
+        budget_for(6000, 0.01, 20, prompts=1000, enough=500, capacity=3000).states
+        <= 3000
+        < budget_for(6000, 0.01, 20, prompts=1000, enough=500, capacity=10**6).states
     )
+
+
+@pytest.mark.parametrize("blocks", [None, BlockSettings(7, stream=torch.bfloat16)])
+def test_decisions_are_read_as_they_were_made(tmp_path, blocks):
+    chosen = plan(DEV, TOKENS, 24 * GB, torch.device("cuda"))
+    training = Training(chosen, codes=False, steps=None, seconds=12.5, blocks=blocks)
+    decisions = Decisions(Budget(16, 192, 2, 32), 0.25, {"a": "int8"}, training)
+    for made in (decisions, replace(decisions, precisions=None, training=None)):
+        made.save(tmp_path / "decisions.json")
+        assert Decisions.load(tmp_path / "decisions.json") == made
+    assert Decisions.load(tmp_path / "other.json") is None

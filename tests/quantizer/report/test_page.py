@@ -1,37 +1,27 @@
-"""The report page and its charts, and the TAESD decoder it reads."""
+"""The report page, its charts, and the pictures in it."""
 
+import importlib.util
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from ternary_flux.benchmarks import comfyui
+from ternary_flux.benchmarks import comfyui, miniature
 from ternary_flux.quantizer import cli
 from ternary_flux.quantizer.files.architecture import Architecture
-from ternary_flux.quantizer.model.flux import Flux
-from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.report import charts
-from ternary_flux.quantizer.report.decoders import preview, taesd_decoder
+from ternary_flux.quantizer.report.decoders import preview, vae_decoder
+from ternary_flux.tests import builders
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
 
 
-def taesd(width=8):
-    comfyui.make_importable()
-    from comfy.taesd.taesd import TAESD
-
-    torch.manual_seed(0)
-    return TAESD(latent_channels=16).taesd_decoder
-
-
 def test_a_page_with_everything(tmp_path, capsys):
-    generator = torch.Generator().manual_seed(0)
-    state = {name: 0.08 * torch.randn(p.shape, generator=generator) for name, p in Flux(ARCH).named_parameters()}
-    save_file(state, tmp_path / "tiny.safetensors")
-    context, pooled = torch.randn(20, 5, 32, generator=generator), torch.randn(20, 24, generator=generator)
-    conditioning.write(tmp_path / "cond.safetensors", [f"<prompt> {i}" for i in range(20)], context, pooled)
+    builders.write_flux(tmp_path / "tiny.safetensors", ARCH)
+    builders.write_conditioning(tmp_path / "cond.safetensors", ARCH)
     dense, rounded = tmp_path / "tiny.safetensors", tmp_path / "rounded.safetensors"
     assert cli.run(["round", str(dense), "-o", str(rounded)]) == 0
     fixed = ["--teacher", dense, "--conditioning", tmp_path / "cond.safetensors", "--size", "64x64", "--held-out", 2]
@@ -57,20 +47,29 @@ def test_a_page_with_everything(tmp_path, capsys):
             assert min(image.size) > 100 and len(image.convert("RGB").getcolors(1 << 24)) > 5
 
 
-def test_the_decoder_equals_comfyuis(tmp_path):
-    theirs = taesd()
-    state = {f"taesd_decoder.{name}": value for name, value in theirs.state_dict().items()}
-    save_file(state, tmp_path / "vae.safetensors")
+@pytest.fixture
+def vae(tmp_path, monkeypatch):
+    """The miniature's VAE, as the file that ComfyUI reads."""
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui.make_importable()))
+    miniature.write_stock_autoencoder(tmp_path / "vae.safetensors")
+    return tmp_path / "vae.safetensors"
+
+
+def test_pictures_are_those_of_the_vae(vae):
     latents = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = theirs(latents).clamp(0, 1).movedim(1, -1).numpy()
-    np.testing.assert_allclose(taesd_decoder(tmp_path / "vae.safetensors")(latents), expected, atol=1e-5)
+    found = vae_decoder(vae, ARCH)(latents)
+    assert found.shape == (2, 32, 32, 3) and found.std() > 0.1
+    np.testing.assert_allclose(found, miniature.decode(latents), atol=1e-3)
 
 
-def test_other_vaes_are_refused(tmp_path):
-    save_file({"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / "vae.safetensors")
-    with pytest.raises(ValueError, match="TAESD"):
-        taesd_decoder(tmp_path / "vae.safetensors")
+def test_other_files_and_other_vaes_are_refused(tmp_path, vae):
+    with pytest.raises(FileNotFoundError, match="no such VAE"):
+        vae_decoder(tmp_path / "absent.safetensors", ARCH)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors: ComfyUI cannot load this as a VAE"):
+        vae_decoder(tmp_path / "other.safetensors", ARCH)
+    with pytest.raises(ValueError, match="16 latent channels, and .* paints 128"):
+        vae_decoder(vae, replace(ARCH, version=2))
 
 
 def test_previews_are_colours():
@@ -85,21 +84,61 @@ def test_files_are_asked_for(tmp_path, capsys):
     assert "NAME=FILE" in capsys.readouterr().err
 
 
+def test_matplotlib_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    arguments = ["report", "a=b", "-o", tmp_path, "--teacher", tmp_path / "a", "--conditioning", tmp_path / "b"]
+    assert cli.run([str(x) for x in arguments]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("values", [[0.01, 1.7], [0.02, 0.021], [0.0, 0.0], [5.0]])
 @pytest.mark.parametrize("log", [False, True])
-def test_lines_of_any_range(values, log):
-    image = charts.lines("title", "t", {"a": list(enumerate(values)), "b": []}, log)
-    assert image.size == (560, 340)
+def test_lines_show_their_points(values, log):
+    drawn = charts.figure()
+    axes = drawn.subplots()
+    charts.lines(axes, "title", "t", {"costs $1 and $2": list(enumerate(values)), "none": []}, log)
+    expected = [(x, y) for x, y in enumerate(values) if y > 0 or not log]
+    found = [tuple(point) for line in axes.lines for point in line.get_xydata()]
+    assert np.allclose(found, expected) if expected else not found
+    assert axes.get_yscale() == ("log" if log else "linear")
+    low, high = axes.get_ylim()
+    assert all(low <= y <= high for _, y in expected)
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["costs $1 and $2"] if expected else legend is None
+    assert charts.png(drawn).startswith(b"\x89PNG")
 
 
-def test_long_headings_are_wrapped():
+def test_bars_show_values_and_intervals():
+    axes = charts.figure().subplots()
+    charts.bars(axes, "title", {"a": (0.5, 0.4, 0.7), "b": (0.25, 0.2, 0.3)}, 1.0, percent=True)
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.25]
+    (intervals,) = axes.collections
+    assert np.allclose([segment[:, 0] for segment in intervals.get_segments()], [[0.4, 0.7], [0.2, 0.3]])
+    assert {"50.0 %", "25.0 %"} <= {text.get_text() for text in axes.texts}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"] and axes.yaxis_inverted()
+
+
+def test_a_heatmap_shows_its_numbers():
+    axes = charts.figure().subplots()
+    charts.heatmap(axes, "title", ["a", "b"], ["x", "y"], [[1.0, None], [0.25, 0.5]])
+    assert {(t.get_position(), t.get_text()) for t in axes.texts} == {
+        ((0, 0), "1.000"),
+        ((0, 1), "0.250"),
+        ((1, 1), "0.500"),
+    }
+    (image,) = axes.images
+    colours = image.to_rgba(image.get_array())[..., :3].sum(-1)
+    assert colours[1, 0] == pytest.approx(3) and colours[0, 0] < colours[1, 1] < colours[1, 0]
+    assert image.get_array().mask.tolist() == [[False, True], [False, False]]
+
+
+def test_a_grid_shows_its_pictures():
+    drawn = charts.figure(4, 4)
+    pictures = [[np.full((2, 2, 3), value) for value in row] for row in ((0.0, 0.5), (1.0, 7.0))]
     heading = "a red circle and a blue square"
-    lines = charts.wrap(heading, 80)
-    assert len(lines) > 1 and " ".join(lines) == heading
-    assert all(charts.text_width(line, 11) <= 80 for line in lines)
-    assert charts.wrap("", 80) == [""]
-
-
-def test_heatmap_of_equal_and_missing_values():
-    image = charts.heatmap("title", ["a", "b"], ["x", "y"], [[1.0, None], [1.0, 1.0]])
-    assert image.width > 100
+    charts.grid(drawn, pictures, ["first", "second"], [heading, "other"])
+    shown = [float(axes.images[0].get_array().mean()) for axes in drawn.axes]
+    assert shown == [0.0, 0.5, 1.0, 1.0]  # values beyond 1 are white
+    title = drawn.axes[0].get_title()
+    assert title.count("\n") >= 1 and title.replace("\n", " ") == heading
+    assert [axes.get_ylabel() for axes in drawn.axes] == ["first", "", "second", ""]

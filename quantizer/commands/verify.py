@@ -1,0 +1,39 @@
+"""`verify`: whether a file is still what was written."""
+
+import argparse
+from pathlib import Path
+
+_DAMAGED = 1
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "verify",
+        help="check every byte of a file against the checksums it carries",
+        description="Read every byte of a file written by this pack and compare it with the checksum of each tensor "
+        "in its header. Exits with 0 for a whole file, 1 and the names of what is damaged otherwise.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    import time
+
+    from ..console import progress
+    from ..files.container import read_header
+    from ..files.summary import in_bytes
+    from ..files.verify import verify
+
+    entries = read_header(args.file).entries
+    size = sum(entry.nbytes for entry in entries.values())
+    started = time.monotonic()
+    with progress(size, "verifying", "B") as bar:
+        damaged = verify(args.file, bar.update)
+    rate = size / max(time.monotonic() - started, 1e-9)
+    what = f"{len(entries)} tensors, {in_bytes(size)}, {in_bytes(round(rate))}/s"
+    if not damaged:
+        print(f"{args.file}: OK ({what})")
+        return 0
+    print(f"{args.file}: damaged ({what}); download or convert it again. What differs from its checksum:")
+    print("\n".join(f"  {name}" for name in damaged))
+    return _DAMAGED

@@ -1,0 +1,1 @@
+"""Ternary models made elsewhere, brought in bit for bit."""

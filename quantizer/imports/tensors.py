@@ -1,0 +1,135 @@
+"""Tensors of safetensors files and of PyTorch checkpoints, read when they are asked for and never all at once."""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..files.container import DTYPE_NAMES, DTYPES, FormatError, TensorFile
+
+DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HELD = 1 << 26  # mapped bytes that may stay in memory
+_OTHER = {"U32": torch.uint8, "U16": torch.uint8}  # given as bytes
+
+
+class Tensors(Protocol):
+    """Named tensors; `dtypes` are as safetensors names them."""
+
+    path: Path  # the first file
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+
+    def path_of(self, key: str) -> Path:
+        """The file that has a tensor."""
+
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor."""
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """The rows start..stop of a tensor."""
+
+    def release(self) -> None:
+        """Give back what is mapped; the tensors that were given must not be used after it."""
+
+
+class SafetensorsFiles:
+    """One safetensors file, or the shards of one model."""
+
+    def __init__(self, paths: tuple[Path, ...]):
+        self.path = paths[0]
+        self._files: dict[str, TensorFile] = {}
+        self.metadata: dict[str, str] = {}
+        for path in paths:
+            file = TensorFile(path)
+            if twice := file.entries.keys() & self._files.keys():
+                raise FormatError(path, "another shard has this tensor too; download the model again", min(twice))
+            self._files |= dict.fromkeys(file.entries, file)
+            self.metadata |= file.header.metadata
+        self.shapes = {key: file.entries[key].shape for key, file in self._files.items()}
+        self.dtypes = {key: file.entries[key].dtype for key, file in self._files.items()}
+
+    def path_of(self, key: str) -> Path:
+        return self._files[key].path
+
+    def tensor(self, key: str) -> Tensor:
+        """A copy of a tensor. Unsigned integers of 16 and 32 bits come as the bytes of their last dimension."""
+        shape = self.shapes[key]
+        return self.rows(key, 0, shape[0]) if shape else self._files[key].tensor(key).clone()
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """A copy of the rows start..stop of a tensor, read with no trace in the mapped memory."""
+        file = self._files[key]
+        entry = file.entries[key]
+        row = entry.nbytes // max(entry.shape[0], 1)
+        data = bytearray(max(stop - start, 0) * row)
+        if not data:
+            return torch.empty(max(stop - start, 0), *entry.shape[1:], dtype=DTYPES.get(entry.dtype, torch.uint8))
+        with open(file.path, "rb", buffering=0) as source:
+            source.seek(entry.start + start * row)
+            if source.readinto(data) != len(data):
+                raise FormatError(file.path, "the file became shorter while it was read", key)
+        if entry.dtype in _OTHER:
+            return torch.frombuffer(data, dtype=torch.uint8).view(stop - start, *entry.shape[1:-1], -1)
+        return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+class PickledFile:
+    """A checkpoint of torch.save that is a dictionary of tensors; only tensors are loaded, and mapped."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.metadata: dict[str, str] = {}
+        self._state: dict[str, Tensor] | None = None
+        self._given = 0
+        state = self._load()
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        self.dtypes = {key: DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)) for key, tensor in state.items()}
+
+    def path_of(self, key: str) -> Path:
+        return self.path
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor, mapped until `release`."""
+        tensor = self._load()[key]
+        self._given += tensor.nbytes
+        return tensor
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        return self.tensor(key)[start:stop]
+
+    def release(self) -> None:
+        """Give the mapped memory back where it has become much; it is mapped again when a tensor is asked for."""
+        if self._given > _HELD:
+            self._state, self._given = None, 0
+
+    def _load(self) -> dict[str, Tensor]:
+        if self._state is None:
+            self._state = _load(self.path)
+        return self._state
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    with open(path, "rb"):  # a missing file is an OSError
+        pass
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        problem = "it holds more than tensors, which may run any program, and is not loaded"
+        raise FormatError(path, f"{problem}; give a file of tensors alone") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise FormatError(path, f"no PyTorch checkpoint that can be read ({reason}); download it again") from None
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        for key, tensor in state.items()
+    ):
+        raise FormatError(path, "the checkpoint is no dictionary of tensors; give the transformer's state_dict")
+    return dict(state)

@@ -1,0 +1,68 @@
+"""What a run decides from the speed and memory of its machine: once, so that it goes on with the same after a stop."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..distillation.blockwise import BlockSettings
+from ..files.atomic import write_json
+from .budget import Budget, Plan
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to train and for how long; `steps` is known once the first ones were timed."""
+
+    plan: Plan
+    codes: bool
+    steps: int | None
+    seconds: float | None
+    blocks: BlockSettings | None = None  # of a first pass by blocks
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """None: not decided yet.
+
+    state_seconds   of a teacher forward of one state
+    precisions      Linears in two terms or 8 bits, by name
+    """
+
+    budget: Budget
+    state_seconds: float | None = None
+    precisions: Mapping[str, str] | None = None
+    training: Training | None = None
+
+    def save(self, path: Path) -> None:
+        """Atomically, as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, _plain(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> "Decisions | None":
+        """What `save` wrote; None where nothing is decided."""
+        if not path.exists():
+            return None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        budget, training = Budget(**values.pop("budget")), values.pop("training")
+        if training is not None:
+            plan, blocks = training.pop("plan"), training.pop("blocks")
+            plan = Plan(**plan | {"autocast": _dtype(plan["autocast"])})
+            if blocks is not None:
+                blocks = BlockSettings(**blocks | {"stream": _dtype(blocks["stream"])})
+            training = Training(plan=plan, blocks=blocks, **training)
+        return cls(budget, training=training, **values)
+
+
+def _plain(value):
+    """With dtypes by name."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)

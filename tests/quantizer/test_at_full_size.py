@@ -1,0 +1,59 @@
+"""FLUX at full width on a device that only counts: no value is read back, nothing lies on another device, memory fits.
+
+Tensors are torch's FakeTensors: shapes, dtypes and devices, without values. A repeated block adds nothing here, so that
+models have one or two of each kind.
+"""
+
+import pytest
+import torch
+from ternary_flux.quantizer.files.architecture import Architecture
+from ternary_flux.quantizer.files.checkpoint import open_checkpoint
+from ternary_flux.quantizer.model.flux import Inputs, rope
+from ternary_flux.quantizer.model.teacher import Placement, Teacher, streaming_memory
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from . import stand_in
+
+DEV = Architecture(1, 3072, 1, 1, 16, 16, context_dim=4096, vec_dim=768, guidance=True)
+KLEIN_9B = Architecture(2, 4096, 1, 1, 128, 128, context_dim=12288, vec_dim=None, guidance=False)
+FLUX2_DEV = Architecture(2, 6144, 1, 1, 128, 128, context_dim=15360, vec_dim=None, guidance=True)
+MODELS = pytest.mark.parametrize("arch", [DEV, KLEIN_9B, FLUX2_DEV], ids=["dev", "klein-9b", "flux2-dev"])
+TEXT, IMAGE = 512, 64 * 64
+TOKENS = TEXT + IMAGE  # of a picture of 1024 x 1024 pixels
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    stand_in.install(monkeypatch, free=24 << 30)
+    rope.cache_clear()
+    yield
+    rope.cache_clear()
+
+
+def inputs(arch: Architecture, batch: int = 1) -> Inputs:
+    side = 64 * arch.patch_size
+    latent, context = torch.empty(batch, arch.in_channels, side, side), torch.empty(batch, TEXT, arch.context_dim)
+    pooled = torch.empty(batch, arch.vec_dim) if arch.vec_dim else None
+    return Inputs(latent, torch.empty(batch), context, pooled, torch.empty(batch) if arch.guidance else None)
+
+
+def size(arch: Architecture) -> int:
+    return sum(torch.Size(shape).numel() for shape in arch.shapes.values())
+
+
+@MODELS
+def test_the_teacher(arch, tmp_path):
+    checkpoint = open_checkpoint(stand_in.sparse_checkpoint(tmp_path / "dense.safetensors", arch))
+    with FakeTensorMode(allow_non_fake_inputs=True), stand_in.PeakMemory("cuda") as memory:
+        teacher = Teacher(checkpoint, "cuda", placement=Placement(False, 2 * TOKENS))
+        for velocity in teacher.velocities(inputs(arch) for _ in range(3)):
+            assert velocity.device.type == "cuda" and velocity.shape[1] == arch.out_channels
+        assert memory.peak <= streaming_memory(arch, 2, TOKENS, 2 * TOKENS)
+        stem, whole = teacher.stem.state_dict(), 2 * size(arch)
+        assert teacher.bytes_read == 2 * whole - sum(tensor.nbytes for tensor in stem.values())
+        del teacher, velocity, stem
+        held = Teacher(checkpoint, "cuda", placement=Placement(True, 0))
+        memory.peak = memory.now
+        held(*inputs(arch))
+    planned = streaming_memory(arch, 2, TOKENS, 0) - streaming_memory(arch, 2, 0, 0)
+    assert 0.6 * planned < memory.peak - whole <= planned
