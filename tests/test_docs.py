@@ -1,5 +1,6 @@
-"""Code in the documentation runs and says the truth."""
+"""Code in the documentation runs, its numbers are the measured ones, and its links lead somewhere."""
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,8 @@ from ternary_flux.quantizer.files.layer import LayerPlan
 from ternary_flux.quantizer.files.ternary import create_ternary
 
 import _pack
+
+DOCS = sorted(f"docs/{path.name}" for path in (_pack.ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("packing", ["planes32", "base3"])
@@ -30,3 +33,81 @@ def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k, terms, column)
     with create_ternary(path, {"layer": LayerPlan.of(weight, packing)}, {}, {}) as writer:
         writer.layer("layer", weight)
     assert torch.equal(torch.from_numpy(namespace["dense_weight"](str(path), "layer")), weight.dequantize())
+
+
+def text(*path: str) -> str:
+    return _pack.ROOT.joinpath(*path).read_text(encoding="utf-8")
+
+
+def results(name: str):
+    return json.loads(text("benchmarks", "results", name))
+
+
+def test_the_kernels_measured_times():
+    times: dict[tuple[str, int], dict[str, float]] = {}
+    for row in results("kernels-NVIDIA-H200.json")["rows"]:
+        times.setdefault((row["layer"], row["m"]), {})[row["method"]] = row["seconds"]
+
+    def faster(ours: str, theirs: str, *layers: str, tokens: int = 4608) -> list[float]:
+        """How many times faster, for these layers, or the least and the most of all."""
+        found = {name: by[theirs] / by[ours] for (name, m), by in times.items() if m == tokens and theirs in by}
+        return [found[f"single {layer}"] for layer in layers] or [min(found.values()), max(found.values())]
+
+    bf16, gemlite8, gemlite16 = "bf16 F.linear", "gemlite A8W158", "gemlite A16W2 g128 fp16"
+    both = ("linear1", "linear2")
+    expected = {
+        "`full`: dequantize + matmul, with bf16": faster("ours full, dequantize + matmul", bf16),
+        "`full`: the fused kernel, with bf16": faster("ours full, fused kernel", bf16),
+        "`full`: the fused kernel, 1 token, with bf16": faster("ours full, fused kernel", bf16, tokens=1),
+        "int8, row scales, with bf16: linear1, linear2": faster("ours int8, row scales", bf16, *both),
+        "int8, group scales, with bf16: linear1, linear2": faster("ours int8, group scales", bf16, *both),
+        "int8, group scales, 1 token, with bf16: linear1": faster("ours int8, group scales", bf16, "linear1", tokens=1),
+        "int8, group scales, with gemlite's int8 (A8W158)": faster("ours int8, group scales", gemlite8),
+        "int8, group scales, with gemlite's A16W2 in groups of 128": faster("ours int8, group scales", gemlite16),
+        "`full`, with gemlite's A16W2 in groups of 128": faster("ours full, group scales", gemlite16),
+        "e4m3, row scales, with bf16: linear1, linear2": faster("ours e4m3, row scales", bf16, *both),
+    }
+    steps = results("transformer-FLUX.1-dev-NVIDIA-H200.json")["tuned"]
+    for pixels in ("1024", "512"):
+        bf16_step, step = steps["bf16"][pixels], steps["int8"][pixels]
+        name = f"FLUX.1 [dev] step at {pixels} pixels, int8, with bf16"
+        expected[name] = [bf16_step["step"] / step["step"]]
+    page = text("docs", "kernels.md")
+    rows = dict(re.findall(r"^\| (.+?) \| [^|]*\| (.+?) \|$", page, re.MULTILINE))
+    for name, ratios in expected.items():
+        stated = [float(number) for number in re.findall(r"([\d.]+)x(?! less)", rows[name])]
+        digits = len(re.search(r"\.(\d+)x", rows[name]).group(1))
+        rounded = [round(ratio, digits) for ratio in ratios]
+        assert stated == rounded or (len(set(rounded)) == 1 and stated == rounded[:1]), name
+    assert f"{steps['bf16']['1024']['peak'] / steps['int8']['1024']['peak']:.1f}x less memory" in page
+    readme = text("README.md")
+    for pixels in ("1024", "512"):
+        ours, theirs = (f"{steps[mode][pixels]['step']:.3f} s" for mode in ("int8", "bf16"))
+        assert re.search(rf"{re.escape(ours)} instead of\s+{re.escape(theirs)}", readme)
+
+
+def test_the_checks_on_a_gpu():
+    checks, page = results("checks-NVIDIA-H200.json"), text("docs", "kernels.md")
+    kernels = checks["kernels"]
+    assert kernels["wrong"] == 0 and f"{kernels['cases']} cases" in page
+    assert f"error is {max(kernels['largest error'].values()):.4f}" in page
+    for run in checks["quantizer"][:2]:
+        numbers = [run["calibrated"], run["distill, scales"], run["distill, codes"]]
+        assert all(f"{number:.4f}" in page for number in numbers)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (_pack.ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page):
+    def anchors(file) -> set[str]:
+        headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    folder = (_pack.ROOT / page).parent
+    for link in re.findall(r"\]\(([^)\s]+)\)", text(page)):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = folder / path if path else _pack.ROOT / page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link

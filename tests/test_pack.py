@@ -1,6 +1,7 @@
 """The house rules: dependencies point one way, importing is light, and the folder never shadows ComfyUI's modules."""
 
 import ast
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -72,6 +73,18 @@ def test_the_rooms_are_the_folders():
 def test_benchmarks_import_no_tests(path):
     names = [name for _, name in imported(ast.parse(path.read_text(encoding="utf-8")), module_level_only=False)]
     assert not any({"tests"} & set(name.split(".")[:2]) for name in names)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if path.relative_to(_pack.ROOT).parts[0] != "nodes" and path.name != "__main__.py"],
+    ids=lambda path: str(path.relative_to(_pack.ROOT)),
+)
+def test_every_module_imports(path):
+    """Those of nodes need ComfyUI and are imported in tests/nodes."""
+    parts = path.relative_to(_pack.ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(("ternary_flux", *parts)).removesuffix(".__init__"))
+    assert module.__doc__ or path.name == "__init__.py"
 
 
 def after_loading(expression: str) -> str:

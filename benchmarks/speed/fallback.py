@@ -17,6 +17,8 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,9 +64,9 @@ def measure(n: int, k: int, tokens: int, device: torch.device, dtype: torch.dtyp
     weight, x = random_weight(n, k, device), torch.randn(tokens, k).to(device, dtype)
     exact = x.cpu().double() @ weight.rows(0, 512).to("cpu").dequantize(torch.float64).t()
     dense = weight.dequantize(dtype)
-    calls = {"dense": lambda: dense_linear(x, dense)}
+    calls: dict[str, Callable[[], Tensor]] = {"dense": lambda: dense_linear(x, dense)}
     for activations in eager.formats(device):
-        calls[activations] = lambda activations=activations: ternary_linear(x, weight, None, activations, "eager")
+        calls[activations] = partial(ternary_linear, x, weight, None, activations, "eager")
     times, errors = {name: [] for name in calls}, {}
     for round_ in range(rounds + 1):
         for name, call in calls.items():

@@ -59,14 +59,15 @@ def _decide(args: argparse.Namespace, work: "Workspace", kept: "Decisions | None
     from ..pipeline.budget import STATES_EACH, Budget, plan_for
     from ..pipeline.decisions import Decisions, Training
 
+    amounts = None if kept is None else kept.budget
     plan = plan_for(work) if kept is None else kept.training.plan
     plan = replace(plan, batch=args.batch or plan.batch)
-    pictures = args.pictures or (kept and kept.budget.pictures)
+    pictures: int | None = args.pictures or (amounts.pictures if amounts else None)
     if pictures is None:
         # A trained state costs about four of the teacher's forwards.
         timed = args.minutes and int(60 * args.minutes / (4 * work.time_state()))
         pictures = work.pictures_for(timed or args.steps * plan.batch * args.accumulate)
-    states = args.states or (kept and kept.budget.states) or STATES_EACH * pictures
+    states = args.states or (amounts.states if amounts else STATES_EACH * pictures)
     steps, seconds = None if args.minutes else args.steps, args.minutes and 60 * args.minutes
     blocks = None
     if args.block_steps:

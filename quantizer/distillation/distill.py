@@ -72,7 +72,7 @@ class Distiller:
         self.rate_groups, rates = rate_groups(self.parameters), learning_rates(model, settings.rates)
         self.optimizer = Adam(self.parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.best = {name: p.clone() for name, p in self.average.items()}
+        self.best = {name: p.to("cpu", copy=True) for name, p in self.average.items()}  # main memory: rarely used
         self.power = pool.power().to(next(model.parameters()).device)
         self.step, self.total, self.used, self.evaluation_seconds = 0, settings.steps, 0.0, 0.0
         self.log: list[dict] = []
@@ -112,7 +112,6 @@ class Distiller:
         """Move parameters and average by one step on these batches; returns the loss. Nothing waits for the device."""
         factors = schedule(self.rate_groups, self.step, self.total, self.settings.warmup)
         for name, parameter in self.parameters.items():
-            parameter.grad = None
             # Timed steps must cost what later ones do; Adam's moments of the codes settle meanwhile.
             parameter.requires_grad_(factors[name] > 0 or self.step < TIMED_STEPS)
         losses = []
@@ -121,6 +120,8 @@ class Distiller:
             loss.backward()
             losses.append(loss.detach())
         self.optimizer.step(factors)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         weight = 1 - min(self.settings.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             exact = [name for name, parameter in self.parameters.items() if parameter.dtype == torch.float32]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -71,7 +71,7 @@ class Checkpoint:
         return self.identity.architecture
 
     @property
-    def parameters(self) -> dict[str, tuple[Rows, ...]]:
+    def parameters(self) -> Mapping[str, tuple[Rows, ...]]:
         return self.identity.parameters
 
     @property

@@ -114,7 +114,7 @@ def checksums_of(header: Header) -> Checksums | None:
     try:
         match json.loads(header.checksums):
             case {"header": str(own), "tensors": {**tensors}}:
-                return Checksums(int(own, 16), {key: int(value, 16) for key, value in tensors.items()})
+                return Checksums(int(own, 16), {str(key): int(str(value), 16) for key, value in tensors.items()})
     except (ValueError, TypeError, RecursionError):
         pass
     raise FormatError(header.path, "the checksums cannot be read: the header is damaged; download the file again")

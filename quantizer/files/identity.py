@@ -87,20 +87,23 @@ def identify(source: Source | TensorFile | str | os.PathLike) -> Identity:
         return Identity(
             "ternary", "this is a ternary FLUX", f"Load it with the node Load Ternary FLUX; as dense: {dense}"
         )
-    layout = _layout(source, prefix)
-    found = layout and _flux(source, layout)
+    parts = layout({key: entry.shape for key, entry in source.entries.items()}, prefix)
+    found = parts and _flux(source, parts)
     if found and found.kind == "dense":
         return found
     return _relative(source.entries, _VARIANTS) or _quantized(source) or found or _other(source)
 
 
-def _layout(source: Source, prefix: str | None) -> dict[str, tuple[Part, ...]] | None:
-    """BFL name -> the parts that are its parameter, in a file with BFL's names after `prefix`, or diffusers'."""
-    diffusers = None if prefix is not None else _common_prefix(source.entries, FIRST, ("single_transformer_blocks.0.",))
+def layout(keys: Mapping[str, tuple[int, ...]], prefix: str | None) -> dict[str, tuple[Part, ...]] | None:
+    """BFL name -> the parts that are its parameter; `keys` (with shapes) are BFL's names after `prefix`, or diffusers'.
+
+    None where there is neither.
+    """
+    diffusers = None if prefix is not None else _common_prefix(keys, FIRST, ("single_transformer_blocks.0.",))
     prefix = diffusers if prefix is None else prefix
     if prefix is None:
         return None
-    shapes = {key.removeprefix(prefix): entry.shape for key, entry in source.entries.items() if key.startswith(prefix)}
+    shapes = {key.removeprefix(prefix): shape for key, shape in keys.items() if key.startswith(prefix)}
     if diffusers is None:
         return {canonical(name): (Part(prefix + name, 0, (*shape, 1)[0], 0),) for name, shape in shapes.items()}
     return {
@@ -144,11 +147,12 @@ def _flux(source: Source, parts: Mapping[str, tuple[Part, ...]]) -> Identity:
         return Identity("incomplete", f"this is no whole FLUX transformer: {error}", remedy)
     parameters, foreign = {}, []
     for name in architecture.shapes:
-        encodings = [_encoding(source, part.key, layers) for part in parts[name]]
-        if unknown := next((encoding for encoding in encodings if isinstance(encoding, str)), None):
+        found = [(_encoding(source, part.key, layers), part) for part in parts[name]]
+        rows = tuple(Rows(encoding, part) for encoding, part in found if not isinstance(encoding, str))
+        if unknown := next((encoding for encoding, _ in found if isinstance(encoding, str)), None):
             foreign.append((unknown, parts[name][0].key))
         else:
-            parameters[name] = tuple(Rows(e, part) for e, part in zip(encodings, parts[name], strict=True))
+            parameters[name] = rows
     if foreign:
         unknown, key = foreign[0]
         what = f"this is {architecture.name} with {len(foreign)} tensors in {_STATED.get(unknown, unknown):.60}"

@@ -151,7 +151,7 @@ def stated_errors(file: TernaryFile) -> dict[str, float]:
 
 def _dense(checkpoint: Checkpoint, layers: bool) -> Iterator[str]:
     arch, source = checkpoint.architecture, checkpoint.source
-    plans = {name: LayerPlan(shape) for name, shape in arch.linear_shapes.items()}
+    plans = {name: LayerPlan(shape, columns="bf16") for name, shape in arch.linear_shapes.items()}
     weights = sum(math.prod(shape) for shape in arch.shapes.values())
     ternary = sum(math.prod(plan.shape) for plan in plans.values())
     yield _row("checked", "every parameter is there, and every value is finite")

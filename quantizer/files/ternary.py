@@ -209,9 +209,10 @@ def _single(source: str | os.PathLike | TensorFile | Source) -> TensorFile:
     if isinstance(source, TensorFile):
         return source
     opened = source if isinstance(source, Source) else open_source(source)
-    if len(opened.files) > 1 or opened.gguf:
+    file, *others = opened.files
+    if others or not isinstance(file, TensorFile):
         raise FormatError(opened.path, identify(opened).sentence)
-    return opened.files[0]
+    return file
 
 
 def _own(layers: dict, dense: dict, file: TensorFile, eight_bit: set[str]) -> tuple[dict, dict]:

@@ -29,6 +29,7 @@ class TernaryLinear(nn.Module):
     """
 
     start_scale: Tensor
+    start_column: Tensor | None
     frozen: Tensor | None
     latent: nn.Parameter | None
 

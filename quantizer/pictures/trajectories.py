@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from .sampler import (
 from .states import LabelledStates, States
 
 # A state to be made: of a picture, a time and the seed of fresh noise, or the number of a kept state and None
-_Choice = tuple["Picture", float | int, int | None]
+_Choice = tuple["Picture", Any, int | None]
 _KEPT = 8  # states at most that are kept of the path to a picture
 
 

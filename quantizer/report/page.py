@@ -200,6 +200,6 @@ Bits count the ternary layers with their scales and low-rank factors.</p>
 """
 
 
-def _dense_bits(work: Workspace) -> int:
+def _dense_bits(work: Workspace) -> float:
     name = f"{work.arch.linears[0]}.weight"
     return work.teacher.checkpoint.bits(name)

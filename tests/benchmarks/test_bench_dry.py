@@ -24,6 +24,7 @@ def run(module, *arguments, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_kernels(tmp_path):
     out = tmp_path / "kernels.json"
     printed = run("speed.kernels", "--dry", "--out", out)
@@ -42,6 +43,7 @@ def test_kernels(tmp_path):
     assert {"gemlite A16W2 g128 fp16", "comfy-kitchen int8", "torch._int_mm", "ours e4m3, row scales"} <= methods
 
 
+@pytest.mark.slow
 def test_fallback(tmp_path):
     out = tmp_path / "fallback.json"
     printed = run("speed.fallback", "--dry", "--threads", 1, "--out", out)
@@ -55,6 +57,7 @@ def test_fallback(tmp_path):
     assert "full" in printed and "20 tokens" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward, modes", [("ComfyUI", ["int8"]), ("quantizer", ["bf16", "full"])])
 def test_transformer(tmp_path, forward, modes):
     from ternary_flux.benchmarks import comfyui

@@ -16,6 +16,7 @@ def test_prints_time_and_memory(monkeypatch, capsys):
     assert "double_blocks.0: " in output and "single_blocks.0: " in output and "peak memory" in output
 
 
+@pytest.mark.slow
 def test_fails_over_the_limit(monkeypatch):
     with pytest.raises(SystemExit, match="over the limit"):
         run(monkeypatch, "--states", "1", "--sweeps", "0", "--limit", "0.01")

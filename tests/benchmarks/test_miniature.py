@@ -84,6 +84,7 @@ def test_text_encoder_names_unknown_words():
     assert text.tokens(["", "a ring " * 20]).shape == (2, text.LENGTH)
 
 
+@pytest.mark.slow
 def test_autoencoder_round_trip():
     captions = [c for category in scenes.CATEGORIES for c in miniature.prompts("train", category, 25)]
     images = rendered(captions)
@@ -94,6 +95,7 @@ def test_autoencoder_round_trip():
     assert accuracy(decoded, captions) >= 0.985
 
 
+@pytest.mark.slow
 def test_trained_weights_paint_held_out_captions():
     captions = [c for category in scenes.CATEGORIES for c in miniature.prompts("held_out", category, 4)]
     noise = torch.randn(len(captions), *miniature.LATENT_SHAPE, generator=torch.Generator().manual_seed(0))
@@ -116,6 +118,7 @@ def test_conditioning_file(tmp_path):
     torch.testing.assert_close(read.batch([3])[1], pooled[3:4], atol=0.02, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_transformer_training_resumes_bit_for_bit(tmp_path):
     states = []
     for name, stops in (("once", [6]), ("twice", [3, 6])):

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from ternary_flux.benchmarks import comfyui
 from ternary_flux.tests.nodes import adapters, tiny
 
+pytestmark = pytest.mark.server
+
 PACK = "comfyui-ternary-flux"
 NODE = "TernaryFluxLoader"
 STEPS = 3

@@ -7,6 +7,8 @@ import pytest
 import torch
 from ternary_flux.benchmarks.speed import codegen
 
+pytestmark = pytest.mark.codegen
+
 # (compute capability, case of benchmarks.speed.codegen, matrix instruction, most loop instructions for each of them)
 EXPECTED = [
     (80, "a8 row", "IMMA.16832.S8", 2.3),

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_kernels_in_the_interpreter(tmp_path, subtests):
     file, report = Path(__file__).with_name("kernels_interpreted.py"), tmp_path / "report.xml"

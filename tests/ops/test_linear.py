@@ -173,6 +173,7 @@ def test_zero_token_gives_the_bias():
     assert torch.equal(ternary_linear(torch.zeros(3, 128), weight, bias, "int8"), bias.expand(3, -1))
 
 
+@pytest.mark.slow
 def test_scratch_is_bounded(monkeypatch):
     monkeypatch.setattr(eager, "SCRATCH_BYTES", 1 << 16)
     weight, x = ternary_weight(1000, 512), torch.randn(4, 512)

@@ -4,12 +4,21 @@ Tensors are torch's FakeTensors: shapes, dtypes and devices, without values. A r
 models have one or two of each kind.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from ternary_flux.ops import TernaryWeight
+from ternary_flux.ops.packing import groups_of, packed_shape
+from ternary_flux.quantizer.distillation import distill
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
-from ternary_flux.quantizer.model.flux import Inputs, rope
+from ternary_flux.quantizer.model.flux import Flux, Inputs, rope
 from ternary_flux.quantizer.model.teacher import Placement, Teacher, streaming_memory
+from ternary_flux.quantizer.model.ternary_linear import TernaryLinear
+from ternary_flux.quantizer.pictures.pool import Pool
+from ternary_flux.quantizer.pictures.states import Batch
+from ternary_flux.quantizer.pipeline.budget import Plan, settings_for, training_memory
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import stand_in
@@ -57,3 +66,47 @@ def test_the_teacher(arch, tmp_path):
         held(*inputs(arch))
     planned = streaming_memory(arch, 2, TOKENS, 0) - streaming_memory(arch, 2, 0, 0)
     assert 0.6 * planned < memory.peak - whole <= planned
+
+
+def ternary(way: Plan, device: str):
+    """Makes a Linear as training has it, without values."""
+
+    def linear(inputs: int, outputs: int, bias: bool) -> TernaryLinear:
+        shape, groups = (outputs, inputs), groups_of(inputs)
+        trits = torch.empty(packed_shape(shape, "planes32"), dtype=torch.uint8, device=device)
+        scale, group = (
+            torch.empty(outputs, device=device),
+            torch.empty(groups, outputs, dtype=torch.uint8, device=device),
+        )
+        layer = TernaryLinear(TernaryWeight(trits, scale, shape, group), scale if bias else None, way.packed)
+        if way.codes:
+            layer.train_codes(torch.empty(shape, device=device), torch.bfloat16 if way.eight_bit else torch.float32)
+        return layer
+
+    return linear
+
+
+@pytest.mark.parametrize(
+    "arch, way",
+    [
+        (DEV, Plan(False, True, True, True, 1, torch.bfloat16)),
+        (KLEIN_9B, Plan(True, False, True, True, 1, torch.bfloat16)),
+        (FLUX2_DEV, Plan(False, False, False, False, 1, torch.bfloat16)),
+    ],
+    ids=["dev-packed", "klein-9b-codes", "flux2-dev-kept"],
+)
+def test_a_training_step(arch, way, monkeypatch):
+    """On a device called "cpu": without a driver torch has no backward pass for cuda."""
+    monkeypatch.setattr(distill, "learning_rates", lambda model, rates: {n: 1e-3 for n, _ in model.named_parameters()})
+    pool = SimpleNamespace(power=lambda: torch.empty(10), bin=Pool.bin)
+    with FakeTensorMode(), stand_in.PeakMemory("cpu") as memory:
+        model = Flux(arch, ternary(way, "cpu"))
+        distiller = distill.Distiller(model, SimpleNamespace(dense={}), pool, None, settings_for(way, steps=100))
+        given = inputs(arch)
+        velocity = torch.empty(1, arch.out_channels, *given.latent.shape[2:])
+        memory.peak = memory.now
+        loss = distiller.learn([Batch(given, velocity)])
+        assert loss.shape == ()
+    in_main_memory = sum(value.nbytes for value in distiller.best.values())
+    planned = training_memory(arch, TOKENS, way)
+    assert 0.7 * planned < memory.peak - in_main_memory <= planned

@@ -148,7 +148,7 @@ def stated_layers(file: TensorFile | GgufFile) -> Mapping[str, object]:
     return layers
 
 
-def stated_format(file: TensorFile, layer: str, layers: Mapping[str, object]) -> Mapping | str | None:
+def stated_format(file: TensorFile | GgufFile, layer: str, layers: Mapping[str, object]) -> Mapping | str | None:
     """What a Linear's JSON says of its format: the JSON where it is decoded here, else the format's name; None if none.
 
     Raises FormatError where the JSON is damaged.

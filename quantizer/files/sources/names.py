@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 # BFL's Linear or norm -> diffusers' whose rows it has, one after another; without the block's name.
-_DOUBLE = {
+_DOUBLE: dict[str, tuple[str, ...]] = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "img_attn.proj": ("attn.to_out.0",),
@@ -18,15 +18,15 @@ _DOUBLE = {
     "txt_attn.norm.query_norm": ("attn.norm_added_q",),
     "txt_attn.norm.key_norm": ("attn.norm_added_k",),
 }
-_SINGLE = {"norm.query_norm": ("attn.norm_q",), "norm.key_norm": ("attn.norm_k",)}
-_OUTSIDE = {
+_SINGLE: dict[str, tuple[str, ...]] = {"norm.query_norm": ("attn.norm_q",), "norm.key_norm": ("attn.norm_k",)}
+_OUTSIDE: dict[str, tuple[str, ...]] = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 _SWAPPED = "final_layer.adaLN_modulation.1"
-_DOUBLES = {
+_DOUBLES: dict[int, dict[str, tuple[str, ...]]] = {
     1: _DOUBLE
     | {
         "img_mod.lin": ("norm1.linear",),
@@ -44,7 +44,7 @@ _DOUBLES = {
         "txt_mlp.2": ("ff_context.linear_out",),
     },
 }
-_SINGLES = {
+_SINGLES: dict[int, dict[str, tuple[str, ...]]] = {
     1: _SINGLE
     | {
         "modulation.lin": ("norm.linear",),
@@ -53,7 +53,7 @@ _SINGLES = {
     },
     2: _SINGLE | {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
 }
-_OUTSIDES = {
+_OUTSIDES: dict[int, dict[str, tuple[str, ...]]] = {
     1: _OUTSIDE
     | {
         "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),

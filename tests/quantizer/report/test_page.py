@@ -19,6 +19,7 @@ from ternary_flux.tests import builders
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
 
 
+@pytest.mark.slow
 def test_a_page_with_everything(tmp_path, capsys):
     builders.write_flux(tmp_path / "tiny.safetensors", ARCH)
     builders.write_conditioning(tmp_path / "cond.safetensors", ARCH)
@@ -55,6 +56,7 @@ def vae(tmp_path, monkeypatch):
     return tmp_path / "vae.safetensors"
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_vae(vae):
     latents = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     found = vae_decoder(vae, ARCH)(latents)
