@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from ..files.checkpoint import open_checkpoint
     from ..rounding.round import round_checkpoint
 
-    check_target(args.output, 0, args.force)
+    check_target(args.output, 0, args.force, [args.source])
     arch = open_checkpoint(args.source).architecture
     weights = sum(n * k for n, k in arch.linear_shapes.values())
     with progress(weights, f"rounding {arch.name}") as bar:
