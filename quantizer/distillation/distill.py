@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..files import container
-from ..files.container import TensorFile
+from ..files.container import FormatError, TensorFile
 from ..files.ternary import TernaryFile
 from ..interrupts import whole_steps
 from ..model.flux import Flux
@@ -175,10 +175,17 @@ class Distiller:
         file = TensorFile(path)
         if file.header.metadata.get("settings") != self.fingerprint():
             raise ValueError(f"{path} comes from a run with other settings; delete it, or use those settings again")
-        progress = json.loads(file.header.metadata["progress"])
-        if self.settings.steps not in (None, progress["total"]):
-            raise ValueError(f"{path} comes from a run of {progress['total']} steps; delete it, or give that number")
-        self.step, self.total, self.used, self.log = (progress[key] for key in ("step", "total", "used", "log"))
+        damaged = FormatError(path, "its progress is damaged; delete the file and start again")
+        try:
+            progress = json.loads(file.header.metadata["progress"])
+            step, total, used, log = (progress[key] for key in ("step", "total", "used", "log"))
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise damaged from None
+        if not (isinstance(step, int) and isinstance(total, int) and isinstance(used, float) and isinstance(log, list)):
+            raise damaged
+        if self.settings.steps not in (None, total):
+            raise ValueError(f"{path} comes from a run of {total} steps; delete it, or give that number")
+        self.step, self.total, self.used, self.log = step, total, used, log
         adam = {}
         with torch.no_grad():
             for key in file.entries:

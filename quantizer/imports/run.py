@@ -1,10 +1,12 @@
 """Import a ternary model made elsewhere: one Linear at a time, nothing rounded."""
 
+import contextlib
 import hashlib
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import reduce
@@ -151,8 +153,7 @@ def import_model(
         len(dense),
         sum(path.stat().st_size for path in source.files),
     )
-    with ThreadPoolExecutor(1) as hasher:
-        digest = hasher.submit(_sha256, source.files)
+    with _hashing(source.files) as digest:
         with create_ternary(target, layers, dense, _metadata(source, packing), 0, overwrite) as writer:
             for name in dense:
                 writer.dense(name, _dense(source, name))
@@ -163,7 +164,7 @@ def import_model(
                     summary.scale_errors[name] = weight.with_integer_groups()[1]
                     writer.layer(name, weight)
                     tensors.release()
-            writer.metadata["ternary.source_sha256"] = digest.result()
+            writer.metadata["ternary.source_sha256"] = digest()
     summary.target_bytes, summary.seconds = os.path.getsize(target), time.monotonic() - started
     return summary
 
@@ -174,14 +175,27 @@ def _metadata(source: Source, packing: str) -> dict[str, str]:
     return metadata.build(source.architecture, source.path, theirs, METHOD, settings, {})
 
 
-def _sha256(files: Iterable[Path]) -> str:
-    """Of the source's bytes, shards one after another."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-    return digest.hexdigest()
+@contextlib.contextmanager
+def _hashing(files: Iterable[Path]) -> Iterator[Callable[[], str]]:
+    """Computes the sha256 of the files' bytes, one after another, meanwhile; what it gives waits for the result.
+
+    The thread ends with the block, whether it is done or not.
+    """
+    ended = threading.Event()
+
+    def compute() -> str:
+        digest = hashlib.sha256()
+        for path in files:
+            with open(path, "rb") as file:
+                while not ended.is_set() and (data := file.read(1 << 20)):
+                    digest.update(data)
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(compute).result
+        finally:
+            ended.set()
 
 
 def _common(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -77,6 +77,7 @@ def round_checkpoint(
     ) as writer:
         one_pass = _Pass(checkpoint, writer, method, on_progress)
         one_pass.run()
+        checkpoint.check_unchanged()
         errors = {name: one_pass.errors[name] for name in layers}
         writer.metadata.update(header(errors, sha256=one_pass.digest.hexdigest()))
     weights = sum(n * k for n, k in arch.linear_shapes.values())

@@ -4,6 +4,7 @@ Tensors are torch's FakeTensors: shapes, dtypes and devices, without values. A r
 models have one or two of each kind.
 """
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from ternary_flux.quantizer.model.ternary_linear import TernaryLinear
 from ternary_flux.quantizer.pictures.pool import Pool
 from ternary_flux.quantizer.pictures.states import Batch
 from ternary_flux.quantizer.pipeline.budget import Plan, settings_for, training_memory
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from . import stand_in
 
@@ -68,8 +69,30 @@ def test_the_teacher(arch, tmp_path):
     assert 0.6 * planned < memory.peak - whole <= planned
 
 
-def ternary(way: Plan, device: str):
-    """Makes a Linear as training has it, without values."""
+@MODELS
+def test_calibration_of_a_block(arch, tmp_path):
+    checkpoint = open_checkpoint(stand_in.sparse_checkpoint(tmp_path / "dense.safetensors", arch))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), stand_in.PeakMemory("cuda") as memory:
+        teacher = Teacher(checkpoint, "cuda", placement=Placement(False, 0))
+        stem = memory.now
+        img, txt = (torch.empty(2, 2, count, arch.hidden, dtype=torch.bfloat16) for count in (IMAGE, TEXT))
+        vec = torch.empty(2, arch.hidden, dtype=torch.bfloat16, device="cuda")
+        streams = Streams.__new__(Streams)
+        streams.teacher, streams.batch, streams.vectors = teacher, 1, vec.repeat(512, 1)
+        streams.groups = [TokenFile(img, txt, vec, (64, 64))]
+        for _, block in teacher.blocks():
+            student = deepcopy(block)
+            for stage in block.stages:
+                for moments in streams.moments(block, student, stage).values():
+                    assert moments.second.device.type == "cuda"
+            with pytest.raises(DataDependentOutputException):  # the drift, once for all states
+                streams.advance(block, student)
+            del student, block, moments
+    assert memory.peak - stem <= calibration_memory(arch, TOKENS, 2)
+
+
+def distiller(arch: Architecture, way: Plan, device: str, monkeypatch) -> distill.Distiller:
+    """A run that is about to begin, without values."""
 
     def linear(inputs: int, outputs: int, bias: bool) -> TernaryLinear:
         shape, groups = (outputs, inputs), groups_of(inputs)
@@ -83,7 +106,27 @@ def ternary(way: Plan, device: str):
             layer.train_codes(torch.empty(shape, device=device), torch.bfloat16 if way.eight_bit else torch.float32)
         return layer
 
-    return linear
+    def rates(model, _) -> dict[str, float]:
+        return {name: 1e-3 for name, _ in model.named_parameters()}
+
+    monkeypatch.setattr(distill, "learning_rates", rates)
+    pool = SimpleNamespace(power=lambda: torch.empty(10), bin=Pool.bin)
+    with torch.device(device):
+        model = Flux(arch, linear)
+    return distill.Distiller(model, SimpleNamespace(dense={}), pool, None, settings_for(way, steps=100))
+
+
+def batch(arch: Architecture, device: str) -> Batch:
+    given = inputs(arch)
+    return Batch(given, torch.empty(1, arch.out_channels, *given.latent.shape[2:])).to(device)
+
+
+@MODELS
+def test_the_forward_pass_of_training(arch, monkeypatch):
+    way = Plan(False, True, True, True, 1, torch.bfloat16)
+    with FakeTensorMode():
+        run = distiller(arch, way, "cuda", monkeypatch)
+        assert run.loss(batch(arch, "cuda")).device.type == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -97,16 +140,10 @@ def ternary(way: Plan, device: str):
 )
 def test_a_training_step(arch, way, monkeypatch):
     """On a device called "cpu": without a driver torch has no backward pass for cuda."""
-    monkeypatch.setattr(distill, "learning_rates", lambda model, rates: {n: 1e-3 for n, _ in model.named_parameters()})
-    pool = SimpleNamespace(power=lambda: torch.empty(10), bin=Pool.bin)
     with FakeTensorMode(), stand_in.PeakMemory("cpu") as memory:
-        model = Flux(arch, ternary(way, "cpu"))
-        distiller = distill.Distiller(model, SimpleNamespace(dense={}), pool, None, settings_for(way, steps=100))
-        given = inputs(arch)
-        velocity = torch.empty(1, arch.out_channels, *given.latent.shape[2:])
+        run, given = distiller(arch, way, "cpu", monkeypatch), batch(arch, "cpu")
         memory.peak = memory.now
-        loss = distiller.learn([Batch(given, velocity)])
-        assert loss.shape == ()
-    in_main_memory = sum(value.nbytes for value in distiller.best.values())
+        run.learn([given])
+    in_main_memory = sum(value.nbytes for value in run.best.values())
     planned = training_memory(arch, TOKENS, way)
     assert 0.7 * planned < memory.peak - in_main_memory <= planned

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from ternary_flux.quantizer import cli
-from ternary_flux.quantizer.files.advice import quoted
+from ternary_flux.quantizer.files.advice import model_name, quoted
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.container import FormatError
 from ternary_flux.quantizer.files.identity import find_prefix, identify
@@ -268,6 +268,15 @@ def test_a_packed_model_is_offered_its_import(tmp_path, key):
     assert cli.parse(shlex.split(str(error.value).partition("python -m quantizer ")[2])).source == folder.parent
     for path in (folder, folder / "diffusion_pytorch_model.safetensors"):
         assert cli.parse(shlex.split(identify(path).sentence.partition("python -m quantizer ")[2])).source == path
+
+
+def test_names_for_what_is_made_of_a_path(tmp_path):
+    folder = tmp_path / "FLUX.1-dev" / "transformer"
+    folder.mkdir(parents=True)
+    part, index = "diffusion_pytorch_model-00001-of-00003.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+    for path in (folder.parent, folder, folder / part, folder / index, folder.parent / "model_index.json"):
+        assert model_name(path) == "FLUX.1-dev"
+    assert model_name(tmp_path / "flux1-dev-Q4_0.gguf") == "flux1-dev-Q4_0"
 
 
 def test_paths_are_quoted(tmp_path):
