@@ -111,3 +111,14 @@ def test_links_lead_somewhere(page):
             target = folder / path if path else _pack.ROOT / page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def test_the_commands_of_the_sources_parse():
+    """README's table of what a FLUX may be, one command each."""
+    from ternary_flux.quantizer import cli
+
+    commands = re.findall(r"^\| .+ \| `python -m quantizer (.+)` \|$", text("README.md"), re.MULTILINE)
+    assert len(commands) == 8
+    for command in commands:
+        arguments = cli.parse(command.split())
+        assert arguments.source and arguments.output

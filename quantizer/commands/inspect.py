@@ -22,5 +22,10 @@ def run(args: argparse.Namespace) -> None:
     from ..files.summary import summarize
 
     with Bars() as bars:
-        lines = summarize(args.file, args.layers, lambda done, total: bars.show("bytes checked", done, total))
+
+        def show(done: int, total: int) -> None:
+            if total > 1e9:
+                bars.show("bytes checked", done, total)
+
+        lines = summarize(args.file, args.layers, show)
     say(*lines)

@@ -86,12 +86,13 @@ def add_output(parser: argparse.ArgumentParser, ending: str, metavar: str = "OUT
 def choose_output(args: argparse.Namespace, source: Path) -> Path:
     """`-o`, or a file named after `source` in ComfyUI's folder; ValueError where there is neither."""
     from ..comfyui import output_folder
+    from ..files.advice import model_name
 
     if args.output is None:
         folder = output_folder()
         if folder is None:
             raise ValueError("give -o OUT, the file to write (ComfyUI's folder of models was not found)")
-        args.output = folder / f"{source.stem}{args.ending}.safetensors"
+        args.output = folder / f"{model_name(source)}{args.ending}.safetensors"
     return args.output
 
 

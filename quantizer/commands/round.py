@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from ..rounding.round import round_checkpoint
 
     target = options.choose_output(args, args.source)
-    check_target(target, 0, args.force)
+    check_target(target, 0, args.force, [args.source])
     arch = open_checkpoint(args.source).architecture
     weights = sum(n * k for n, k in arch.linear_shapes.values())
     with hold(target), progress(weights, f"rounding {arch.name}") as bar:

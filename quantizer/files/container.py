@@ -55,8 +55,9 @@ _ALIGNMENT = 64
 _CHECKSUMS = "ternary.crc32"  # the metadata's key
 _FOREIGN = {
     b"GGUF": "a GGUF file",
-    b"PK\x03\x04": "a PyTorch checkpoint (a zip of pickles)",
-    b"\x80\x02": "a PyTorch checkpoint (a pickle)",
+    b"PK\x03\x04": "a PyTorch checkpoint (a zip of pickles), which can run code when it is loaded",
+    b"\x80\x02": "a PyTorch checkpoint (a pickle), which can run code when it is loaded",
+    b"\x80\x04": "a PyTorch checkpoint (a pickle), which can run code when it is loaded",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: download the file",
     b"<!": "a web page: the download failed",
     b"<h": "a web page: the download failed",

@@ -5,12 +5,11 @@ A whole FLUX transformer is recognised by its own keys; whatever else lies in th
 
 import importlib.util
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from .advice import command
 from .architecture import Architecture, canonical, detect
 from .container import TensorFile
 from .sources.encodings import Encoding, encoding_of, stated_format, stated_layers
@@ -53,22 +52,6 @@ class Identity:
     @property
     def sentence(self) -> str:
         return f"{self.what}. {self.remedy}"
-
-
-def command(name: str, path: Path, ending: str, *more: str) -> str:
-    """A command line that makes `path` into a file beside it."""
-    path = path.absolute()
-    stem = path.name if path.is_dir() else path.stem
-    target = path.with_name(f"{stem}{ending}.safetensors")
-    return " ".join(("python -m quantizer", name, quoted(path), "-o", quoted(target), *more))
-
-
-def quoted(path: Path) -> str:
-    """A path as a shell takes it, always in quotes."""
-    text = str(path)
-    if os.name == "nt" or not any(character in text for character in '"$`\\!'):
-        return f'"{text}"'
-    return shlex.quote(text)
 
 
 def identify(source: Source | TensorFile | str | os.PathLike) -> Identity:
@@ -193,6 +176,9 @@ def _quantized(source: Source) -> Identity | None:
     model = "a FLUX" if flux else "a model"
     for what, ends, remedy in _FORMATS:
         if any(key.endswith(ends) for key in source.entries):
+            if remedy is _IMPORT:
+                remedy = f"If it is ternary, this imports it: {command('import', source.path, '-1.58bit')}"
+                return Identity("quantized", f"this is {model} in {what}", remedy)
             return Identity("quantized", f"this is {model} in {what}", f"{remedy}. {_ORIGINAL}")
     for file in source.files:
         layers = stated_layers(file)
@@ -211,6 +197,7 @@ _STATED = {
     "convrot_w4a4": "4 bits in a rotated basis (ConvRot)",
     "int8_tensorwise with convrot": "8 bits in a rotated basis (ConvRot)",
 }
+_IMPORT = "import"  # in the place of a remedy
 _FORMATS = (
     (
         "bitsandbytes' 4 bits (NF4 or FP4)",
@@ -229,11 +216,8 @@ _FORMATS = (
         "Load it with the nodes of OrbitQuant",
     ),
     ("optimum-quanto's format", (".weight._data", ".weight._scale"), "Load it with optimum-quanto"),
-    (
-        "the format of gemlite or HQQ",
-        (".W_q",),
-        "If it is ternary, `python -m quantizer import` takes the folder that it was downloaded as",
-    ),
+    ("gemlite's or HQQ's packing", (".W_q",), _IMPORT),
+    ("MLX's packing", (".biases",), _IMPORT),
     ("GPTQ's or AWQ's format", (".qweight", ".qzeros"), "Load it with the library that made it"),
     ("NVFP4 (4 bits)", (".weight_scale_2",), "Load it with the node Load Diffusion Model"),
 )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..advice import command
 from ..container import FormatError
 
 SUFFIXES = (".safetensors", ".sft", ".gguf")
@@ -50,13 +51,18 @@ def _in_folder(folder: Path) -> Location:
     name = folder.absolute().name
     if (folder / "transformer").is_dir():
         return Location(folder, _in_folder(folder / "transformer").files, name)
+    if packed := sorted(each.name for each in folder.glob("transformer-*") if each.is_dir()):
+        problem = f"this folder holds a transformer in a packing of its own ({_listed(packed)})"
+        raise FormatError(
+            folder, f"{problem}. If it is ternary, this imports it: {command('import', folder, '-1.58bit')}"
+        )
     if (folder / "model_index.json").is_file():
         model = _json(folder / "model_index.json").get("_class_name")
-        elsewhere = sorted(each.name for each in folder.glob("transformer*") if each.is_dir())
-        beside = f", only {', '.join(elsewhere)}" if elsewhere else ""
-        problem = f"this is a diffusers pipeline ({model}) without a folder transformer{beside}"
-        remedy = f"give the folder {elsewhere[0]}" if elsewhere else "give one of FLUX.1 or FLUX.2"
-        raise FormatError(folder, f"{problem}; {remedy}")
+        problem = f"this is a diffusers pipeline ({model}) without a folder transformer"
+        raise FormatError(folder, f"{problem}; give one of FLUX.1 or FLUX.2")
+    snapshots = [each for each in folder.glob("snapshots/*") if each.is_dir()]
+    if len(snapshots) == 1:  # a model in the cache of the Hugging Face hub
+        return Location(folder, _in_folder(snapshots[0]).files, name)
     if (folder / "config.json").is_file():
         model = _json(folder / "config.json").get("_class_name")
         if isinstance(model, str) and model not in _TRANSFORMERS:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from ternary_flux.quantizer import cli
+from ternary_flux.quantizer.files.advice import model_name, quoted
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.container import FormatError
-from ternary_flux.quantizer.files.identity import find_prefix, identify, quoted
+from ternary_flux.quantizer.files.identity import find_prefix, identify
 from ternary_flux.quantizer.files.summary import summarize
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.rounding.round import round_checkpoint
@@ -256,6 +257,28 @@ def test_the_command_for_a_ternary_file_runs(tmp_path):
     assert (tmp_path / "it is-dense.safetensors").is_file()
 
 
+@pytest.mark.parametrize("key", ["W_q", "biases"])
+def test_a_packed_model_is_offered_its_import(tmp_path, key):
+    """A folder as it is downloaded, the folder and the file of its transformer."""
+    folder = tmp_path / "bonsai" / "transformer-packed"
+    folder.mkdir(parents=True)
+    save_file(tensors("x_embedder.weight", f"{THEIRS}.{key}"), folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(FormatError, match="packing of its own.*quantizer import ") as error:
+        identify(folder.parent)
+    assert cli.parse(shlex.split(str(error.value).partition("python -m quantizer ")[2])).source == folder.parent
+    for path in (folder, folder / "diffusion_pytorch_model.safetensors"):
+        assert cli.parse(shlex.split(identify(path).sentence.partition("python -m quantizer ")[2])).source == path
+
+
+def test_names_for_what_is_made_of_a_path(tmp_path):
+    folder = tmp_path / "FLUX.1-dev" / "transformer"
+    folder.mkdir(parents=True)
+    part, index = "diffusion_pytorch_model-00001-of-00003.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+    for path in (folder.parent, folder, folder / part, folder / index, folder.parent / "model_index.json"):
+        assert model_name(path) == "FLUX.1-dev"
+    assert model_name(tmp_path / "flux1-dev-Q4_0.gguf") == "flux1-dev-Q4_0"
+
+
 def test_paths_are_quoted(tmp_path):
     assert quoted(tmp_path / "a b") == f'"{tmp_path / "a b"}"'
     assert shlex.split(quoted(tmp_path / '$a"b`')) == [str(tmp_path / '$a"b`')]
@@ -298,11 +321,12 @@ def test_other_parts_of_a_ternary_file_are_left_alone(tmp_path):
     round_checkpoint(synthetic.write(tmp_path / "dense.safetensors"), tmp_path / "t.safetensors")
     file = open_ternary(tmp_path / "t.safetensors")
     state = {key: file.file.tensor(key).clone() for key in file.file.entries}
-    save_file(state | EXTRAS, tmp_path / "more.safetensors")
+    extras = {key: tensor for key, tensor in EXTRAS.items() if not key.endswith("num_batches_tracked")}  # a part of it?
+    save_file(state | extras, tmp_path / "more.safetensors")
     more = open_ternary(tmp_path / "more.safetensors")
-    assert more.ignored == len(EXTRAS) and more.keys == state.keys() and more.dense.keys() == file.dense.keys()
+    assert more.ignored == len(extras) and more.keys == state.keys() and more.dense.keys() == file.dense.keys()
     assert more.layers.keys() == file.layers.keys()
-    assert f"{len(EXTRAS)} other tensors" in "\n".join(summarize(tmp_path / "more.safetensors"))
+    assert f"{len(extras)} other tensors" in "\n".join(summarize(tmp_path / "more.safetensors"))
 
 
 def test_find_prefix():

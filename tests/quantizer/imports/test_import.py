@@ -349,7 +349,7 @@ def test_paths_that_are_no_model(roots, model, tmp_path, capsys):
 
     (tmp_path / "empty").mkdir()
     assert "holds no transformer" in mistake(tmp_path / "empty")
-    assert "none.safetensors: No such file or directory" in mistake(tmp_path / "none.safetensors")
+    assert "none.safetensors: No such file" in mistake(tmp_path / "none.safetensors")
     both = tmp_path / "both"
     for packaging in ("mlx-2bit", "gemlite-2bit"):
         shutil.copytree(roots[packaging], both, dirs_exist_ok=True)

@@ -220,6 +220,11 @@ def test_a_folder_with_one_file(tmp_path):
     assert set(open_checkpoint(tmp_path / "model").names) == synthetic.FLUX1.shapes.keys()
 
 
+def test_the_hubs_cache(tmp_path):
+    foreign.pipeline(foreign.diffusers(synthetic.tensors()), tmp_path / "models--x--y" / "snapshots" / "a1b2", "Flux")
+    assert open_checkpoint(tmp_path / "models--x--y").name == "models--x--y"
+
+
 def test_a_variant_with_its_own_index(tmp_path):
     state = synthetic.tensors()
     foreign.shards(foreign.diffusers(state), tmp_path, stem="diffusion_pytorch_model.bf16")
