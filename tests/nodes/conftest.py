@@ -68,7 +68,8 @@ def mixed(path, tmp_path_factory):
     """The tiny file with one Linear in ComfyUI's int8 format, as the quantizer's mixed profile writes it."""
     state = dict(load_file(path))
     weight = tiny.dense_twin(path)[f"{adapters.QKV}.weight"]
-    del state[f"{adapters.QKV}.weight_group"], state[f"{adapters.QKV}.weight_column"]
+    for part in ("weight_group", "weight_column"):  # every second Linear has columns
+        state.pop(f"{adapters.QKV}.{part}", None)
     scale = weight.abs().amax(1, keepdim=True) / 127
     state[f"{adapters.QKV}.weight"] = (weight / scale).round().to(torch.int8)
     state[f"{adapters.QKV}.weight_scale"] = scale
