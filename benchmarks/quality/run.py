@@ -1,8 +1,8 @@
 """Quality on the miniature: `python -m benchmarks.quality [--quick]` compares ways to make it ternary.
 
 Every model paints the same held-out compositions from the same noise, and an exact checker judges the pictures. With
-`--stressed` the stages are compared on models that compute the same with channels of very different size (`stress`).
-The miniature shows that the pipeline works and ranks recipes; it does not measure FLUX's own quality. Results go to
+`--stressed` the stages run on models that compute the same with channels of very different size (`stress`). The
+miniature shows that the pipeline works and ranks recipes; it does not measure FLUX's own quality. Results go to
 benchmarks/results/quality.json and docs/quality.png. A run that is interrupted goes on where it stopped.
 """
 

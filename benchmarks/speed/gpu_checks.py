@@ -19,11 +19,13 @@ from torch import Tensor
 CUDA = torch.device("cuda")
 SHAPES = [(1, 384, 1100), (7, 3072, 3072), (16, 18432, 3072), (33, 200, 300), (64, 3072, 12288), (65, 3072, 3072),
           (300, 1000, 4096), (1025, 3072, 15360), (4608, 3072, 3072)]  # fmt: skip
-FORMS = [("row", 0, 1), ("integer", 0, 1), ("float", 0, 1), ("integer", 16, 1), ("integer", 0, 2), ("row", 5, 2)]
+# scales, rank, terms, column scales
+FORMS = [("row", 0, 1, False), ("integer", 0, 1, False), ("float", 0, 1, False), ("integer", 16, 1, False),
+         ("integer", 0, 2, False), ("row", 5, 2, False), ("integer", 0, 1, True), ("integer", 16, 2, True)]  # fmt: skip
 BOUNDS = {"full": 1e-2, "int8": 2e-3, "e4m3": 1e-2}
 
 
-def random_weight(n: int, k: int, scales: str, rank: int, terms: int) -> TernaryWeight:
+def random_weight(n: int, k: int, scales: str, rank: int, terms: int, columns: bool) -> TernaryWeight:
     groups = terms * -(-k // 128)
     codes = torch.randint(-1, 2, (n, terms * k), dtype=torch.int8, device=CUDA)
     row, group = torch.rand(n, device=CUDA) * 0.01 + 1e-3, None
@@ -33,16 +35,18 @@ def random_weight(n: int, k: int, scales: str, rank: int, terms: int) -> Ternary
         row = (torch.rand(groups, n, device=CUDA) * 0.01 + 1e-3).to(torch.bfloat16)
     down = (torch.randn(rank, k, device=CUDA) * 0.1).bfloat16() if rank else None
     up = (torch.randn(n, rank, device=CUDA) * 0.1).bfloat16() if rank else None
-    return TernaryWeight.from_codes(codes, row, group, down, up, terms)
+    column = (torch.randn(k, device=CUDA) * 0.7).exp().bfloat16() if columns else None
+    return TernaryWeight.from_codes(codes, row, group, down, up, terms, column)
 
 
-def quantized(x: Tensor, activations: str) -> Tensor:
-    """The activations that an 8-bit kernel sees, float64."""
+def quantized(x: Tensor, activations: str, column: Tensor | None) -> Tensor:
+    """The activations that an 8-bit kernel sees, float64, without their column scales."""
     from ternary_flux.ops.backends.triton.quantize_rows import quantize_rows
 
     dtype = torch.int8 if activations == "int8" else torch.float8_e4m3fn
-    codes, scale = quantize_rows(x, -(-x.shape[1] // 128) * 128, dtype)
-    return codes[:, : x.shape[1]].double() * scale.double()[:, None]
+    codes, scale = quantize_rows(x, -(-x.shape[1] // 128) * 128, dtype, column)
+    seen = codes[:, : x.shape[1]].double() * scale.double()[:, None]
+    return seen if column is None else seen / column.double()
 
 
 def kernels() -> list[dict]:
@@ -52,19 +56,19 @@ def kernels() -> list[dict]:
 
     print(f"triton: {triton.unavailable(CUDA) or 'available'}; {configs.chip(CUDA)}", flush=True)
     rows = []
-    for (m, n, k), (scales, rank, terms) in itertools.product(SHAPES, FORMS):
-        weight = random_weight(n, k, scales, rank, terms)
+    for (m, n, k), (scales, rank, terms, columns) in itertools.product(SHAPES, FORMS):
+        weight = random_weight(n, k, scales, rank, terms, columns)
         low_rank = 0.0 if weight.up is None else weight.up.double() @ weight.down.double()
         ternary = replace(weight, down=None, up=None).dequantize(torch.float32).double()
         for dtype, activations in itertools.product((torch.bfloat16, torch.float16), triton.formats(CUDA)):
             if activations == "int8" and scales == "float":
                 continue
             x, bias = torch.randn(m, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
-            row = {"m": m, "n": n, "k": k, "scales": scales, "rank": rank, "terms": terms}
+            row = {"m": m, "n": n, "k": k, "scales": scales, "rank": rank, "terms": terms, "columns": columns}
             row |= {"dtype": str(dtype).removeprefix("torch."), "activations": activations}
             try:
                 y = ternary_linear(x, weight, bias, activations, "triton")
-                seen = x.double() if activations == "full" else quantized(x, activations)
+                seen = x.double() if activations == "full" else quantized(x, activations, weight.column)
                 expected = seen @ ternary.t() + bias.double()
                 if rank:
                     expected += x.double() @ low_rank.t()

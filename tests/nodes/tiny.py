@@ -69,7 +69,7 @@ def write(
         del dense[f"{name}.weight"]
     layers = {}
     for i, (name, shape) in enumerate(arch.linear_shapes.items()):
-        scaled = i % 2 == 1 if columns == "half" else columns
+        scaled = i % 2 == 0 if columns == "half" else columns
         layers[f"{prefix}{name}"] = ternary_weight(shape, g, columns=scaled, **weights)
     plans = {name: LayerPlan.of(weight, packing) for name, weight in layers.items()}
     specs = {f"{prefix}{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
