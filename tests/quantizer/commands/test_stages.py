@@ -59,6 +59,7 @@ def test_distill_keeps_the_factors_and_the_source(distilled):
     assert all(file.weight(name).up.shape[1] == 2 for name in file.layers)
 
 
+@pytest.mark.slow
 def test_distill_adds_no_factors_to_calibrated_codes(folder, capsys):
     plain = folder / "plain.safetensors"
     more = ("--pictures", 4, "--states", 16, "--sweeps", 1)
