@@ -22,17 +22,23 @@ _NAMES = {
     "comfy.model_management": (
         "get_free_memory",
         "get_torch_device",
+        "load_models_gpu",
         "minimum_inference_memory",
         "throw_exception_if_processing_interrupted",
         "unet_manual_cast",
+        "unload_all_models",
     ),
     "comfy.model_detection": ("model_config_from_unet",),
+    "comfy.sample": ("fix_empty_latent_channels", "prepare_noise", "sample_custom"),
+    "comfy.samplers": ("KSAMPLER", "SAMPLER_NAMES", "SCHEDULER_NAMES", "calculate_sigmas", "sampler_object"),
     "comfy.sd": ("load_diffusion_model_state_dict",),
     "comfy.utils": ("get_attr", "load_torch_file", "ProgressBar"),
     "comfy.lora": ("calculate_shape", "calculate_weight"),
     "comfy.weight_adapter": ("LoRAAdapter", "WeightAdapterBase"),
     "comfy.hooks": ("EnumHookMode",),
     "comfy.float": ("stochastic_rounding",),
+    "comfy.latent_formats": ("Flux", "Flux2"),
+    "latent_preview": ("prepare_callback",),
 }
 _ARGUMENTS = {
     "comfy.ops.cast_bias_weight": ("offloadable", "compute_dtype", "want_requant"),
@@ -94,6 +100,13 @@ def accepted(function, **wanted) -> dict:
     """The keyword arguments among `wanted` that this ComfyUI's `function` knows."""
     known = inspect.signature(function).parameters
     return {name: value for name, value in wanted.items() if name in known}
+
+
+def send_text(text: str, node_id: str | None) -> None:
+    """Show text on a node while it runs, where this ComfyUI can."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)
 
 
 @functools.cache

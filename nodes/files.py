@@ -15,10 +15,17 @@ EXTENSIONS = (".safetensors", ".sft")
 def names() -> list[str]:
     """Ternary files first, then the other files of the first folder."""
     first, *others = ([name for name in folder_paths.get_filename_list(f) if _offered(name)] for f in FOLDERS)
-    ternary = [name for name in first if _is_ternary(FOLDERS[0], name)]
+    ternary = [name for name in first if _is(FOLDERS[0], name, "ternary")]
     for folder, listed in zip(FOLDERS[1:], others, strict=True):
-        ternary += [name for name in listed if name not in first and _is_ternary(folder, name)]
+        ternary += [name for name in listed if name not in first and _is(folder, name, "ternary")]
     return ternary + [name for name in first if name not in set(ternary)]
+
+
+def dense_names() -> list[str]:
+    """Dense FLUX files first, then the other files of the first folder."""
+    listed = [name for name in folder_paths.get_filename_list(FOLDERS[0]) if _offered(name)]
+    dense = [name for name in listed if _is(FOLDERS[0], name, "flux")]
+    return dense + [name for name in listed if name not in set(dense)]
 
 
 def find(name: str) -> str:
@@ -40,14 +47,14 @@ def _offered(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def _is_ternary(folder: str, name: str) -> bool:
+def _is(folder: str, name: str, kind: str) -> bool:
     try:
         path = folder_paths.get_full_path(folder, name)
-        return path is not None and _header_is_ternary(path, stamp(path))
+        return path is not None and _kind(path, stamp(path)) == kind
     except (OSError, ValueError):
         return False
 
 
 @functools.lru_cache(maxsize=4096)
-def _header_is_ternary(path: str, stamp: tuple) -> bool:
-    return identify(TensorFile(path)).kind == "ternary"
+def _kind(path: str, stamp: tuple) -> str:
+    return identify(TensorFile(path)).kind

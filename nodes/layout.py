@@ -58,9 +58,12 @@ class TernaryLayout(comfy.QuantizedLayout):
         from ..quantizer.rounding.one_term import ternarize
         from ..quantizer.rounding.two_terms import two_terms
 
-        ternary = tensor if column is None else tensor / column
-        weight, _ = ternarize(ternary) if terms == 1 else two_terms(ternary)
-        weight = dataclasses.replace(weight.to(tensor.device), column=column)
+        if terms == 1:
+            weight, _ = ternarize(tensor, column=column)
+        else:
+            weight, _ = two_terms(tensor if column is None else tensor / column)
+            weight = dataclasses.replace(weight, column=column)
+        weight = weight.to(tensor.device)
         return weight.trits, cls.params(weight, tensor.dtype, activations, backend)
 
     @classmethod

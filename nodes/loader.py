@@ -1,6 +1,5 @@
 """The node "Load Ternary FLUX", and the loading behind it."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..quantizer.files.container import FormatError
 from ..quantizer.files.identity import identify
+from ..quantizer.files.metadata import stated
 from ..quantizer.files.sources.source import open_source
 from ..quantizer.files.summary import in_bytes, sizes, stated_errors
 from ..quantizer.files.ternary import TernaryFile, open_ternary
@@ -223,12 +223,9 @@ def stage(file: TernaryFile) -> str:
     """How far the conversion of a file went, and the error that it states."""
     method = file.metadata.get("ternary.method")
     name = STAGES.get(method, "the file does not say how it was made" if method is None else method)
-    try:
-        settings = json.loads(file.metadata.get("ternary.settings", "{}"))
-        velocity = settings.get("distill", {}).get("velocity_error")
-    except (ValueError, AttributeError):
-        velocity = None
-    if velocity is not None:
+    distilled = stated(file.metadata, "ternary.settings").get("distill")
+    velocity = distilled.get("velocity_error") if isinstance(distilled, dict) else None
+    if isinstance(velocity, int | float):
         return f"{name}, velocity error {velocity:.3g}"
     errors = stated_errors(file)
     return f"{name}, weight error {sum(errors.values()) / len(errors):.2f}" if errors else name

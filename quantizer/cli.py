@@ -1,19 +1,21 @@
 """The `ternary-flux` command (also `python -m quantizer`): one module for each subcommand.
 
-A command module has `add_parser(subparsers)`, which declares the arguments, and `run(args)`, which returns an exit code
-or None. Only the chosen command's module is imported. A mistake of the user (ValueError, OSError) becomes one line on
-stderr and exit code 2. A command that can be resumed says so with `set_defaults(interrupted="...")`, the end of the
-line printed after Ctrl-C.
+A command module has `add_parser(subparsers)`, which declares the arguments, `EXAMPLE`, the arguments of a call,
+`run(args)`, which returns an exit code or None, and `LIGHT` where it can run without torch. Only the chosen command's
+module is imported. A mistake of the user (ValueError, OSError) becomes one line on stderr and exit code 2. A command
+that can be resumed says so with `set_defaults(interrupted="...")`, the end of the line printed after Ctrl-C.
 
 argparse, because the pack adds no dependency to ComfyUI's where the standard library does.
 """
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
-from .interrupts import Terminated, terminable
+from .console import lenient, message, program
+from .interrupts import Terminated, at_once, terminable
 
 # command -> (module within the quantizer, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -29,47 +31,93 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": (".commands.export", "write a ternary file back as a dense checkpoint"),
     "pack": (".commands.pack", "write a ternary file in the other packing, for sharing or for loading"),
     "verify": (".commands.verify", "check every byte of a file against the checksums it carries"),
+    "doctor": (".commands.doctor", "say what this machine has, which backend it will use, and what to install"),
 }
+MISTAKE = 2
 INTERRUPTED = 130
 TERMINATED = 143
+_HEAVY = ("torch", "safetensors", "tqdm")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake, 130 for Ctrl-C, 143 for SIGTERM."""
-    args = parse(argv)
-    try:
-        with terminable():
-            return args.run(args) or 0
-    except KeyboardInterrupt as interrupt:
-        print(f"\n{args.command}: stopped; {args.interrupted}", file=sys.stderr)
-        return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
-    except (ValueError, OSError) as error:
-        print(f"{args.command}: {_one_line(error)}", file=sys.stderr)
-        return 2
+    name, interrupted = _chosen(argv) or program(), ""
+    with lenient():
+        try:
+            with at_once(f"{name}: stopped; nothing was written"):
+                args = parse(argv)
+                if args is None:
+                    return 0
+                interrupted = args.interrupted
+                for module in () if args.light else _HEAVY:
+                    importlib.import_module(module)
+            with terminable():
+                return args.run(args) or 0
+        except KeyboardInterrupt as interrupt:
+            print(f"\n{name}: stopped; {interrupted}", file=sys.stderr)
+            return 128 + interrupt.number if isinstance(interrupt, Terminated) else INTERRUPTED
+        except (ValueError, OSError, OverflowError, RecursionError, MemoryError) as error:
+            print(f"{name}: {message(error)}", file=sys.stderr)
+            return MISTAKE
+        except ModuleNotFoundError as error:
+            remedy = f"use the Python that ComfyUI runs in ({program()} doctor says more)"
+            print(f"{name}: {error.name} is not installed in {sys.executable}; {remedy}", file=sys.stderr)
+            return MISTAKE
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            print(f"{name}: not enough memory: {message(error).split('. ')[0]}", file=sys.stderr)
+            return MISTAKE
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line, importing the module of the command that it names."""
-    parser = argparse.ArgumentParser(prog="ternary-flux", description="FLUX with 1.58-bit weights.")
+def _chosen(argv: Sequence[str]) -> str | None:
+    return next((argument for argument in argv if argument in COMMANDS), None)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace | None:
+    """Parse the command line, importing the module of the command that it names; None after help without a command."""
+    parser = argparse.ArgumentParser(prog=program(), description="FLUX with 1.58-bit weights.")
+    parser.add_argument("--version", action="store_true", help="print the version")
     parser.set_defaults(interrupted="nothing was written")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    chosen = next((argument for argument in argv if not argument.startswith("-")), None)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    chosen = _chosen(argv)
     for name, (module, summary) in COMMANDS.items():
         if name == chosen:
             command = importlib.import_module(module, __package__)
             command.add_parser(subparsers)
-            parser.set_defaults(run=command.run)
+            subparser = subparsers.choices[name]
+            subparser.formatter_class = _Help
+            subparser.epilog = f"Example:\n  {subparser.prog} {command.EXAMPLE}"
+            parser.set_defaults(run=command.run, light=getattr(command, "LIGHT", False))
         else:
             subparsers.add_parser(name, help=summary)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.version:
+        from .version import version
+
+        print(f"ternary-flux {version()}")
+        return None
+    if args.command is None:
+        parser.print_help()
+        return None
+    return args
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+class _Help(argparse.HelpFormatter):
+    """Leaves the example as it is, to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("Example:") else super()._fill_text(text, width, indent)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -1,48 +1,75 @@
-"""Ctrl-C and SIGTERM: unwound alike, and held back while something must not be left half done."""
+"""Ctrl-C, SIGTERM and SIGHUP: unwound alike, and held back while something must not be left half done."""
 
 import contextlib
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+_ENDING = ("SIGTERM", "SIGHUP", "SIGBREAK")  # of which a system has some
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, unwound like Ctrl-C so that temporary files are removed."""
+    """A signal that ends the process, unwound like Ctrl-C so that temporary files are removed."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 @contextlib.contextmanager
-def terminable():
-    def terminate(*_):
-        raise Terminated
-
-    try:
-        previous = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread
-        yield
-        return
+def _handled(names: Iterable[str], handler: Callable) -> Iterator[None]:
+    """The handler for those of these signals that this process does not ignore (as under nohup)."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    previous = {}
+    with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
+        for number in numbers:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def at_once(message: str):
+    """End the process at once, with this message, on a signal: where there is nothing to unwind yet.
+
+    Libraries that are being imported turn KeyboardInterrupt into errors of many kinds.
+    """
+
+    def end(number: int, _) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{message}\n".encode())
+        os._exit(128 + number)
+
+    return _handled(("SIGINT", *_ENDING), end)
+
+
+def terminable():
+    """Raise Terminated on SIGTERM and SIGHUP; further ones do not disturb the unwinding."""
+
+    def terminate(number: int, _) -> None:
+        for name in _ENDING:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        raise Terminated(number)
+
+    return _handled(_ENDING, terminate)
 
 
 @contextlib.contextmanager
 def whole_steps() -> Iterator[Callable[[], bool]]:
-    """Hold back Ctrl-C and SIGTERM, so that a step is never half done; the function given says whether one came.
+    """Hold back Ctrl-C, SIGTERM and SIGHUP, so that no step is half done; the function given says whether one came.
 
     A second signal acts at once.
     """
-    came, previous = [], {}
+    came = []
 
-    def note(number: int, frame) -> None:
+    def note(number: int, _) -> None:
         if came:
             raise KeyboardInterrupt
         came.append(number)
 
-    with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    try:
+    with _handled(("SIGINT", *_ENDING), note):
         yield lambda: bool(came)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -24,12 +24,10 @@ FLOORS = (
     {"report"},
     {"commands"},
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | {
-    "console": -1,
-    "interrupts": -1,
-    "threads": -1,
-}
-DOORS = {"files", "rounding"}  # the rooms that nodes may enter
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | dict.fromkeys(
+    ("comfyui", "console", "interrupts", "threads", "version"), -1
+)
+DOORS = {"files", "rounding", "pictures"}  # the rooms that nodes may enter; conversions run as the command
 
 
 def imported(tree: ast.AST, module_level_only: bool):

@@ -27,17 +27,18 @@ if TYPE_CHECKING:
     from .text import TextEncoder
 
 __all__ = [
-    "AUTOENCODER", "CATEGORIES", "LATENT_SHAPE", "NODE_PACK", "TEXT_ENCODER", "TRANSFORMER",
+    "AUTOENCODER", "CATEGORIES", "LATENT_SHAPE", "STOCK_AUTOENCODER", "TERNARY", "TEXT_ENCODER", "TRANSFORMER",
     "Found", "Result", "check", "decode", "encode_prompts", "load_autoencoder", "load_text_encoder", "load_transformer",
     "prompts", "sample", "write_conditioning", "write_stock_autoencoder",
 ]  # fmt: skip
 
 _WEIGHTS = Path(__file__).parent / "weights"
 TRANSFORMER = _WEIGHTS / "flux-miniature.safetensors"  # bf16, BFL's names: ComfyUI reads it as FLUX.1-schnell
+TERNARY = _WEIGHTS / "flux-miniature-1.58bit.safetensors"  # of TRANSFORMER, by `convert`
 AUTOENCODER = _WEIGHTS / "autoencoder.safetensors"  # compact; `write_stock_autoencoder` writes what ComfyUI reads
 TEXT_ENCODER = _WEIGHTS / "text-encoder.safetensors"
 LATENT_SHAPE = (16, 8, 8)  # of the 64-pixel pictures that the trained weights paint
-NODE_PACK = Path(__file__).parent / "comfyui_node"  # to be linked into ComfyUI's custom_nodes
+STOCK_AUTOENCODER = "miniature-vae.safetensors"  # its name in ComfyUI's models/vae
 
 
 def load_transformer(path: Path = TRANSFORMER, device: str | torch.device = "cpu") -> "Flux":

@@ -117,15 +117,15 @@ def row(name: str, file: Path) -> Row:
 
 
 def server(base: Path, rows: list[Row]) -> comfyui.Server:
-    """A ComfyUI with the pack, the miniature's text encoder node, and links to the models."""
+    """A ComfyUI with the pack and links to the models."""
     links = {f"diffusion_models/{row.file.name}": row.file for row in rows}
     for name, file in links.items():
         link = base / "models" / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(file.resolve())
-    miniature.write_stock_autoencoder(base / "models" / "vae" / "miniature-vae.safetensors")
-    return comfyui.Server(base, {"comfyui-ternary-flux": PACK, "miniature-text-encoder": miniature.NODE_PACK})
+    miniature.write_stock_autoencoder(base / "models" / "vae" / miniature.STOCK_AUTOENCODER)
+    return comfyui.Server(base, {"comfyui-ternary-flux": PACK})
 
 
 def sample(host: comfyui.Server, row: Row, prompt: str, seed: int) -> list[np.ndarray]:

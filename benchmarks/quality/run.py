@@ -1,7 +1,8 @@
 """Quality on the miniature: `python -m benchmarks.quality [--quick]` compares ways to make it ternary.
 
-Every model paints the same held-out compositions from the same noise, and an exact checker judges the pictures. The
-miniature shows that the pipeline works and ranks recipes; it does not measure FLUX's own quality. Results go to
+Every model paints the same held-out compositions from the same noise, and an exact checker judges the pictures. With
+`--stressed` the stages are compared on models that compute the same with channels of very different size (`stress`).
+The miniature shows that the pipeline works and ranks recipes; it does not measure FLUX's own quality. Results go to
 benchmarks/results/quality.json and docs/quality.png. A run that is interrupted goes on where it stopped.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ternary_flux.benchmarks.quality import chart
+from ternary_flux.benchmarks.quality import chart, stress
 from ternary_flux.benchmarks.quality.models import dense_of, round_to_bits
 from ternary_flux.benchmarks.quality.scores import Scores, Stage, evaluate
 from ternary_flux.quantizer.calibration import calibrate
@@ -54,6 +55,7 @@ class Trained:
     held_out: HeldOut
 
 
+STAGES = ("original, bf16", "ternary, least squares", "calibrated", "distilled: codes")  # that are stressed
 FULL = Scale(prompts=16, seeds=8, pictures=3072, states=36864, steps=1800, calibration_states=4096)
 QUICK = Scale(prompts=6, seeds=4, pictures=192, states=2304, steps=80, calibration_states=128)
 
@@ -61,6 +63,7 @@ QUICK = Scale(prompts=6, seeds=4, pictures=192, states=2304, steps=80, calibrati
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the same recipes with less data and fewer steps")
+    parser.add_argument("--stressed", action="store_true", help="the stages on models with outlier channels, instead")
     parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: output/quality)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.png", help="(default: %(default)s)")
@@ -71,8 +74,12 @@ def main() -> None:
     scale = QUICK if args.quick else FULL
     changes = {name: value for name in ("steps", "seeds") if (value := getattr(args, name))}
     scale = replace(scale, **changes)
-    work = args.work or ROOT / "output" / ("quality-quick" if args.quick else "quality")
-    name = "quality-quick.json" if args.quick else "quality.json"
+    kind = ("-stressed" if args.stressed else "") + ("-quick" if args.quick else "")
+    work = args.work or ROOT / "output" / f"quality{kind}"
+    name = f"quality{kind}.json"
+    if args.stressed:
+        run_stressed(scale, work, args.results / name, torch.device(args.device))
+        return
     picture = args.picture.with_stem("quality-quick") if args.quick else args.picture
     run(scale, work, args.results / name, picture, torch.device(args.device))
 
@@ -125,8 +132,62 @@ def run(
     return result
 
 
+def run_stressed(
+    scale: Scale,
+    folder: Path,
+    results: Path,
+    device: torch.device,
+    weights: Path = WEIGHTS,
+    levels: Mapping[str, stress.Level] = stress.LEVELS,
+) -> dict:
+    """The stages on the miniature as it is and stressed; every error beside that of the same stage on the plain one."""
+    rows: list[dict] = []
+    for level in ("plain", *levels):
+        stressed = weights if level == "plain" else stressed_weights(weights, folder / level, levels[level])
+        stage = Stage.load(stressed, scale.prompts, scale.seeds, device)
+        work = workspace(folder / level, stage, device, stressed)
+        states = Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))
+        made, reference = recipes(scale, work, states), None
+        for label in STAGES:
+            path, seconds = timed(folder / level / "models", label, made[label])
+            model, _, bits = dense_of(path, device)
+            scores = evaluate(model, stage, work.teacher, reference)
+            reference = reference or scores
+            error, accuracy = scores.summary["velocity"]["error"], scores.summary["accuracy"]["overall"][0]
+            plain = next((row["velocity"]["error"] for row in rows if row["name"] == label), error)
+            ratio = error / plain if plain else 1.0
+            row = {"level": level, "name": label, "bits": bits, "cpu_seconds": seconds, "to_plain": ratio}
+            rows.append(row | scores.summary)
+            say(f"{level:<10} {label:<24} accuracy {accuracy:.3f}   velocity error {error:.4f}, {ratio:.2f} of plain")
+    result = {
+        "note": "The miniature with outlier channels, its function unchanged; not FLUX's own quality.",
+        "scale": vars(scale),
+        "levels": {name: vars(level) for name, level in levels.items()},
+        "models": rows,
+    }
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_json(results, result)
+    say(f"{results} written")
+    return result
+
+
+def stressed_weights(weights: Path, folder: Path, level: stress.Level) -> Path:
+    """A folder like `weights` with the transformer stressed."""
+    stressed = folder / "weights"
+    stressed.mkdir(parents=True, exist_ok=True)
+    for part in weights.glob("*.safetensors"):
+        target = stressed / part.name
+        if part.name == "flux-miniature.safetensors":
+            if not target.exists():
+                stress.write(part, target, level)
+        elif not target.exists():
+            target.symlink_to(part.resolve())
+    return stressed
+
+
 def workspace(folder: Path, stage: Stage, device: torch.device, weights: Path) -> Workspace:
     """Training on seen compositions only; what is held out there is for the choice of the best step."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "training-prompts.safetensors"
     if not path.exists():
         prompts = stage.training_prompts()

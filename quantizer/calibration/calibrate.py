@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...ops import TernaryWeight
+from ...ops import GROUP_SIZE, TernaryWeight
 from ...ops.weight import TENSORS
 from ..files import metadata, precision
 from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
 from ..files.checkpoint import Checkpoint
-from ..files.container import TensorFile, save
+from ..files.container import FormatError, TensorFile, save
 from ..files.layer import LayerPlan
 from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary
@@ -37,6 +37,8 @@ from .gptq import LayerFit
 from .moments import Moments
 from .sensitivity import rounded
 from .streams import Streams
+
+_COMPUTED = 64  # values of the hidden size at most for a token of either stream
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,13 @@ def calibrate(
     keep_settings(folder, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
     with torch.inference_mode():
-        streams = Streams(teacher, states, conditioning, folder / "activations", settings.batch)
-        for name, block in teacher.blocks():
-            fits[name] = _calibrate_block(name, block, streams, folder / f"{name}.safetensors", settings)
-            on_block(name, fits[name])
+        with Streams(teacher, states, conditioning, folder / "activations", settings.batch) as streams:
+            for name, block in teacher.blocks():
+                fits[name] = _calibrate_block(name, block, streams, folder / f"{name}.safetensors", settings)
+                on_block(name, fits[name])
     blocks = {name: asdict(block) for name, block in fits.items()}
     write_json(folder / "fits.json", blocks)
     _assemble(teacher.checkpoint, folder, target, settings=settings, fits=fits, overwrite=overwrite, sha256=sha256)
-    streams.remove()
     return fits
 
 
@@ -107,6 +108,29 @@ def enough_states(arch: Architecture, tokens: int) -> int:
     """States with `tokens` tokens each that give the largest Linear 32 tokens for each of its inputs; at least 256."""
     inputs = max(k for _, k in arch.linear_shapes.values())
     return max(256, -(-32 * inputs // tokens))
+
+
+def calibration_memory(arch: Architecture, tokens: int, width: int) -> int:
+    """Bytes at the peak of a block's calibration, `tokens` at a time, with weights of `width` bytes.
+
+    In memory are the block and its copy, the second moments of the Linears of a stage, and what solving one of them
+    takes: five matrices of its inputs and a dozen of its weights, or fewer of the former and more of the latter.
+    """
+    peak = 0
+    for block in {name.split(".")[0]: name for name in arch.block_names}.values():
+        shapes = arch.block_linears(block)
+        held = 2 * width * sum(n * k for n, k in shapes.values()) + _COMPUTED * width * arch.hidden * tokens
+        stages: dict[str, list[tuple[int, int]]] = {}
+        for name, shape in shapes.items():
+            stages.setdefault(name.removeprefix("img_").removeprefix("txt_"), []).append(shape)
+        for stage in stages.values():
+            collected = sum(8 * k * k + 4 * n * k for n, k in stage)
+            n, k = stage[0]
+            groups = -(-k // GROUP_SIZE)
+            solving = 4 * max(5 * k * k + 6 * n * k, 4 * k * k + 11 * n * k + 5 * n * groups**2)
+            others = sum(8 * k * k + 4 * n * k for n, k in stage[1:])
+            peak = max(peak, held + max(collected, others + solving))
+    return peak
 
 
 def _calibrate_block(
@@ -177,7 +201,10 @@ def _save_block(path: Path, results: Mapping[str, gptq.Solution]) -> None:
 
 def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
     file = TensorFile(path)
-    fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
+    try:
+        fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        raise FormatError(path, "its description of the fits is damaged; delete the file and start again") from None
     for linear in fits:
         module = linear_of(student, linear)
         weight, bias = _read_layer(file, linear, (module.out_features, module.in_features))
@@ -234,3 +261,4 @@ def _assemble(
         for name in dense:
             tensor = int8.get(name)
             writer.dense(name, checkpoint.tensor(name).bfloat16() if tensor is None else tensor)
+        checkpoint.check_unchanged()

@@ -1,36 +1,15 @@
-"""Column scales of one Linear: what its inputs are multiplied by, so that channels of different size can share a group.
-
-    column[k] = |W_k|^(1 - a) / rms_k^a,  with the norm of the weights and the rms of the inputs of channel k
-
-Scaling a channel of x by s and its weights by 1 / s leaves the model as it is, but not its rounding; the exponents add
-up to 1, so that scaled weights W / column and scaled inputs x * column stay the same then, for every a. With a = 0
-columns of the weight get equal norms. Which a is best, and whether any is, the fit itself decides, on some of the rows.
-"""
+"""Which column scales (`rounding.columns`) suit a Linear, or whether none do: the fit itself decides, on some rows."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..rounding.columns import column_scales
 from .moments import Moments
 
-# Velocity error of the calibrated miniature in docs/quality.md.
 EXPONENTS = (-0.25, 0.0, 0.25, 0.5)
-_ROWS = 512  # of the weight, on which the exponents are compared
-_LEAST = 1e-4  # of the median norm or rms: smaller ones count as this, since dead channels need no scale
-
-
-def column_scales(weight: Tensor, rms: Tensor | None, exponent: float = 0.0) -> Tensor:
-    """bf16 [K] for a weight [N, K] and inputs of this rms [K]; the median is 1. The exponent 0 needs no rms."""
-    column = _positive(weight.float().norm(dim=0)).pow(1 - exponent)
-    if exponent:
-        column = column / _positive(rms.float()).pow(exponent)
-    return (column / column.median()).bfloat16()
-
-
-def _positive(sizes: Tensor) -> Tensor:
-    median = sizes[sizes > 0].median() if bool((sizes > 0).any()) else sizes.new_ones(())
-    return sizes.clamp_min(_LEAST * median)
+_ROWS = 256  # of the weight, on which the exponents are compared
 
 
 def choose(

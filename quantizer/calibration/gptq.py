@@ -193,16 +193,20 @@ class _Problem:
 
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """Lower Cholesky factor of H + damping I (float64 for small H), and the damping that was needed."""
-    if not torch.isfinite(hessian).all():
+    if not hessian.sum().isfinite():
         raise ValueError("the second moments of a Linear's inputs are not finite: activations of the model overflow")
-    exact = hessian.double() if hessian.shape[0] <= _EXACT else hessian
-    damped = exact.clone()
-    while damping < _MAX_DAMPING:
-        damped.diagonal().copy_(exact.diagonal() + damping)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and torch.isfinite(factor).all():
-            return factor, damping
-        damping *= 10
+    damped = hessian.double() if hessian.shape[0] <= _EXACT else hessian  # of large ones there is no room for a copy
+    diagonal = damped.diagonal().clone()
+    try:
+        while damping < _MAX_DAMPING:
+            damped.diagonal().copy_(diagonal + damping)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed and factor.sum().isfinite():
+                return factor, damping
+            del factor
+            damping *= 10
+    finally:
+        damped.diagonal().copy_(diagonal)
     raise ValueError(f"the second moments of a Linear's inputs cannot be factored with a damping of {damping:g}")
 
 
@@ -215,7 +219,7 @@ def error_feedback(target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     power = hessian.diagonal().view(-1, GROUP_SIZE)
     groups = power.sum(1).argsort(descending=True)
     order = (groups[:, None] * GROUP_SIZE + power[groups].argsort(1, descending=True)).flatten()
-    inverse = _inverse_factor(hessian[order][:, order])
+    inverse = _inverse_factor(hessian, order)
     codes, scales = torch.empty_like(target), target.new_empty(len(target), len(groups))
     for rows in _chunks(target):
         w = target[rows][:, order]
@@ -249,9 +253,13 @@ def _chunks(rows: Tensor) -> list[slice]:
     return [slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U with H^-1 = U^T U: the inverse of the Cholesky factor taken from the other end."""
-    factor = _factor(hessian.flip(0, 1), _ROUNDING)[0].flip(0, 1)
+def _inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """Upper triangular U with H^-1 = U^T U for the inputs in this order.
+
+    It is the inverse of the Cholesky factor taken from the other end.
+    """
+    backward = order.flip(0)
+    factor = _factor(hessian[backward[:, None], backward], _ROUNDING)[0].flip(0, 1)
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, identity, upper=True).float()
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files.atomic import check_space, in_bytes, reserve
+from ..files.container import size_of
 from ..model.flux import Flux, Stage, Tokens, linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
@@ -20,7 +22,7 @@ _VECTORS = 8192  # inputs of modulation Linears cost no forward: they depend on 
 
 
 @dataclass(frozen=True, eq=False)
-class _TokenFile:
+class TokenFile:
     """States of one size. Image and text tokens of both models lie in files that are mapped into memory."""
 
     img: Tensor  # [2, S, I, hidden]: teacher, student
@@ -29,11 +31,22 @@ class _TokenFile:
     grid: tuple[int, int]
 
     @classmethod
-    def allocate(cls, path: Path, count: int, tokens: Tokens) -> "_TokenFile":
+    def allocate(cls, path: Path, count: int, tokens: Tokens) -> "TokenFile":
+        """Raises OSError, before anything is written, where the disk has no room: later that would end the process."""
+        shapes = {"img": (2, count, *tokens.img.shape[1:]), "txt": (2, count, *tokens.txt.shape[1:])}
+        need = sum(size_of(tokens.img.dtype, shape) for shape in shapes.values())
+        check_space(path.parent, need, f"the activations of {count} states need")
+
         def mapped(suffix: str, like: Tensor) -> Tensor:
-            shape = (2, count, *like.shape[1:])
+            shape, name = shapes[suffix], f"{path}-{suffix}"
+            with open(name, "wb") as file:
+                try:
+                    reserve(file, size_of(like.dtype, shape))
+                except OSError as error:
+                    need_here = in_bytes(size_of(like.dtype, shape))
+                    raise OSError(f"{name} needs {need_here}: {error.strerror}; fewer --states need less") from None
             size = torch.Size(shape).numel()
-            return torch.from_file(f"{path}-{suffix}", shared=True, size=size, dtype=like.dtype).view(shape)
+            return torch.from_file(name, shared=True, size=size, dtype=like.dtype).view(shape)
 
         vec = torch.empty(count, tokens.vec.shape[1], dtype=tokens.vec.dtype, device=tokens.vec.device)
         return cls(mapped("img", tokens.img), mapped("txt", tokens.txt), vec, tokens.grid)
@@ -66,8 +79,18 @@ class Streams:
         self.teacher, self.folder, self.batch = teacher, Path(folder), batch
         shutil.rmtree(folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self.groups = [self._prepare(str(i), group, conditioning) for i, group in enumerate(states)]
-        self.vectors = many_vectors(teacher, states, conditioning) if teacher.arch.version == 1 else None
+        try:
+            self.groups = [self._prepare(str(i), group, conditioning) for i, group in enumerate(states)]
+            self.vectors = many_vectors(teacher, states, conditioning) if teacher.arch.version == 1 else None
+        except BaseException:
+            self.remove()
+            raise
+
+    def __enter__(self) -> "Streams":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.remove()
 
     def moments(self, dense: nn.Module, student: nn.Module, stage: Stage) -> dict[str, Moments]:
         """Second moments of the inputs of a stage's Linears, over all states; `dense` is the teacher's block."""
@@ -143,12 +166,12 @@ class Streams:
         self.groups = []
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _prepare(self, name: str, states: States, conditioning: Conditioning) -> _TokenFile:
+    def _prepare(self, name: str, states: States, conditioning: Conditioning) -> TokenFile:
         group = None
         for rows in slices(len(states), self.batch):
             tokens = self.teacher.prepare(states.inputs(rows, conditioning))
             if group is None:
-                group = _TokenFile.allocate(self.folder / name, len(states), tokens)
+                group = TokenFile.allocate(self.folder / name, len(states), tokens)
             group.vec[rows] = tokens.vec
             group.put(rows, TEACHER, tokens)
             group.put(rows, STUDENT, tokens)

@@ -1,10 +1,11 @@
 """`convert`: from a dense checkpoint to a distilled ternary file in one command."""
 
 import argparse
-from pathlib import Path
 
 from . import options
 from .options import natural, positive
+
+EXAMPLE = "flux1-dev.safetensors --conditioning prompts.safetensors --budget 240 -o flux1-dev-1.58bit.safetensors"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -15,8 +16,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the conditioning file, calibrate on what it computed, then distill until the time is used up. Nothing but the "
         "checkpoint and the prompts is needed. An interrupted run goes on when the same command is given again.",
     )
-    parser.add_argument("source", type=Path, metavar="IN", help=options.DENSE)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
+    parser.add_argument("source", type=options.model, metavar="IN", help=options.DENSE)
+    options.add_output(parser, "-1.58bit")
     options.add_arguments(parser)
     parser.add_argument(
         "--budget", type=positive, metavar="MINUTES", help="time for all of it (default: 15 for small models, else 240)"
@@ -34,32 +35,37 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=0.0,
         help="part by which the file may grow for the most sensitive Linears in two terms or 8 bits (default: none)",
     )
-    parser.add_argument("--packing", choices=("planes32", "base3"), default="planes32", help="(default: %(default)s)")
-    options.add_file_arguments(parser)
+    options.add_packing(parser)
+    options.add_work(parser)
+    parser.add_argument(
+        "--progress",
+        choices=("bars", "json"),
+        default="bars",
+        help="json: an object in each line of stdout, for programs (default: %(default)s)",
+    )
     parser.set_defaults(interrupted="give the same command again to go on")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..console import Bars
+    from ..console import Bars, Events
     from ..pipeline.convert import Run, expectation
 
-    folder = options.work_folder(args)
-    with Bars() as bars:
-        work = options.open_workspace(args, args.source, folder, on_progress=bars.show)
+    target = options.choose_output(args, args.source)
+    report = Events() if args.progress == "json" else Bars()
+    with report, options.open_workspace(args, args.source, target, on_progress=report.show) as work:
         codes = {"auto": None, "train": True, "freeze": False}[args.codes]
         if note := options.note_on_source(work):
-            bars.say(note)
+            report.say(note)
         whole = Run(
             work,
-            args.output,
+            target,
             args.budget,
             rank=args.rank,
             codes=codes,
             packing=args.packing,
             growth=args.growth,
             overwrite=args.force,
-            on_message=bars.say,
+            on_message=report.say,
         )
         stages = whole.run()
-    print(expectation(stages))
-    print(f"{args.output} written; {folder} can be deleted")
+    report.say(*expectation(stages).splitlines(), f"{target} written; {work.folder} can be deleted")

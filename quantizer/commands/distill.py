@@ -1,8 +1,8 @@
 """`distill`: train a ternary file to follow its teacher."""
 
 import argparse
+import contextlib
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import options
@@ -11,6 +11,11 @@ from .options import count, natural, positive
 if TYPE_CHECKING:
     from ..pipeline.decisions import Decisions
     from ..pipeline.workspace import Workspace
+
+EXAMPLE = (
+    "flux1-dev-calibrated.safetensors --teacher flux1-dev.safetensors --conditioning prompts.safetensors "
+    "--minutes 120 -o flux1-dev-1.58bit.safetensors"
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -21,10 +26,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "factors and the codes) of a ternary file so that its velocities follow the original's, at states of pictures "
         "that the original paints itself.",
     )
-    parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round` or `calibrate`")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the ternary file to write")
     parser.add_argument(
-        "--teacher", type=Path, required=True, metavar="DENSE", help=f"what START was made from; {options.DENSE}"
+        "start", type=options.model, metavar="START", help="ternary .safetensors, from `round` or `calibrate`"
+    )
+    options.add_output(parser, "-distilled")
+    parser.add_argument(
+        "--teacher",
+        type=options.model,
+        required=True,
+        metavar="DENSE",
+        help=f"what START was made from; {options.DENSE}",
     )
     options.add_arguments(parser)
     parser.add_argument(
@@ -45,9 +56,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
     parser.add_argument("--rate", type=positive, default=1.0, help="factor on learning rates (default: %(default)s)")
     parser.add_argument("--evaluate-every", type=count, default=100, help="steps (default: %(default)s)")
-    parser.add_argument("--snapshot-minutes", type=positive, default=5.0, help="(default: %(default)s)")
-    parser.add_argument("--packing", choices=("planes32", "base3"), help="(default: as START)")
-    options.add_file_arguments(parser)
+    parser.add_argument(
+        "--snapshot-minutes", type=positive, default=5.0, help="between snapshots of a run (default: %(default)s)"
+    )
+    options.add_packing(parser, None)
+    options.add_work(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the snapshot in the work folder")
     parser.set_defaults(interrupted="give the same command with --resume to go on")
 
@@ -78,32 +91,31 @@ def _decide(args: argparse.Namespace, work: "Workspace", kept: "Decisions | None
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..console import Bars
+    from ..console import Bars, say
     from ..distillation.schedule import RATES
     from ..files.ternary import open_ternary
     from ..pipeline.budget import settings_for
     from ..pipeline.decisions import Decisions
     from ..pipeline.stages import check_rank, distill_file
 
-    folder = options.work_folder(args)
-    snapshot, kept = folder / "distill.safetensors", folder / "distill.json"
-    if snapshot.exists() and not args.resume:
-        raise ValueError(f"{snapshot} belongs to an unfinished run: give --resume to continue it, or delete it")
-    with Bars() as bars:
-        work = options.open_workspace(args, args.teacher, folder, on_progress=bars.show)
-        work.check(args.output, args.force, args.start)
+    target = options.choose_output(args, args.start)
+    opened = options.open_workspace
+    with Bars() as bars, opened(args, args.teacher, target, [args.start], on_progress=bars.show) as work:
+        snapshot, kept = work.folder / "distill.safetensors", work.folder / "distill.json"
+        if snapshot.exists() and not args.resume:
+            raise ValueError(f"{snapshot} belongs to an unfinished run: give --resume to continue it, or delete it")
         check_rank(open_ternary(args.start), args.rank)
         decisions = _decide(args, work, Decisions.load(kept) if args.resume else None)
         decisions.save(kept)
         training, budget = decisions.training, decisions.budget
         held_out = work.hold_out(budget.held_out)
         before = work.measure(args.start, held_out)
-        bars.say(f"start: velocity error {before.error:.4f} on held-out prompts")
+        say(f"start: velocity error {before.error:.4f} on held-out prompts")
 
         def step(row: dict) -> None:
             bars.show("training steps", row["step"], row["total"] or 0)
             if "error" in row:
-                bars.say(
+                say(
                     f"step {row['step']}: loss {row['loss']:.4f}, velocity error {row['error']:.4f}, "
                     f"response to prompts {row['response']:.2f}, alignment {row['alignment']:.2f}"
                 )
@@ -111,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
         distiller = distill_file(
             work,
             args.start,
-            args.output,
+            target,
             pool=work.label_states(budget.pictures, budget.states),
             held_out=held_out,
             settings=settings_for(
@@ -131,8 +143,9 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.force,
             snapshot=snapshot,
             on_step=step,
-            on_block=lambda result: bars.say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
+            on_block=lambda result: say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
-    snapshot.unlink(missing_ok=True)
-    kept.unlink()
-    print(f"{args.output}: velocity error {before.error:.4f} -> {distiller.best_error:.4f} on held-out prompts")
+        for path in (snapshot, kept):
+            with contextlib.suppress(OSError):  # the file is written
+                path.unlink(missing_ok=True)
+    say(f"{target}: velocity error {before.error:.4f} -> {distiller.best_error:.4f} on held-out prompts")

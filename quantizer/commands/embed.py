@@ -3,7 +3,10 @@
 import argparse
 from pathlib import Path
 
+from . import options
 from .options import count
+
+EXAMPLE = "--text-encoders t5xxl_fp16.safetensors clip_l.safetensors -o prompts.safetensors"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -16,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--text-encoders",
-        type=Path,
+        type=options.text_encoder,
         nargs="+",
         required=True,
         metavar="FILE",
@@ -26,22 +29,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--prompts", type=Path, metavar="FILE", help="a prompt in each line (default: this pack's own list)"
     )
     parser.add_argument("--count", type=count, metavar="N", help="take only the first N prompts")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="COND", help="the .safetensors to write")
+    parser.add_argument(
+        "-o", "--output", type=options.output, required=True, metavar="COND", help="the .safetensors to write"
+    )
     parser.add_argument("--force", action="store_true", help="replace COND if it exists")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..console import progress
-    from ..files.atomic import check_target
+    from ..console import progress, say
+    from ..files.atomic import check_target, in_bytes
+    from ..files.inputs import read_text
+    from ..files.locks import hold
     from ..pictures.encode import PROMPTS, embed
 
-    check_target(args.output, 0, args.force, [*args.text_encoders, args.prompts or PROMPTS])
-    lines = (args.prompts or PROMPTS).read_text(encoding="utf-8").splitlines()
+    source = args.prompts or PROMPTS
+    check_target(args.output, 0, args.force, [*args.text_encoders, source])
+    lines = read_text(source, "a text file with a prompt in each line").splitlines()
     prompts = [line.strip() for line in lines if line.strip()][: args.count]
     if not prompts:
-        raise ValueError(f"{args.prompts or PROMPTS}: there are no prompts; put one in each line")
-    with progress(len(prompts), "encoding prompts", " prompts") as bar:
+        raise ValueError(f"{source}: there are no prompts; put one in each line")
+    with hold(args.output), progress(len(prompts), "encoding prompts", " prompts") as bar:
         tokens, channels, pooled = embed(prompts, args.text_encoders, args.output, args.force, bar.update)
-    size = args.output.stat().st_size
+    size = in_bytes(args.output.stat().st_size)
     vector = f" and a vector of {pooled}" if pooled else ""
-    print(f"{args.output}: {len(prompts)} prompts of {tokens} tokens x {channels}{vector}, {size / 1e9:.3f} GB")
+    say(f"{args.output}: {len(prompts)} prompts of {tokens} tokens x {channels}{vector}, {size}")

@@ -1,7 +1,10 @@
 """`import`: a ternary model made elsewhere, bit for bit."""
 
 import argparse
-from pathlib import Path
+
+from . import options
+
+EXAMPLE = "bonsai-image-4b-unpacked -o bonsai-image-4b.safetensors"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -13,35 +16,33 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "{-s, 0, s}. Nothing is rounded: `export` gives the source's weights back.",
     )
     parser.add_argument(
-        "source", type=Path, metavar="PATH", help="the folder as it was downloaded, or the file with the weights"
+        "source",
+        type=options.model,
+        metavar="PATH",
+        help="the folder as it was downloaded, or the file with the weights",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the .safetensors to write")
-    parser.add_argument(
-        "--packing",
-        choices=("planes32", "base3"),
-        default="planes32",
-        help="planes32: 2 bits a weight, loads without conversion; base3: 1.6 bits, for sharing (default: %(default)s)",
-    )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    options.add_output(parser, "-1.58bit")
+    options.add_packing(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..console import progress
-    from ..files.atomic import check_target
-    from ..files.summary import in_bytes
+    from ..console import progress, say
+    from ..files.atomic import check_target, in_bytes
+    from ..files.locks import hold
     from ..imports.run import import_model, open_source
 
-    check_target(args.output, 0, args.force, [args.source])
+    target = options.choose_output(args, args.source)
+    check_target(target, 0, args.force, [args.source])
     source = open_source(args.source)
     weights = sum(n * k for n, k in source.architecture.linear_shapes.values())
-    with progress(weights, f"importing {source.architecture.name}") as bar:
-        summary = import_model(source, args.output, args.packing, args.force, bar.update)
+    with hold(target), progress(weights, f"importing {source.architecture.name}") as bar:
+        summary = import_model(source, target, args.packing, args.force, bar.update)
     sizes = f"{in_bytes(summary.target_bytes)}, the source {in_bytes(summary.source_bytes)}"
-    print(f"{args.output}: {sizes}; {summary.base_model} from {summary.packaging}, bit for bit")
-    print(f"{summary.linears} ternary Linears, {summary.weights / 1e6:,.1f} M weights; {summary.dense} dense tensors")
     worst = max(summary.scale_errors, key=summary.scale_errors.get)
     mean = sum(summary.scale_errors.values()) / len(summary.scale_errors)
-    print(
+    say(
+        f"{target}: {sizes}; {summary.base_model} from {summary.packaging}, bit for bit",
+        f"{summary.linears} ternary Linears, {summary.weights / 1e6:,.1f} M weights; {summary.dense} dense tensors",
         f"int8 kernels round these scales when the file is loaded, by {mean:.2%} in the mean and "
-        f"{summary.scale_errors[worst]:.2%} in {worst}; full precision takes them as they are"
+        f"{summary.scale_errors[worst]:.2%} in {worst}; full precision takes them as they are",
     )

@@ -1,7 +1,10 @@
 """`inspect`: say what a file is."""
 
 import argparse
-from pathlib import Path
+
+from . import options
+
+EXAMPLE = "flux1-dev-1.58bit.safetensors --layers"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -10,14 +13,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="say what a file is: layers, bits per weight, sizes",
         description="Say what a file or a folder is. A FLUX is checked completely: keys, shapes, every code and value.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=options.model, metavar="FILE", help="a .safetensors file of any kind")
     parser.add_argument("--layers", action="store_true", help="list every ternary Linear")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..console import Bars
+    from ..console import Bars, say
     from ..files.summary import summarize
 
     with Bars() as bars:
         lines = summarize(args.file, args.layers, lambda done, total: bars.show("bytes checked", done, total))
-    print("\n".join(lines))
+    say(*lines)

@@ -2,10 +2,14 @@
 
 import argparse
 from collections import Counter
-from pathlib import Path
 
 from . import options
 from .options import count, positive
+
+EXAMPLE = (
+    "flux1-dev-rounded.safetensors --teacher flux1-dev.safetensors --conditioning prompts.safetensors "
+    "--growth 0.25 -o flux1-dev-mixed.safetensors"
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -16,13 +20,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "that cost most for their bytes as two ternary terms (4.1 bits per weight) or int8, until the file has grown "
         "by --growth. Then `calibrate --like` the result, and `distill`: they fit the other Linears to these.",
     )
-    parser.add_argument("start", type=Path, metavar="START", help="ternary .safetensors, from `round`")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the file to write")
+    parser.add_argument("start", type=options.model, metavar="START", help="ternary .safetensors, from `round`")
+    options.add_output(parser, "-mixed")
     parser.add_argument(
-        "--teacher", type=Path, required=True, metavar="DENSE", help=f"what START was made from; {options.DENSE}"
+        "--teacher",
+        type=options.model,
+        required=True,
+        metavar="DENSE",
+        help=f"what START was made from; {options.DENSE}",
     )
     options.add_arguments(parser)
-    options.add_file_arguments(parser)
+    options.add_work(parser)
     parser.add_argument("--growth", type=positive, default=0.25, help="of the file (default: %(default)s: a quarter)")
     parser.add_argument(
         "--precisions",
@@ -36,7 +44,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..calibration.sensitivity import best_upgrades, sensitivities, write_mixed
-    from ..console import Bars
+    from ..console import Bars, say
+    from ..files.atomic import in_bytes
     from ..files.ternary import open_ternary
     from ..rounding.one_term import METHODS
 
@@ -46,19 +55,20 @@ def run(args: argparse.Namespace) -> None:
             f"{args.start}: {method} fitted its Linears to each other, and one that gets better alone would make it "
             "worse; give the file of `round`, then calibrate --like the result"
         )
-    with Bars() as bars:
-        folder = options.work_folder(args)
-        work = options.open_workspace(args, args.teacher, folder, on_progress=bars.show)
-        work.check(args.output, args.force, args.start)
+    target = options.choose_output(args, args.start)
+    opened = options.open_workspace
+    with Bars() as bars, opened(args, args.teacher, target, [args.start], on_progress=bars.show) as work:
         show = work.counter("measured layers", len(file.layers))
         batches = work.hold_out(args.pictures).batches
         measured = sensitivities(file, work.teacher, batches, args.precisions, show)
-    chosen = best_upgrades(measured, int(args.growth * args.start.stat().st_size))
-    precisions = {name: result.precision for name, result in chosen.items()}
-    write_mixed(args.output, file, work.teacher.checkpoint, precisions, args.force)
+        chosen = best_upgrades(measured, int(args.growth * args.start.stat().st_size))
+        precisions = {name: result.precision for name, result in chosen.items()}
+        write_mixed(target, file, work.teacher.checkpoint, precisions, args.force)
     for result in sorted(chosen.values(), key=lambda result: -result.gain):
-        print(f"  {result.name:<40} {result.precision:<9} alone costs {result.gain:.4f} less of the velocity error")
+        say(f"  {result.name:<40} {result.precision:<9} alone costs {result.gain:.4f} less of the velocity error")
     counts = Counter(precisions.values())
     changed = f"{counts['two-terms']} in two ternary terms, {counts['int8']} in 8 bits"
-    print(f"{args.output}: of {len(file.layers)} Linears {changed}, {args.output.stat().st_size / 1e6:,.1f} MB")
-    print(f"next: calibrate --like {args.output}, so that the ternary Linears are fitted to these")
+    say(
+        f"{target}: of {len(file.layers)} Linears {changed}, {in_bytes(target.stat().st_size)}",
+        f"next: calibrate --like {target}, so that the ternary Linears are fitted to these",
+    )

@@ -1,7 +1,9 @@
-"""What commands share: numbers within bounds, and the arguments that describe a workspace."""
+"""What commands share: numbers within bounds, names of models and outputs, and the arguments of a workspace."""
 
 import argparse
+import contextlib
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,10 @@ DENSE = "FLUX.1 or FLUX.2: .safetensors or .gguf, or a folder of diffusers; 16 o
 
 if TYPE_CHECKING:
     from ..pipeline.workspace import Workspace
+
+_DENSE = ("diffusion_models", "checkpoints", "diffusers")
+_SUFFIXES = (".safetensors", ".sft")  # that ComfyUI lists
+_OTHER_FORMATS = (".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pkl", ".gguf", ".onnx", ".zip", ".json", ".html")
 
 
 def count(text: str) -> int:
@@ -36,31 +42,97 @@ def _number(text: str, kind: type, least: float, wanted: str):
     return value
 
 
+def model(text: str) -> Path:
+    """A diffusion model: a path, or the name of a file in ComfyUI's model folders."""
+    return _find(text, *_DENSE)
+
+
+def text_encoder(text: str) -> Path:
+    """As `model`, in ComfyUI's folders for text encoders."""
+    return _find(text, "text_encoders")
+
+
+def vae(text: str) -> Path:
+    """As `model`, in ComfyUI's folders for VAEs."""
+    return _find(text, "vae", "vae_approx")
+
+
+def _find(text: str, *kinds: str) -> Path:
+    from ..comfyui import find_model
+
+    return find_model(Path(text), *kinds)
+
+
+def output(text: str) -> Path:
+    """A file to write, with a suffix that ComfyUI lists: .safetensors is added where there is none."""
+    path = Path(text)
+    if path.suffix.lower() in _OTHER_FORMATS:
+        raise argparse.ArgumentTypeError(f"{text}: the file will be in safetensors format; call it .safetensors")
+    if path.suffix.lower() in _SUFFIXES or path.exists() or not path.name:
+        return path  # of what exists the checks say more
+    return path.with_name(f"{path.name}.safetensors")
+
+
+def add_output(parser: argparse.ArgumentParser, ending: str, metavar: str = "OUT") -> None:
+    """`-o`, and `--force`; without it the file is called after the first argument, with `ending`, and lies where
+    ComfyUI finds it.
+    """
+    default = f"(default: in ComfyUI's diffusion_models, the input's name and {ending})"
+    parser.add_argument("-o", "--output", type=output, metavar=metavar, help=f"the .safetensors to write {default}")
+    parser.add_argument("--force", action="store_true", help=f"replace {metavar} if it exists")
+    parser.set_defaults(ending=ending)
+
+
+def choose_output(args: argparse.Namespace, source: Path) -> Path:
+    """`-o`, or a file named after `source` in ComfyUI's folder; ValueError where there is neither."""
+    from ..comfyui import output_folder
+
+    if args.output is None:
+        folder = output_folder()
+        if folder is None:
+            raise ValueError("give -o OUT, the file to write (ComfyUI's folder of models was not found)")
+        args.output = folder / f"{source.stem}{args.ending}.safetensors"
+    return args.output
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
     parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
     parser.add_argument("--sampler-steps", type=count, help="of the original's pictures (default: the model's own)")
     parser.add_argument("--guidance", type=float, nargs="+", help="values for models with a guidance embedding")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of noise and choices by chance (default: %(default)s)")
 
 
-def add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    """For commands that write a file OUT."""
+def add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: OUT.work)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
-def work_folder(args: argparse.Namespace) -> Path:
-    return args.work or args.output.with_name(args.output.name + ".work")
+def add_packing(parser: argparse.ArgumentParser, default: str | None = "planes32") -> None:
+    shown = "as START" if default is None else default
+    parser.add_argument(
+        "--packing",
+        choices=("planes32", "base3"),
+        default=default,
+        help=f"planes32: 2 bits a weight, loads without conversion; base3: 1.6 bits, for sharing (default: {shown})",
+    )
 
 
-def open_workspace(args: argparse.Namespace, dense: Path, folder: Path, **fields) -> "Workspace":
-    """The workspace for these arguments; `fields` are further ones of it."""
+@contextlib.contextmanager
+def open_workspace(
+    args: argparse.Namespace, dense: Path, target: Path | None, sources: Iterable[Path] = (), **fields
+) -> Iterator["Workspace"]:
+    """The workspace for these arguments, checked, and held together with `target` against other runs.
+
+    `sources`: further inputs. `fields`: further ones of the workspace. A work folder in which nothing was kept is
+    removed.
+    """
+    from ..files.locks import hold
     from ..pictures.sampler import parse_sizes
     from ..pipeline.workspace import Workspace, choose_device
 
-    return Workspace(
+    folder = args.work or (args.output / "work" if target is None else target.with_name(f"{target.name}.work"))
+    work = Workspace(
         dense,
         args.conditioning,
         folder,
@@ -71,6 +143,20 @@ def open_workspace(args: argparse.Namespace, dense: Path, folder: Path, **fields
         device=choose_device(args.device),
         **fields,
     )
+    work.check(target, target is None or args.force, *sources)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{folder} is a file; give another folder with --work") from None
+    try:
+        with contextlib.ExitStack() as held:
+            held.enter_context(hold(folder))
+            if target is not None:
+                held.enter_context(hold(target))
+            yield work
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def note_on_source(work: "Workspace") -> str:

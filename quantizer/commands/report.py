@@ -8,6 +8,11 @@ from pathlib import Path
 from . import options
 from .options import count
 
+EXAMPLE = (
+    "--teacher flux1-dev.safetensors --conditioning prompts.safetensors --vae taef1_decoder.safetensors "
+    "-o report rounded=flux1-dev-rounded.safetensors converted=flux1-dev-1.58bit.safetensors"
+)
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -18,13 +23,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("files", nargs="*", metavar="NAME=FILE", help="ternary files, in the order of the stages")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the page is written")
-    parser.add_argument("--teacher", type=Path, required=True, metavar="DENSE", help=options.DENSE)
+    parser.add_argument("--force", action="store_true", help="replace a report that is there")
+    parser.add_argument("--teacher", type=options.model, required=True, metavar="DENSE", help=options.DENSE)
     options.add_arguments(parser)
     parser.add_argument(
         "--work", type=Path, help="the work folder of `convert`: its stages come first, its states are used"
     )
     parser.add_argument(
-        "--vae", type=Path, help="the model's VAE, read by ComfyUI; without it latents have false colours"
+        "--vae", type=options.vae, help="the model's VAE, read by ComfyUI; without it latents have false colours"
     )
     parser.add_argument("--pictures", type=count, default=4, help="to show (default: %(default)s)")
     parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
@@ -35,8 +41,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"reports are drawn with matplotlib, which is missing: {sys.executable} -m pip install matplotlib"
         )
+    from ..console import Bars, say
+    from ..files.ternary import open_ternary
     from ..report.decoders import vae_decoder
-    from ..report.page import report
+    from ..report.page import check_report, report
 
     files = {}
     for stage, name in (("round", "rounded"), ("calibrate", "calibrated")):
@@ -45,10 +53,17 @@ def run(args: argparse.Namespace) -> None:
             files[stage] = path
     for text in args.files:
         name, separator, path = text.partition("=")
-        files[name if separator else Path(text).stem] = Path(path if separator else text)
+        name, path = (name, path) if separator and not Path(text).exists() else (Path(text).stem, text)
+        if name in files:
+            raise ValueError(f"two stages are called {name}; give another NAME=FILE")
+        files[name] = options.model(path)
     if not files:
         raise ValueError("give ternary files as NAME=FILE, or --work with the work folder of a conversion")
-    folder = args.work or args.output / "work"
-    work = options.open_workspace(args, args.teacher, folder)
-    decode = vae_decoder(args.vae, work.arch) if args.vae else None
-    print(report(work, files, args.output, pictures=args.pictures, held_out=args.held_out, decode=decode))
+    check_report(args.output, files, args.force)
+    for path in files.values():
+        open_ternary(path)
+    with Bars() as bars, options.open_workspace(args, args.teacher, None, on_progress=bars.show) as work:
+        decode = vae_decoder(args.vae, work.arch) if args.vae else None
+        more = {"held_out": args.held_out, "decode": decode, "overwrite": args.force}
+        page = report(work, files, args.output, pictures=args.pictures, **more)
+    say(str(page))

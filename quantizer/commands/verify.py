@@ -1,7 +1,10 @@
 """`verify`: whether a file is still what was written."""
 
 import argparse
-from pathlib import Path
+
+from . import options
+
+EXAMPLE = "flux1-dev-1.58bit.safetensors"
 
 _DAMAGED = 1
 
@@ -13,15 +16,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Read every byte of a file written by this pack and compare it with the checksum of each tensor "
         "in its header. Exits with 0 for a whole file, 1 and the names of what is damaged otherwise.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=options.model, metavar="FILE", help="a .safetensors file written by this pack")
 
 
 def run(args: argparse.Namespace) -> int:
     import time
 
-    from ..console import progress
+    from ..console import progress, say
+    from ..files.atomic import in_bytes
     from ..files.container import read_header
-    from ..files.summary import in_bytes
     from ..files.verify import verify
 
     entries = read_header(args.file).entries
@@ -32,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     rate = size / max(time.monotonic() - started, 1e-9)
     what = f"{len(entries)} tensors, {in_bytes(size)}, {in_bytes(round(rate))}/s"
     if not damaged:
-        print(f"{args.file}: OK ({what})")
+        say(f"{args.file}: OK ({what})")
         return 0
-    print(f"{args.file}: damaged ({what}); download or convert it again. What differs from its checksum:")
-    print("\n".join(f"  {name}" for name in damaged))
+    say(f"{args.file}: damaged ({what}); download or convert it again. What differs from its checksum:")
+    say(*(f"  {name}" for name in damaged))
     return _DAMAGED

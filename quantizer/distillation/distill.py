@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..files import container
-from ..files.container import TensorFile
+from ..files.container import FormatError, TensorFile
 from ..files.ternary import TernaryFile
 from ..interrupts import whole_steps
 from ..model.flux import Flux
@@ -72,7 +72,7 @@ class Distiller:
         self.rate_groups, rates = rate_groups(self.parameters), learning_rates(model, settings.rates)
         self.optimizer = Adam(self.parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.best = {name: p.clone() for name, p in self.average.items()}
+        self.best = {name: p.to("cpu", copy=True) for name, p in self.average.items()}  # main memory: rarely used
         self.power = pool.power().to(next(model.parameters()).device)
         self.step, self.total, self.used, self.evaluation_seconds = 0, settings.steps, 0.0, 0.0
         self.log: list[dict] = []
@@ -112,7 +112,6 @@ class Distiller:
         """Move parameters and average by one step on these batches; returns the loss. Nothing waits for the device."""
         factors = schedule(self.rate_groups, self.step, self.total, self.settings.warmup)
         for name, parameter in self.parameters.items():
-            parameter.grad = None
             # Timed steps must cost what later ones do; Adam's moments of the codes settle meanwhile.
             parameter.requires_grad_(factors[name] > 0 or self.step < TIMED_STEPS)
         losses = []
@@ -121,6 +120,8 @@ class Distiller:
             loss.backward()
             losses.append(loss.detach())
         self.optimizer.step(factors)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         weight = 1 - min(self.settings.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             exact = [name for name, parameter in self.parameters.items() if parameter.dtype == torch.float32]
@@ -174,10 +175,17 @@ class Distiller:
         file = TensorFile(path)
         if file.header.metadata.get("settings") != self.fingerprint():
             raise ValueError(f"{path} comes from a run with other settings; delete it, or use those settings again")
-        progress = json.loads(file.header.metadata["progress"])
-        if self.settings.steps not in (None, progress["total"]):
-            raise ValueError(f"{path} comes from a run of {progress['total']} steps; delete it, or give that number")
-        self.step, self.total, self.used, self.log = (progress[key] for key in ("step", "total", "used", "log"))
+        damaged = FormatError(path, "its progress is damaged; delete the file and start again")
+        try:
+            progress = json.loads(file.header.metadata["progress"])
+            step, total, used, log = (progress[key] for key in ("step", "total", "used", "log"))
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise damaged from None
+        if not (isinstance(step, int) and isinstance(total, int) and isinstance(used, float) and isinstance(log, list)):
+            raise damaged
+        if self.settings.steps not in (None, total):
+            raise ValueError(f"{path} comes from a run of {total} steps; delete it, or give that number")
+        self.step, self.total, self.used, self.log = step, total, used, log
         adam = {}
         with torch.no_grad():
             for key in file.entries:

@@ -4,7 +4,7 @@ It is our own because a run that was interrupted must go on to the same bits on 
 without a compiler and on CPUs, and the chance in rounding bf16 parameters depends on seed and step alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 _BLOCK = 256  # values that share a scale in an 8-bit state
 _SMALL = 4096  # smaller tensors keep fp32 states
+_PORTION = 1 << 24  # values that are updated at a time
 _TINY = 1e-30
 
 
@@ -57,8 +58,8 @@ class Adam:
             for name, p in self.parameters.items()
             if p.grad is not None and name not in self.packed and p.dtype == torch.float32
         ]
-        if plain:
-            self._step_plain(plain, rates, corrections)
+        for names in _portions(plain, self.parameters):
+            self._step_plain(names, rates, corrections)
         generators: dict[torch.device, torch.Generator] = {}
         for name in sorted(set(self.parameters) - set(plain)):
             parameter = self.parameters[name]
@@ -82,20 +83,31 @@ class Adam:
         torch._foreach_addcdiv_(parameters, first, divisors, steps)
 
     def _step_one(self, name: str, rate: float, corrections: list[float], generator: torch.Generator) -> None:
-        parameter, packed = self.parameters[name], name in self.packed
-        gradient = parameter.grad.float()
-        first = _unpack_signed(self.first[name], parameter.shape) if packed else self.first[name]
-        second = _unpack_positive(self.second[name], parameter.shape) if packed else self.second[name]
-        first.lerp_(gradient, 1 - self.betas[0])
-        second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
-        divisor = (second / corrections[1]).sqrt_().add_(_TINY)
-        update = first / divisor * (-rate / corrections[0])
-        if packed:
-            self.first[name], self.second[name] = _pack_signed(first), _pack_positive(second)
-        if parameter.dtype == torch.bfloat16:
-            parameter.copy_(round_stochastically(parameter.float() + update, generator))
-        else:
-            parameter += update
+        """In portions: what is computed in between takes many times the memory of an 8-bit state."""
+        whole, packed = self.parameters[name], name in self.packed
+        values, gradients = whole.view(-1), whole.grad.reshape(-1)
+        for start in range(0, len(values), _PORTION):
+            span = slice(start, min(start + _PORTION, len(values)))
+            rows = slice(start // _BLOCK, -(-span.stop // _BLOCK))
+            parameter, gradient = values[span], gradients[span].float()
+            if packed:
+                first_codes, second_codes = ([part[rows] for part in of[name]] for of in (self.first, self.second))
+                first = _unpack_signed(first_codes, gradient.shape)
+                second = _unpack_positive(second_codes, gradient.shape)
+            else:
+                first, second = (of[name].view(-1)[span] for of in (self.first, self.second))
+            first.lerp_(gradient, 1 - self.betas[0])
+            second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+            divisor = (second / corrections[1]).sqrt_().add_(_TINY)
+            update = (first / divisor).mul_(-rate / corrections[0])
+            if packed:
+                for kept, new in ((first_codes, _pack_signed(first)), (second_codes, _pack_positive(second))):
+                    for part, value in zip(kept, new, strict=True):
+                        part.copy_(value)
+            if parameter.dtype == torch.bfloat16:
+                parameter.copy_(round_stochastically(parameter.float() + update, generator))
+            else:
+                parameter += update
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat name -> tensor, for a checkpoint."""
@@ -113,6 +125,20 @@ class Adam:
                 self.count = int(tensors[key])
             else:
                 own.copy_(tensors[key])
+
+
+def _portions(names: Iterable[str], parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of parameters with no more than `_PORTION` values together, or of one that has more."""
+    portion: list[str] = []
+    size = 0
+    for name in names:
+        if portion and size + parameters[name].numel() > _PORTION:
+            yield portion
+            portion, size = [], 0
+        portion.append(name)
+        size += parameters[name].numel()
+    if portion:
+        yield portion
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -133,7 +159,7 @@ def _pack_signed(values: Tensor) -> tuple[Tensor, Tensor]:
     return ((blocks.abs() / top).sqrt_().copysign_(blocks) * 127).round_().to(torch.int8), top
 
 
-def _unpack_signed(packed: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
+def _unpack_signed(packed: Sequence[Tensor], shape: torch.Size) -> Tensor:
     codes, top = packed
     roots = codes.float() / 127
     return (roots * roots.abs() * top).flatten()[: shape.numel()].view(shape)
@@ -146,6 +172,6 @@ def _pack_positive(values: Tensor) -> tuple[Tensor, Tensor]:
     return ((blocks / top).sqrt_().sqrt_() * 255).ceil_().to(torch.uint8), top
 
 
-def _unpack_positive(packed: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
+def _unpack_positive(packed: Sequence[Tensor], shape: torch.Size) -> Tensor:
     codes, top = packed
     return ((codes.float() / 255).pow_(4) * top).flatten()[: shape.numel()].view(shape)

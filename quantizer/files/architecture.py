@@ -119,9 +119,9 @@ class Architecture:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter of the model and its shape."""
-        return dict(self._parameters())
+        return dict(self.parameters())
 
-    def _parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         def linear(name: str, outputs: int, inputs: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{name}.weight", (outputs, inputs)
             if bias:
@@ -146,8 +146,9 @@ class Architecture:
                 ("single_stream_modulation", 3),
             ):
                 yield from linear(f"{name}.lin", chunks * h, h, False)
-        for name, (outputs, inputs) in self.linear_shapes.items():
-            yield from linear(name, outputs, inputs, self.bias)
+        for block in self.block_names:
+            for name, (outputs, inputs) in self.block_linears(block).items():
+                yield from linear(f"{block}.{name}", outputs, inputs, self.bias)
         for block in self.block_names:
             for norm in ("img_attn.norm.", "txt_attn.norm.") if block.startswith("double") else ("norm.",):
                 yield f"{block}.{norm}query_norm.scale", (self.head_dim,)
@@ -195,7 +196,7 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     )
     if not arch.depth:
         raise ValueError("This is not a FLUX transformer: it has no double_blocks.0")
-    for name, shape in arch.shapes.items():
+    for name, shape in arch.parameters():  # ends at the first that is missing, however many there are said to be
         if name not in shapes:
             raise ValueError(f"{name} is missing from this FLUX.{version} checkpoint (expected shape {list(shape)})")
         if shapes[name] != shape:

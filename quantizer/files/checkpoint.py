@@ -133,6 +133,11 @@ class Checkpoint:
                 if isinstance(rows.encoding.file, TensorFile):
                     rows.encoding.file.read_ahead([rows.encoding.key])
 
+    def check_unchanged(self) -> None:
+        """Raises FormatError where one of the files was written to, or replaced, since it was opened."""
+        for file in self.source.files:
+            file.check_unchanged()
+
     def sha256(self) -> str:
         """Of the files, one after another, in one pass over them."""
         digest = hashlib.sha256()

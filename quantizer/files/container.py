@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .atomic import atomic_file
+from .inputs import check_regular
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -132,8 +133,7 @@ def read_header(path: str | os.PathLike) -> Header:
     Raises FormatError, OSError.
     """
     path = Path(path)
-    check_regular(path)
-    size = path.stat().st_size
+    size = check_regular(path).st_size
     with open(path, "rb") as file:
         start = file.read(24)
         length = int.from_bytes(start[:8], "little")
@@ -153,14 +153,6 @@ def read_header(path: str | os.PathLike) -> Header:
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     _check_contiguous(path, entries, 8 + length, size)
     return Header(path, size, metadata, entries, checksums)
-
-
-def check_regular(path: Path) -> None:
-    """Raise OSError where the path is none of a file: what else there is may never end when it is read."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give a .safetensors file")
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is a pipe or a device; give a file")
 
 
 def _what_else(start: bytes, size: int) -> str:
@@ -220,13 +212,49 @@ def _check_contiguous(path: Path, entries: Mapping[str, Entry], position: int, s
         raise FormatError(path, f"{size - position:,} bytes follow the last tensor; download or convert the file again")
 
 
-class TensorFile:
+class MappedFile:
+    """A file in memory, which must stay what it was when it was opened."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+
+    def _open_map(self, path: str | os.PathLike) -> None:
+        with open(path, "rb") as file:
+            self._status = _status(os.fstat(file.fileno()))
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def check_unchanged(self) -> None:
+        """Raises FormatError where the file was written to, or replaced, since it was opened."""
+        try:
+            status = _status(os.stat(self.path))
+        except FileNotFoundError:  # what is mapped is as it was
+            return
+        if status != self._status:
+            raise self._changed()
+
+    def bytes(self, key: str) -> np.ndarray:
+        """The tensor's bytes, uint8."""
+        entry = self.entries[key]
+        self._check_length(entry)
+        return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.start)
+
+    def _check_length(self, entry: Entry) -> None:
+        """Reading a map beyond the end of a file that became shorter ends the process."""
+        if self._map.size() < entry.stop:
+            raise self._changed()
+
+    def _changed(self) -> FormatError:
+        return FormatError(self.path, "the file changed while it was read; wait until it is complete and start again")
+
+
+class TensorFile(MappedFile):
     """A safetensors file, memory-mapped. Tensors share the map's memory, are read-only, and keep it alive."""
 
     def __init__(self, path: str | os.PathLike):
         self.header = read_header(path)
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._open_map(path)
+        if len(self._map) != self.header.size:
+            raise self._changed()
 
     @property
     def path(self) -> Path:
@@ -245,11 +273,6 @@ class TensorFile:
     def metadata(self) -> dict[str, str]:
         return self.header.metadata
 
-    def bytes(self, key: str) -> np.ndarray:
-        """The tensor's bytes, uint8."""
-        entry = self.entries[key]
-        return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.start)
-
     def read_ahead(self, keys: Iterable[str]) -> None:
         """Let the system start to read these tensors from the disk, where it takes such requests."""
         if hasattr(mmap, "MADV_WILLNEED"):
@@ -263,12 +286,17 @@ class TensorFile:
             raise FormatError(self.path, f"dtype {entry.dtype} is not supported", key)
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        self._check_length(entry)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(self._map, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
         if entry.start % DTYPES[entry.dtype].itemsize:
             flat = flat.clone()
         return flat.view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def _status(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass
@@ -333,7 +361,6 @@ def create(
     data_start = len(header)
     entries = {key: Entry(e.dtype, e.shape, e.start + data_start, e.stop + data_start) for key, e in offsets.items()}
     with atomic_file(path, data_start + position, overwrite) as file:
-        file.truncate(data_start + position)
         writer = TensorWriter(Path(path), entries, dict(metadata), file)
         yield writer
         for key, entry in entries.items():

@@ -41,3 +41,4 @@ def export_checkpoint(
                 rows = weight.rows(start, start + step).dequantize(dtype).contiguous().flatten().view(torch.uint8)
                 writer.write_bytes(f"{name}.weight", rows.numpy(), start * k * dtype.itemsize)
                 on_progress(rows.numel() // dtype.itemsize)
+        file.file.check_unchanged()

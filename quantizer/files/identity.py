@@ -87,20 +87,23 @@ def identify(source: Source | TensorFile | str | os.PathLike) -> Identity:
         return Identity(
             "ternary", "this is a ternary FLUX", f"Load it with the node Load Ternary FLUX; as dense: {dense}"
         )
-    layout = _layout(source, prefix)
-    found = layout and _flux(source, layout)
+    parts = layout({key: entry.shape for key, entry in source.entries.items()}, prefix)
+    found = parts and _flux(source, parts)
     if found and found.kind == "dense":
         return found
     return _relative(source.entries, _VARIANTS) or _quantized(source) or found or _other(source)
 
 
-def _layout(source: Source, prefix: str | None) -> dict[str, tuple[Part, ...]] | None:
-    """BFL name -> the parts that are its parameter, in a file with BFL's names after `prefix`, or diffusers'."""
-    diffusers = None if prefix is not None else _common_prefix(source.entries, FIRST, ("single_transformer_blocks.0.",))
+def layout(keys: Mapping[str, tuple[int, ...]], prefix: str | None) -> dict[str, tuple[Part, ...]] | None:
+    """BFL name -> the parts that are its parameter; `keys` (with shapes) are BFL's names after `prefix`, or diffusers'.
+
+    None where there is neither.
+    """
+    diffusers = None if prefix is not None else _common_prefix(keys, FIRST, ("single_transformer_blocks.0.",))
     prefix = diffusers if prefix is None else prefix
     if prefix is None:
         return None
-    shapes = {key.removeprefix(prefix): entry.shape for key, entry in source.entries.items() if key.startswith(prefix)}
+    shapes = {key.removeprefix(prefix): shape for key, shape in keys.items() if key.startswith(prefix)}
     if diffusers is None:
         return {canonical(name): (Part(prefix + name, 0, (*shape, 1)[0], 0),) for name, shape in shapes.items()}
     return {
@@ -335,8 +338,8 @@ def _other(source: Source) -> Identity:
     if known := _relative(source.entries, _OTHERS):
         return known
     said = source.files[0].architecture if source.gguf else source.metadata.get("modelspec.architecture", "")
-    what = f"this is a model that calls itself {said:.60}" if said else "this is no FLUX transformer that is known here"
-    if source.gguf and said not in ("", "flux"):
+    if source.gguf and said not in ("", "flux", "flux2"):
         return Identity("model", f"this is a GGUF of another model ({said:.60})", "Give one of FLUX.1 or FLUX.2")
     first = ", ".join(f"{key:.80}" for key in list(source.entries)[:3])
+    what = f"this is no FLUX transformer that is known here{f', but {said:.60}' if said else ''}"
     return Identity("other", f"{what} (its first keys: {first})", "Give a transformer of FLUX.1 or FLUX.2")

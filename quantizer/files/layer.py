@@ -146,7 +146,7 @@ def _read_json(entry: Tensor, where: str | os.PathLike, key: str) -> tuple[str, 
         raise FormatError(where, f"dtype {_named(entry.dtype)} where uint8 JSON is expected; {REDO}", key)
     try:
         fields = json.loads(entry.cpu().numpy().tobytes())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(where, f"the JSON cannot be read ({error}); {REDO}", key) from None
     if not isinstance(fields, dict):
         raise FormatError(where, f"the JSON is no object; {REDO}", key)

@@ -1,27 +1,16 @@
 """The header metadata of ternary files: what a person wants to know about where a file came from. Strings only."""
 
-import functools
 import json
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata as installed
 from pathlib import Path
 
+from ..version import version
 from .architecture import Architecture
 from .layer import FORMAT
 from .sources.locate import SUFFIXES
 
 UNKNOWN_SHA256 = "0" * 64
-
-
-@functools.cache
-def version() -> str:
-    """This pack's version, installed or not."""
-    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    if pyproject.is_file() and (match := re.search(r'^version = "(.+)"', pyproject.read_text("utf-8"), re.MULTILINE)):
-        return match[1]
-    return installed.version("comfyui-ternary-flux")
 
 
 def build(
@@ -66,6 +55,15 @@ def build(
     )
 
 
+def stated(metadata: Mapping[str, str], key: str) -> dict:
+    """A JSON object of a file's metadata; {} where there is none that can be read."""
+    try:
+        value = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def header_room(architecture: Architecture) -> int:
     """Bytes to keep in the header for errors that are only known at the end."""
     return 16 * len(architecture.linears)
@@ -73,5 +71,5 @@ def header_room(architecture: Architecture) -> int:
 
 def after_distillation(start: Mapping[str, str], done: Mapping[str, object]) -> dict[str, str]:
     """The metadata of the file that a distillation started from, with what was `done` added to its settings."""
-    stages = json.loads(start.get("ternary.settings", "{}")) | {"distill": dict(done)}
+    stages = stated(start, "ternary.settings") | {"distill": dict(done)}
     return dict(start) | {"ternary.method": "distill", "ternary.settings": json.dumps(stages)}

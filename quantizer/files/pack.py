@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from .atomic import check_target
 from .container import DTYPES
+from .metadata import stated
 from .ternary import TernaryFile, create_ternary, open_ternary
 
 
@@ -33,14 +34,12 @@ def pack(
         for name, layer in layers.items():
             writer.layer(name, file.weight(name))
             on_progress(layer.shape[0] * layer.shape[1])
+        file.file.check_unchanged()
 
 
 def _metadata(file: TernaryFile, packing: str) -> dict[str, str]:
     """The file's own, whose settings may name the packing."""
-    try:
-        settings = json.loads(file.metadata.get("ternary.settings", "{}"))
-    except ValueError:
-        return dict(file.metadata)
-    if not isinstance(settings, dict) or "packing" not in settings:
+    settings = stated(file.metadata, "ternary.settings")
+    if "packing" not in settings:
         return dict(file.metadata)
     return dict(file.metadata) | {"ternary.settings": json.dumps(settings | {"packing": packing})}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .layer import INT8
+from .metadata import stated
 from .ternary import TernaryFile
 
 PRECISIONS = ("two-terms", "int8")  # two ternary terms, or 8 bits
@@ -37,4 +38,4 @@ def metadata(precisions: Mapping[str, str]) -> dict[str, str]:
 
 def precisions_of(file: TernaryFile) -> dict[str, str]:
     """The precisions (name -> precision) that `mixed` chose for this file; none for others."""
-    return json.loads(file.metadata.get("ternary.mixed", "{}"))
+    return stated(file.metadata, "ternary.mixed")

@@ -1,6 +1,5 @@
 """What a file is, in words and numbers."""
 
-import json
 import math
 import os
 from collections import Counter
@@ -8,9 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .architecture import Architecture
+from .atomic import in_bytes
 from .checkpoint import Checkpoint, open_checkpoint
 from .identity import identify
 from .layer import INT8, LayerPlan
+from .metadata import stated
 from .sources.source import Source, open_source
 from .ternary import TernaryFile, open_ternary
 
@@ -122,6 +123,8 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
         worst = max(errors, key=errors.get)
         mean = sum(errors.values()) / len(errors)
         yield _row("weight error", f"mean {mean:.4f}, largest {errors[worst]:.4f} in {worst}")
+    known = file.file.header.checksums is not None
+    yield _row("checksums", "of every tensor; `verify` compares them" if known else "none: `verify` cannot tell damage")
     labels = ("made by", "method", "settings", "source", "sha256")
     for key, label in zip(("quantizer", "method", "settings", "source", "source_sha256"), labels, strict=True):
         if value := file.metadata.get(f"ternary.{key}"):
@@ -143,15 +146,14 @@ def _layer(name: str, plan: LayerPlan, error: float | None) -> str:
 def stated_errors(file: TernaryFile) -> dict[str, float]:
     """Relative error of each layer's weight, as the metadata has it; {} where it says nothing."""
     try:
-        errors = json.loads(file.metadata.get("ternary.weight_errors", "{}"))
-        return {name: float(error) for name, error in errors.items()}
-    except (ValueError, TypeError, AttributeError):
+        return {name: float(error) for name, error in stated(file.metadata, "ternary.weight_errors").items()}
+    except (ValueError, TypeError, OverflowError):
         return {}
 
 
 def _dense(checkpoint: Checkpoint, layers: bool) -> Iterator[str]:
     arch, source = checkpoint.architecture, checkpoint.source
-    plans = {name: LayerPlan(shape) for name, shape in arch.linear_shapes.items()}
+    plans = {name: LayerPlan(shape, columns="bf16") for name, shape in arch.linear_shapes.items()}
     weights = sum(math.prod(shape) for shape in arch.shapes.values())
     ternary = sum(math.prod(plan.shape) for plan in plans.values())
     yield _row("checked", "every parameter is there, and every value is finite")
@@ -189,11 +191,6 @@ def _architecture(arch: Architecture) -> str:
 
 def _dtypes(names: Iterator[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in Counter(names).most_common())
-
-
-def in_bytes(count: int) -> str:
-    """A number of bytes for people, in decimal units."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _row(label: str, value: str) -> str:

@@ -174,7 +174,7 @@ def open_ternary(source: str | os.PathLike | TensorFile | Source, check_codes: b
     quantized = [key.removesuffix(".comfy_quant") for key in keys if key.endswith(".comfy_quant")]
     int8 = dict.fromkeys(key for key in quantized if is_int8(file, f"{key}.comfy_quant"))
     names = [key.removeprefix(prefix) for key in quantized if key not in int8]
-    if not names:
+    if not names or (find_prefix(file.entries) is not None and identify(file).kind != "ternary"):
         raise FormatError(file.path, identify(file).sentence)
     layers = {}
     for name in names:

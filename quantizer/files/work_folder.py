@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from .atomic import write_json
+from .inputs import read_json
 
 
 def keep_settings(folder: Path, settings: dict) -> None:
@@ -14,7 +15,7 @@ def keep_settings(folder: Path, settings: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, dict, remedy=f"give another folder, or delete {folder}")
     for key in settings.keys() | found.keys():
         if settings.get(key) != found.get(key):
             raise ValueError(

@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 from ...ops import GROUP_SIZE
 from ...ops.packing import groups_of
 from ..files.container import DTYPES, FormatError
-from .tensors import DENSE_DTYPES, Tensors
+from ..files.sources.encodings import FLOATS
+from .tensors import Tensors
 
 _BINARY = "this is a binary (1-bit) model, such as Bonsai Image's binary variant"
 _ONLY = "ternary models are imported; download the ternary variant"
@@ -66,8 +67,7 @@ class Unpacked:
 
     def rows(self, linear: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
         key = f"{linear}.weight"
-        dtype = DTYPES.get(self.tensors.dtypes[key])
-        if dtype not in DENSE_DTYPES:
+        if self.tensors.dtypes[key] not in FLOATS:
             problem = f"the tensor is {self.tensors.dtypes[key]}; a ternary model in bf16, fp16 or fp32 is needed"
             raise FormatError(self.tensors.path_of(key), problem, key)
         weight = self.tensors.rows(key, start, stop).contiguous()
@@ -159,7 +159,7 @@ class Mlx(_Packed):
         if dtypes[0] != "U32" or len(weight) != 2 or len(scales) != 2 or weight[0] != scales[0] or biases != scales:
             found = f"{dtypes[0]} {list(weight)} with scales {list(scales)} and biases {list(biases)}"
             self._refuse(linear, "weight", f"{found} is no layout of MLX that is known; {_AGAIN}")
-        if dtypes[1] != dtypes[2] or DTYPES.get(dtypes[1]) not in DENSE_DTYPES:
+        if dtypes[1] != dtypes[2] or dtypes[1] not in FLOATS:
             self._refuse(linear, "scales", f"scales {dtypes[1]} and biases {dtypes[2]}; fp16, bf16 or fp32 is expected")
         inputs = scales[1] * GROUP_SIZE
         if weight[1] * 32 == inputs:
@@ -206,7 +206,7 @@ class Gemlite(_Packed):
             self._refuse(linear, "W_q", f"{found} where U8 {[k // 4, n]} is expected; {_AGAIN}")
         for part in ("scales", "zeros"):
             key = f"{linear}.{part}"
-            if shapes[key] != (k // GROUP_SIZE, n) or DTYPES.get(dtypes[key]) not in DENSE_DTYPES:
+            if shapes[key] != (k // GROUP_SIZE, n) or dtypes[key] not in FLOATS:
                 found = f"{dtypes[key]} {list(shapes[key])}"
                 self._refuse(linear, part, f"{found} where floats {[k // GROUP_SIZE, n]} are expected; {_AGAIN}")
         return n, k

@@ -1,10 +1,12 @@
 """Import a ternary model made elsewhere: one Linear at a time, nothing rounded."""
 
+import contextlib
 import hashlib
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import reduce
@@ -15,17 +17,20 @@ from torch import Tensor
 
 from ...ops import TernaryWeight
 from ...ops.packing import groups_of, pack_planes32
-from ..files import diffusers, metadata
-from ..files.architecture import Architecture, canonical, detect
+from ..files import metadata
+from ..files.architecture import Architecture, detect
 from ..files.atomic import check_target
-from ..files.container import DTYPES, FormatError
-from ..files.identity import find_prefix
+from ..files.container import FormatError
+from ..files.identity import find_prefix, identify, layout
 from ..files.layer import SCALES, LayerPlan
+from ..files.sources.encodings import FLOATS, check_finite
+from ..files.sources.locate import PICKLES
+from ..files.sources.names import Part, parts_shape
 from ..files.ternary import create_ternary
 from ..threads import single_threaded_pool
 from .locate import configuration, locate
 from .packagings import Packaging, packaging_of
-from .tensors import DENSE_DTYPES, PickledFile, SafetensorsFiles, Tensors
+from .tensors import PickledFile, SafetensorsFiles, Tensors
 
 METHOD = "import"
 _ROWS = 512  # converted at a time
@@ -39,18 +44,12 @@ class Source:
 
     packaging: Packaging
     architecture: Architecture
-    parts: dict[str, tuple[str, ...]]  # BFL's parameter -> the keys that it consists of, from top to bottom
-    diffusers: bool  # whether they are diffusers' names
+    parts: dict[str, tuple[Part, ...]]  # BFL's parameter -> the rows of the source's keys that it consists of
     files: tuple[Path, ...]
 
     @property
     def path(self) -> Path:
         return self.files[0]
-
-    def rows(self, linear: str) -> int:
-        """Outputs of one of the source's Linears."""
-        shape = self.packaging.linears.get(linear) or self.packaging.tensors.shapes[f"{linear}.weight"]
-        return shape[0]
 
     @property
     def title(self) -> str:
@@ -81,34 +80,21 @@ def open_source(path: str | os.PathLike) -> Source:
     """
     files = locate(path)
     said = configuration(files)
-    pickled = files[0].suffix.lower() in (".pt", ".pth", ".bin", ".ckpt")
-    tensors: Tensors
-    if pickled:
-        tensors = PickledFile(files[0])
-    else:
-        tensors = SafetensorsFiles(files)
+    pickled = files[0].suffix.lower() in PICKLES
+    tensors: Tensors = PickledFile(files[0]) if pickled else SafetensorsFiles(files)
     _refuse_other_basis(files, said, tensors)
     packaging = packaging_of(tensors, said)
     shapes: dict[str, tuple[int, ...]] = {f"{linear}.weight": shape for linear, shape in packaging.linears.items()}
     shapes |= {key: shape for key, shape in tensors.shapes.items() if key not in packaging.keys}
+    parts = layout(shapes, find_prefix(shapes)) or {}
     try:
-        theirs, parts = _parameters(shapes)
-        architecture = detect(diffusers.shapes(parts, shapes))
+        architecture = detect({name: parts_shape(of, shapes) for name, of in parts.items()})
     except ValueError as error:
-        raise FormatError(files[0], str(error)) from None
-    source = Source(packaging, architecture, {name: parts[name] for name in architecture.shapes}, theirs, files)
+        known = isinstance(tensors, SafetensorsFiles) and identify(tensors.source).kind not in ("incomplete", "other")
+        raise FormatError(files[0], identify(tensors.source).sentence if known else str(error)) from None
+    source = Source(packaging, architecture, {name: parts[name] for name in architecture.shapes}, files)
     _check_dense(source)
     return source
-
-
-def _parameters(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bool, dict[str, tuple[str, ...]]]:
-    """Whether the names are diffusers', and the keys of each of BFL's parameters: one, or its parts in diffusers."""
-    prefix = "transformer." if "transformer.x_embedder.weight" in shapes else ""
-    if diffusers.is_diffusers(key.removeprefix(prefix) for key in shapes):
-        found = diffusers.parameters(key.removeprefix(prefix) for key in shapes if key.startswith(prefix))
-        return True, {name: tuple(prefix + part for part in parts) for name, parts in found.items()}
-    prefix = find_prefix(shapes) or ""
-    return False, {canonical(key.removeprefix(prefix)): (key,) for key in shapes if key.startswith(prefix)}
 
 
 def _refuse_other_basis(files: tuple[Path, ...], said: dict, tensors: Tensors) -> None:
@@ -122,7 +108,7 @@ def _refuse_other_basis(files: tuple[Path, ...], said: dict, tensors: Tensors) -
 def _check_dense(source: Source) -> None:
     tensors, linears = source.packaging.tensors, {f"{name}.weight" for name in source.architecture.linears}
     for name, parts in source.parts.items():
-        for key in parts:
+        for key in dict.fromkeys(part.key for part in parts):
             if key.removesuffix(".weight") in source.packaging.linears:
                 if name not in linears:
                     problem = "this tensor is packed, and FLUX's tensors outside the blocks are dense here"
@@ -130,7 +116,7 @@ def _check_dense(source: Source) -> None:
             elif source.packaging.linears and name in linears:
                 problem = f"this Linear is not packed, and those of {source.packaging.name} are"
                 raise FormatError(tensors.path, f"{problem}; download it again", key)
-            elif DTYPES.get(tensors.dtypes[key]) not in DENSE_DTYPES:
+            elif tensors.dtypes[key] not in FLOATS:
                 problem = f"the tensor is {tensors.dtypes[key]}; bf16, fp16 or fp32 is needed"
                 raise FormatError(tensors.path_of(key), problem, key)
 
@@ -155,7 +141,7 @@ def import_model(
     layers = {name: LayerPlan(shape, packing, _scale_name(source, name)) for name, shape in arch.linear_shapes.items()}
     weights = {f"{name}.weight" for name in layers}
     dense = {
-        name: (_common([DTYPES[tensors.dtypes[key]] for key in source.parts[name]]), shape)
+        name: (_common(FLOATS[tensors.dtypes[part.key]] for part in source.parts[name]), shape)
         for name, shape in arch.shapes.items()
         if name not in weights
     }
@@ -167,8 +153,7 @@ def import_model(
         len(dense),
         sum(path.stat().st_size for path in source.files),
     )
-    with ThreadPoolExecutor(1) as hasher:
-        digest = hasher.submit(_sha256, source.files)
+    with _hashing(source.files) as digest:
         with create_ternary(target, layers, dense, _metadata(source, packing), 0, overwrite) as writer:
             for name in dense:
                 writer.dense(name, _dense(source, name))
@@ -179,7 +164,7 @@ def import_model(
                     summary.scale_errors[name] = weight.with_integer_groups()[1]
                     writer.layer(name, weight)
                     tensors.release()
-            writer.metadata["ternary.source_sha256"] = digest.result()
+            writer.metadata["ternary.source_sha256"] = digest()
     summary.target_bytes, summary.seconds = os.path.getsize(target), time.monotonic() - started
     return summary
 
@@ -190,14 +175,27 @@ def _metadata(source: Source, packing: str) -> dict[str, str]:
     return metadata.build(source.architecture, source.path, theirs, METHOD, settings, {})
 
 
-def _sha256(files: Iterable[Path]) -> str:
-    """Of the source's bytes, shards one after another."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-    return digest.hexdigest()
+@contextlib.contextmanager
+def _hashing(files: Iterable[Path]) -> Iterator[Callable[[], str]]:
+    """Computes the sha256 of the files' bytes, one after another, meanwhile; what it gives waits for the result.
+
+    The thread ends with the block, whether it is done or not.
+    """
+    ended = threading.Event()
+
+    def compute() -> str:
+        digest = hashlib.sha256()
+        for path in files:
+            with open(path, "rb") as file:
+                while not ended.is_set() and (data := file.read(1 << 20)):
+                    digest.update(data)
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(compute).result
+        finally:
+            ended.set()
 
 
 def _common(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -205,23 +203,20 @@ def _common(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def _linears(source: Source, name: str) -> list[str]:
-    return [key.removesuffix(".weight") for key in source.parts[f"{name}.weight"]]
-
-
 def _scale_name(source: Source, name: str) -> str:
-    dtype = _common(source.packaging.scale_dtype(linear) for linear in _linears(source, name))
+    linears = [part.key.removesuffix(".weight") for part in source.parts[f"{name}.weight"]]
+    dtype = _common(source.packaging.scale_dtype(linear) for linear in linears)
     return next(scales for scales, found in SCALES.items() if found == dtype)
 
 
 def _dense(source: Source, name: str) -> Tensor:
-    tensors = source.packaging.tensors
-    parts = [tensors.tensor(key) for key in source.parts[name]]
-    for key, part in zip(source.parts[name], parts, strict=True):
-        if not part.isfinite().all():
-            problem = "the tensor has values that are not finite; the file is damaged, download it again"
-            raise FormatError(tensors.path_of(key), problem, key)
-    return diffusers.join(name, parts) if source.diffusers else parts[0]
+    tensors, parts = source.packaging.tensors, source.parts[name]
+    for key in dict.fromkeys(part.key for part in parts):
+        check_finite(tensors.tensor(key), tensors.path_of(key), key)
+    if len(parts) == 1:
+        return tensors.tensor(parts[0].key)
+    in_order = sorted(parts, key=lambda part: part.at)
+    return torch.cat([tensors.rows(part.key, part.first, part.first + part.rows) for part in in_order])
 
 
 def _weight(source: Source, name: str, plan: LayerPlan, pool: Executor, on_progress: Callable) -> TernaryWeight:
@@ -237,17 +232,17 @@ def _weight(source: Source, name: str, plan: LayerPlan, pool: Executor, on_progr
         trits[:, place], scale[:, place] = pack_planes32(codes), scales.t()
         return codes.numel(), codes.numel() - int(codes.count_nonzero())
 
-    pieces, position = [], 0
-    for linear in _linears(source, name):
-        rows = source.rows(linear)
-        pieces += [(linear, i, min(i + _ROWS, rows), position + i) for i in range(0, rows, _ROWS)]
-        position += rows
+    pieces = [
+        (part.key.removesuffix(".weight"), part.first + i, part.first + min(i + _ROWS, part.rows), part.at + i)
+        for part in source.parts[f"{name}.weight"]
+        for i in range(0, part.rows, _ROWS)
+    ]
     zeros = 0
     for count, empty in pool.map(lambda piece: convert(*piece), pieces):
         zeros += empty
         on_progress(count)
     if not zeros and n * k >= _CERTAIN:
-        key = source.parts[f"{name}.weight"][0]
+        key = source.parts[f"{name}.weight"][0].key
         problem = "no weight is zero: this is a binary (1-bit) model, such as Bonsai Image's binary variant"
         raise FormatError(source.path, f"{problem}; ternary models are imported; download the ternary variant", key)
     return TernaryWeight(trits, scale, plan.shape)

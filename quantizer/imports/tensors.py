@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..files.container import DTYPE_NAMES, DTYPES, FormatError, TensorFile
+from ..files.sources.source import Source
 
-DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HELD = 1 << 26  # mapped bytes that may stay in memory
 _OTHER = {"U32": torch.uint8, "U16": torch.uint8}  # given as bytes
 
@@ -44,32 +44,26 @@ class Tensors(Protocol):
 
 
 class SafetensorsFiles:
-    """One safetensors file, or the shards of one model."""
+    """One safetensors file, or the parts of one model."""
 
     def __init__(self, paths: tuple[Path, ...]):
         self.path = paths[0]
-        self._files: dict[str, TensorFile] = {}
-        self.metadata: dict[str, str] = {}
-        for path in paths:
-            file = TensorFile(path)
-            if twice := file.entries.keys() & self._files.keys():
-                raise FormatError(path, "another shard has this tensor too; download the model again", min(twice))
-            self._files |= dict.fromkeys(file.entries, file)
-            self.metadata |= file.header.metadata
-        self.shapes = {key: file.entries[key].shape for key, file in self._files.items()}
-        self.dtypes = {key: file.entries[key].dtype for key, file in self._files.items()}
+        self.source = Source(paths[0], paths[0].name, tuple(TensorFile(path) for path in paths))
+        self.metadata = self.source.metadata
+        self.shapes = {key: entry.shape for key, entry in self.source.entries.items()}
+        self.dtypes = {key: entry.dtype for key, entry in self.source.entries.items()}
 
     def path_of(self, key: str) -> Path:
-        return self._files[key].path
+        return self.source.homes[key].path
 
     def tensor(self, key: str) -> Tensor:
         """A copy of a tensor. Unsigned integers of 16 and 32 bits come as the bytes of their last dimension."""
         shape = self.shapes[key]
-        return self.rows(key, 0, shape[0]) if shape else self._files[key].tensor(key).clone()
+        return self.rows(key, 0, shape[0]) if shape else self.source.homes[key].tensor(key).clone()
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """A copy of the rows start..stop of a tensor, read with no trace in the mapped memory."""
-        file = self._files[key]
+        file = self.source.homes[key]
         entry = file.entries[key]
         row = entry.nbytes // max(entry.shape[0], 1)
         data = bytearray(max(stop - start, 0) * row)

@@ -60,7 +60,7 @@ def read(path: str | os.PathLike, arch: Architecture | None = None) -> Condition
 def _prompts(path, metadata: Mapping[str, str]) -> tuple[str, ...]:
     try:
         prompts = json.loads(metadata["prompts"])
-    except (KeyError, json.JSONDecodeError):
+    except (KeyError, ValueError, RecursionError):
         prompts = None
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise FormatError(path, "the metadata holds no list of prompts; write the file again", "prompts")

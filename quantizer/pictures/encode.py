@@ -1,44 +1,22 @@
 """Prompts through ComfyUI's own text encoders, exactly as its CLIPTextEncode node would."""
 
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..comfyui import import_comfyui
+from ..files.inputs import check_regular
 from .conditioning import create_conditioning
 
-_PACK = Path(__file__).resolve().parents[2]
 _FLUX2_TOKENS = 512  # to which ComfyUI's Flux2 model pads contexts, with zeros on the left
+_NOT_FLUX = (
+    "these are not the text encoders of a FLUX: give T5-XXL and CLIP-L for FLUX.1, "
+    "or the one Mistral-3 (dev) or Qwen3 (klein) encoder for FLUX.2"
+)
 PROMPTS = Path(__file__).with_name("prompts.txt")  # the pack's own, a prompt in each line
-
-
-def find_comfyui() -> Path | None:
-    """ComfyUI's folder: COMFYUI_PATH, else the ComfyUI whose custom_nodes hold this pack, else None."""
-    if path := os.environ.get("COMFYUI_PATH"):
-        if not (Path(path) / "comfy" / "sd.py").is_file():
-            raise FileNotFoundError(f"COMFYUI_PATH={path} holds no ComfyUI (there is no comfy/sd.py)")
-        return Path(path).resolve()
-    folders = _PACK.parents
-    return next((f.parent for f in folders if f.name == "custom_nodes" and (f.parent / "comfy/sd.py").is_file()), None)
-
-
-def import_comfyui() -> None:
-    """Make `import comfy` work in this process, on the CPU where there is no accelerator."""
-    if "comfy" not in sys.modules:
-        if path := find_comfyui():
-            sys.path.insert(0, str(path))
-    try:
-        import comfy.cli_args
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"ComfyUI is needed for text encoders and VAEs, and `import comfy` fails ({error}): "
-            "set COMFYUI_PATH to its folder, and use the Python environment that ComfyUI runs in"
-        ) from None
-    if not torch.accelerator.is_available():
-        comfy.cli_args.args.cpu = True
 
 
 def embed(
@@ -56,18 +34,36 @@ def embed(
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("there must be at least one prompt, and none may be empty")
     for path in encoders:
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise FileNotFoundError(f"{path}: there is no such text encoder file")
+        check_regular(path, "a text encoder's file")
     import_comfyui()
-    clip, flux2 = _load(encoders)
-    options = _same_length(clip, prompts)
+    clip = _load(encoders)
     files = ", ".join(Path(path).name for path in encoders)
+    return encode(prompts, clip, output, {"text_encoders": files}, overwrite, on_progress)
+
+
+def encode(
+    prompts: Sequence[str],
+    clip,
+    output: str | os.PathLike,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[int], object] = lambda prompts: None,
+) -> tuple[int, int, int | None]:
+    """`embed` with text encoders that are loaded, as ComfyUI's CLIP. ValueError where they are not a FLUX's."""
+    import comfy.text_encoders.flux as flux
+
+    flux2 = isinstance(clip.cond_stage_model, flux.Flux2TEModel)
+    if not flux2 and not isinstance(clip.cond_stage_model, flux.FluxClipModel):
+        raise ValueError(_NOT_FLUX)
+    options = _same_length(clip, prompts)
     with torch.inference_mode():
         first = _encode(clip, prompts[0], options)
         tokens = max(first[0].shape[0], _FLUX2_TOKENS) if flux2 else first[0].shape[0]
         shape = (tokens, first[0].shape[1])
         pooled_size = None if flux2 else first[1].shape[0]
-        with create_conditioning(output, prompts, shape, pooled_size, {"text_encoders": files}, overwrite) as file:
+        with create_conditioning(output, prompts, shape, pooled_size, metadata, overwrite) as file:
             for i, prompt in enumerate(prompts):
                 context, pooled = _encode(clip, prompt, options) if i else first
                 missing = tokens - context.shape[0]
@@ -78,7 +74,7 @@ def embed(
 
 
 def _load(encoders: Sequence[str | os.PathLike]):
-    """ComfyUI's CLIP object, and whether it is one for FLUX.2."""
+    """ComfyUI's CLIP object."""
     import comfy.sd
     import comfy.text_encoders.flux as flux
 
@@ -92,11 +88,8 @@ def _load(encoders: Sequence[str | os.PathLike]):
     expected = flux.Flux2TEModel if flux2 else flux.FluxClipModel
     if not isinstance(clip.cond_stage_model, expected):
         names = ", ".join(str(path) for path in encoders)
-        raise ValueError(
-            f"{names}: these are not the text encoders of a FLUX: give T5-XXL and CLIP-L for FLUX.1, "
-            "or the one Mistral-3 (dev) or Qwen3 (klein) encoder for FLUX.2"
-        )
-    return clip, flux2
+        raise ValueError(f"{names}: {_NOT_FLUX}")
+    return clip
 
 
 def _same_length(clip, prompts: Sequence[str]) -> dict[str, int]:

@@ -108,7 +108,7 @@ def hold_out(
 ) -> HeldOut:
     """States on the teacher's own path to `count` pictures of held-out prompts; the velocities are kept in `folder`.
 
-    Every batch has one time and, as far as there are that many, different prompts. `together`: batches sampled at once.
+    Every batch has one time and, as far as there are that many, different prompts. `together` batches run at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = list(batches(trajectories.plan("holdout", count), batch))

@@ -128,34 +128,40 @@ class Trajectories:
     ) -> None:
         """Paint those of the pictures that are not there yet, `batch` at a time and so many batches together.
 
-        `on_progress` counts all of them. ValueError where a picture is not finite.
+        `on_progress` counts all of them. A batch that an interruption cut is painted again: among others a picture is
+        not the same to the last bit. ValueError where a picture is not finite.
         """
-        todo = [picture for picture in pictures if not self._path(picture).exists()]
-        on_progress(len(pictures) - len(todo))
+        missing = {picture for picture in pictures if not self._path(picture).exists()}
+        on_progress(len(pictures) - len(missing))
         levels = noise_levels(self.steps, self.shift)
-        for same in batches(todo, batch * together):
-            parts = list(batches(same, batch))
-            passed = {picture: self._passed(picture) for picture in same}
-            kept: dict[Picture, list[tuple[Tensor, Tensor]]] = {picture: [] for picture in same}
+        todo = [same for same in batches(pictures, batch) if missing.intersection(same)]
+        for parts in (todo[start : start + together] for start in range(0, len(todo), together)):
+            wanted = [picture for part in parts for picture in part if picture in missing]
+            passed = {picture: self._passed(picture) for picture in wanted}
+            kept: dict[Picture, list[tuple[Tensor, Tensor]]] = {picture: [] for picture in wanted}
             noise = [initial_noise(part) for part in parts]
             path = sample_together(velocities, noise, levels, self.arch, lambda part: self.conditions(parts[part]))  # noqa: B023
             for step, (_, latents, steps) in enumerate(path):
                 for part, latent, velocity in zip(parts, latents, steps, strict=False):
                     for row, picture in enumerate(part):
-                        if step in passed[picture]:
+                        if step in passed.get(picture, ()):
                             kept[picture].append((latent[row].half(), velocity[row].half()))
-            for part, latent in zip(parts, latents, strict=True):
-                for row, picture in enumerate(part):
-                    states, velocity = zip(*kept.pop(picture), strict=True)
-                    tensors = {
-                        "latent": latent[row].float(),
-                        "passed": torch.stack(states),
-                        "velocity": torch.stack(velocity),
-                    }
-                    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                        raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
-                    save(self._path(picture), tensors, overwrite=True)
-            on_progress(len(same))
+            finished = {
+                picture: latent[row]
+                for part, latent in zip(parts, latents, strict=True)
+                for row, picture in enumerate(part)
+            }
+            for picture in wanted:
+                states, steps = zip(*kept.pop(picture), strict=True)
+                tensors = {
+                    "latent": finished[picture].float(),
+                    "passed": torch.stack(states),
+                    "velocity": torch.stack(steps),
+                }
+                if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                    raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
+                save(self._path(picture), tensors, overwrite=True)
+            on_progress(len(wanted))
 
     def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor | None, ...]:
         """Context, pooled vector and guidance of some pictures."""

@@ -71,30 +71,62 @@ class Plan:
     autocast: torch.dtype | None
 
 
-def plan(arch: Architecture, tokens: int, free: int, device: torch.device) -> Plan:
-    """What fits `free` bytes, with `tokens` (text and image) for each state.
+# How to train, from what is fastest to what takes least: codes, packed, recompute, eight_bit.
+_WAYS = [
+    (True, False, False, False),
+    (True, False, True, False),
+    (True, False, True, True),
+    (False, False, False, False),
+    (False, False, True, False),
+    (False, False, True, True),
+    (False, True, True, True),
+]
+_USED = 0.85  # of the free memory
 
-    Trained codes cost 24 bytes a weight (latent, gradient, two moments, average, best), 12 with 8-bit moments and a
-    bf16 latent; frozen ones 1 or 1/4 and the states of their scales.
+
+def plan(arch: Architecture, tokens: int, free: int, device: torch.device) -> Plan:
+    """The best way that fits `free` bytes, with `tokens` (text and image) for each state; the last one where none does.
+
+    See `training_memory`.
     """
-    weights = sum(n * k for n, k in arch.linear_shapes.values())
-    largest = max(sum(n * k for n, k in arch.block_linears(block).values()) for block in arch.block_names)
-    width = 2 if device.type == "cuda" else 4
-    # About 40 tensors of the hidden size are kept for each token and block, and the dense weights of the blocks.
-    kept = tokens * arch.hidden * 40 * width
-    one_block = largest * 4 * 2 + kept
-    all_blocks = weights * width + kept * len(arch.block_names)
-    available = 0.85 * free
-    recompute = 24 * weights + all_blocks + kept > available
-    activations = one_block if recompute else all_blocks
-    codes = 12 * weights + activations < available
-    eight_bit = 24 * weights + activations > available
-    packed = not codes and weights * 1.3 + activations > available
-    used = (24 if not eight_bit else 12 if codes else 0.6 if packed else 1.3) * weights + activations - kept
-    fitting = max(1, int((available - used) // max(kept, 1)))
     wanted = max(1, min(64, 1024 // tokens))
     autocast = torch.bfloat16 if device.type == "cuda" else None
-    return Plan(codes, packed, recompute, eight_bit, min(wanted, fitting), autocast)
+    for way in _WAYS:
+        chosen = Plan(*way, batch=1, autocast=autocast)
+        if training_memory(arch, tokens, chosen) <= _USED * free:
+            break
+    for batch in range(2, wanted + 1):
+        larger = replace(chosen, batch=batch)
+        if training_memory(arch, tokens, larger) > _USED * free:
+            break
+        chosen = larger
+    return chosen
+
+
+def training_memory(arch: Architecture, tokens: int, way: Plan) -> int:
+    """Bytes at the peak of a training step (the best parameters so far lie in main memory).
+
+    A trained value has the value itself, its average, two moments and a gradient, all in fp32; moments can take 8 bits
+    and codes bf16. Then a frozen code takes 1 byte or 1/4, and a scale has its starting value too. Every block keeps
+    its weights for the backward pass as they were multiplied, and some 40 values of the hidden size for each token.
+    """
+    width = 4 if way.autocast is None else way.autocast.itemsize
+    blocks = [sum(n * k for n, k in arch.block_linears(block).values()) for block in arch.block_names]
+    codes, scales = sum(blocks), sum(n * -(-k // 128) for n, k in arch.linear_shapes.values())
+    others = sum(torch.Size(shape).numel() for shape in arch.shapes.values()) - codes
+    moments = 2.1 if way.eight_bit else 8.0
+    trained = (others + scales) * (12 + moments) + 4 * scales
+    if way.codes:
+        trained += codes * (3 * (2 if way.eight_bit else 4) + moments)
+    else:
+        trained += codes * (0.25 if way.packed else 1)
+    token = way.batch * tokens * arch.hidden * width
+    weights = width + (1 if way.packed else 0)
+    if way.recompute:
+        computed = token * len(blocks) + weights * max(blocks)
+    else:
+        computed = 40 * token * len(blocks) + weights * codes
+    return int(trained + computed + 56 * token + 4 * max(n * k for n, k in arch.linear_shapes.values()))
 
 
 def settings_for(arch_plan: Plan, **changes) -> DistillSettings:

@@ -1,6 +1,5 @@
 """What a run decides from the speed and memory of its machine: once, so that it goes on with the same after a stop."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 from ..distillation.blockwise import BlockSettings
 from ..files.atomic import write_json
+from ..files.inputs import read_json
 from .budget import Budget, Plan
 
 
@@ -43,10 +43,16 @@ class Decisions:
 
     @classmethod
     def load(cls, path: Path) -> "Decisions | None":
-        """What `save` wrote; None where nothing is decided."""
+        """What `save` wrote; None where nothing is decided. Raises ValueError where the file is damaged."""
         if not path.exists():
             return None
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return cls._of(read_json(path, dict))
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is damaged; delete it") from None
+
+    @classmethod
+    def _of(cls, values: dict) -> "Decisions":
         budget, training = Budget(**values.pop("budget")), values.pop("training")
         if training is not None:
             plan, blocks = training.pop("plan"), training.pop("blocks")

@@ -68,6 +68,8 @@ def distill_file(
         train_codes(layers, dense, torch.bfloat16 if settings.eight_bit else torch.float32)
     distiller = Distiller(model, file, pool, held_out, settings)
     distill(distiller, snapshot or work.folder / "distill.safetensors", on_step)
+    dense.check_unchanged()
+    file.file.check_unchanged()
     best = min(distiller.log, key=lambda row: row["error"])
     done = {
         "steps": distiller.total,

@@ -60,12 +60,13 @@ class Workspace:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     on_progress: Progress = _silent
 
-    def check(self, target: Path, overwrite: bool, *sources: Path) -> None:
+    def check(self, target: Path | None, overwrite: bool, *sources: Path) -> None:
         """Raises ValueError or OSError, before anything is written, where these inputs do not fit each other, and where
         `target` cannot be written or is one of them. `sources` are further inputs.
         """
-        dense = open_checkpoint(self.dense).files
-        check_target(target, 0, overwrite, [*dense, self.conditioning_file, *sources])
+        if target is not None:
+            dense = open_checkpoint(self.dense).files
+            check_target(target, 0, overwrite, [*dense, self.conditioning_file, *sources])
         for size in self.sizes:
             latent_shape(self.arch, size)
         self.conditioning  # noqa: B018  read, and compared with the model

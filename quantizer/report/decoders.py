@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..comfyui import import_comfyui
 from ..files.architecture import Architecture
-from ..pictures.encode import import_comfyui
 
 Decode = Callable[[Tensor], np.ndarray]  # latents [B, C, H, W] -> pictures [B, h, w, 3] in 0..1
 

@@ -3,14 +3,15 @@
 import base64
 import html
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files.atomic import atomic_file
+from ..files.atomic import atomic_file, check_target
 from ..files.checkpoint import Checkpoint
 from ..files.summary import sizes
 from ..files.ternary import TernaryFile, open_ternary
@@ -23,6 +24,8 @@ from ..pipeline.workspace import Workspace
 from . import charts
 from .decoders import Decode, preview
 
+PAGE = "report.html"
+_CHARTS = ("pictures", "velocity", "divergence")  # and one of weights for each stage
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1100px; margin: 2rem auto; }
 body { padding: 0 1rem; }
@@ -56,12 +59,16 @@ def report(
     pictures: int = 4,
     held_out: int = 16,
     decode: Decode | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Compare ternary files (by name, in the order of the stages) with their teacher; returns the page's path.
 
     Writes report.html and its charts as PNG. `pictures` are shown; quality is measured at states of `held_out`.
-    `decode` makes pictures of latents; without it their colours are a projection of the latent channels.
+    `decode` makes pictures of latents; without it their colours are a projection of the latent channels. ValueError for
+    names that are no part of a file name, and OSError where something of the report is there already and `overwrite` is
+    false, both before anything is computed.
     """
+    check_report(folder, files, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = work.trajectories.plan("holdout", pictures)
     chosen = [picture for picture in chosen if picture.shape == chosen[0].shape]
@@ -70,11 +77,31 @@ def report(
     measured = [_measure(work, held, name, path, theirs=theirs, pictures=chosen) for name, path in files.items()]
     images = _charts(work, chosen, theirs[-1], measured, decode or preview(theirs[-1]))
     for name, image in images.items():
-        (folder / f"{name}.png").write_bytes(image)
-    path = folder / "report.html"
-    with atomic_file(path, overwrite=True) as file:
-        file.write(_page(work, measured, images, decode is None).encode())
+        with atomic_file(folder / f"{name}.png", overwrite=overwrite) as file:
+            file.write(image)
+    path = folder / PAGE
+    with atomic_file(path, overwrite=overwrite) as file:
+        file.write(_page(work, measured, images, decode is None).encode("utf-8", "backslashreplace"))
     return path
+
+
+def check_report(folder: Path, names: Iterable[str], overwrite: bool = False) -> None:
+    """Raises ValueError or OSError where a report on stages of these names cannot be written to the folder."""
+    slugs: dict[str, str] = {}
+    for name in names:
+        if not name.strip() or len(name) > 60 or re.search(r'[/\\:*?"<>|]', name) or not name.isprintable():
+            raise ValueError(f"{name!r} is no name for a stage: it becomes part of a file name; give another NAME=FILE")
+        if (other := slugs.setdefault(_slug(name).casefold(), name)) != name:
+            raise ValueError(f"the stages {other!r} and {name!r} have the same file name; give another NAME=FILE")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give the name of a folder")
+    if folder.is_dir():
+        for name in (PAGE, *(f"{chart}.png" for chart in (*_CHARTS, *map(_slug, slugs.values())))):
+            check_target(folder / name, 0, overwrite)
+
+
+def _slug(name: str) -> str:
+    return f"weights-{name.replace(' ', '-')}"
 
 
 def _measure(
@@ -153,7 +180,7 @@ def _charts(
         labels = [block.replace("_blocks.", " ") for block in blocks]
         heat = charts.figure(0.5 * len(names) + 2, 0.2 * len(blocks) + 1.6)
         charts.heatmap(heat.subplots(), f"Relative weight error after {m.name}", labels, names, values)
-        figures[f"weights-{m.name.replace(' ', '-')}"] = heat
+        figures[_slug(m.name)] = heat
     return {name: charts.png(drawn) for name, drawn in figures.items()}
 
 

@@ -34,10 +34,13 @@ class Rows:
     squared_norm: float
 
 
-def round_rows(weight: np.ndarray, method: str = "least-squares") -> Rows:
-    """Round fp32 [rows, K], best a few hundred thousand weights at a time. Raises ValueError if one is not finite."""
+def round_rows(weight: np.ndarray, method: str = "least-squares", column: np.ndarray | None = None) -> Rows:
+    """Round fp32 [rows, K], best a few hundred thousand weights at a time. Raises ValueError if one is not finite.
+
+    With `column` scales, fp32 [K], it is the weights over them that are rounded; the error is that of the weights.
+    """
     n, k = weight.shape
-    groups = _grouped(weight)
+    groups = _grouped(weight if column is None else weight / column)
     sums = largest_sums(groups)
     scales = best_scales(sums) if method == "least-squares" else absmean_scales(sums, k)
     if not np.isfinite(scales).all():
@@ -47,9 +50,16 @@ def round_rows(weight: np.ndarray, method: str = "least-squares") -> Rows:
     threshold = scales[:, None] * np.float32(0.5)
     codes = (groups > threshold).view(np.int8) - (groups < -threshold).view(np.int8)
     trits = pack_planes32(torch.from_numpy(codes).view(n, -1))
-    squared_norm = float(np.einsum("ij,ij->i", groups, groups).sum(dtype=np.float64))
+    if column is not None:
+        left = (groups - scales[:, None] * codes).reshape(n, -1)[:, :k] * column
+        return Rows(trits, row, group, _squares(left), _squares(weight))
+    squared_norm = _squares(groups)
     gain = _squared_gain(sums, scales, codes)
     return Rows(trits, row, group, max(squared_norm - gain, 0.0), squared_norm)
+
+
+def _squares(values: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->i", values, values).sum(dtype=np.float64))
 
 
 def largest_sums(groups: np.ndarray) -> np.ndarray:
@@ -85,18 +95,23 @@ def _grouped(weight: np.ndarray) -> np.ndarray:
     return (np.pad(weight, ((0, 0), (0, padding))) if padding else weight).reshape(-1, GROUP_SIZE)
 
 
-def ternarize(weight: Tensor, method: str = "least-squares") -> tuple[TernaryWeight, float]:
-    """Round a weight [N, K] of any float dtype; returns it and its relative error ||W - W'|| / ||W||.
+def ternarize(
+    weight: Tensor, method: str = "least-squares", column: Tensor | None = None
+) -> tuple[TernaryWeight, float]:
+    """Round a weight [N, K] of any float dtype, with column scales [K] if they are given.
 
-    Raises ValueError if the weight is not finite.
+    Returns it and its relative error ||W - W'|| / ||W||. Raises ValueError if the weight is not finite.
     """
-    return by_rows(weight, lambda rows: round_rows(rows.float().cpu().numpy(), method))
+    scales = None if column is None else column.float().cpu().numpy()
+    return by_rows(weight, lambda rows: round_rows(rows.float().cpu().numpy(), method, scales), column=column)
 
 
-def by_rows(weight: Tensor, rounding: Callable[[Tensor], Rows], terms: int = 1) -> tuple[TernaryWeight, float]:
+def by_rows(
+    weight: Tensor, rounding: Callable[[Tensor], Rows], terms: int = 1, column: Tensor | None = None
+) -> tuple[TernaryWeight, float]:
     """Round a weight [N, K] some rows at a time; returns it and its relative error."""
     n, k = weight.shape
-    matrix = Matrix((n, k), terms)
+    matrix = Matrix((n, k), terms, column)
     step = Matrix.chunk_rows(matrix.weight.shape)
     for start in range(0, len(weight), step):
         matrix.put(start, rounding(weight[start : start + step].detach()))
@@ -106,7 +121,7 @@ def by_rows(weight: Tensor, rounding: Callable[[Tensor], Rows], terms: int = 1) 
 class Matrix:
     """A ternary weight [N, K] that is filled in by rows."""
 
-    def __init__(self, shape: tuple[int, int], terms: int = 1):
+    def __init__(self, shape: tuple[int, int], terms: int = 1, column: Tensor | None = None):
         n, k = shape
         groups = terms * groups_of(k)
         self.missing = n
@@ -115,6 +130,7 @@ class Matrix:
             torch.empty(n),
             shape,
             torch.empty(groups, n, dtype=torch.uint8),
+            column=column,
         )
         self._squares = []
 

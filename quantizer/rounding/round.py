@@ -20,6 +20,7 @@ from ..files.layer import LayerPlan
 from ..files.sources.encodings import NOT_FINITE, check_finite
 from ..files.ternary import TernaryWriter, create_ternary
 from ..threads import single_threaded_pool
+from .columns import column_scales
 from .one_term import Matrix, Rows, round_rows
 
 _IN_FLIGHT = 8  # pieces of 4 MB that are read ahead of the rounding
@@ -52,6 +53,7 @@ def round_checkpoint(
 ) -> Summary:
     """Round every block Linear of a dense FLUX and write a ternary file; the other parameters become bf16.
 
+    Least squares round with column scales that give the columns of each weight equal norms.
     `on_progress` is called with the number of weights done since the last call. Raises FormatError for an unsuitable
     source, OSError for an unwritable target, ValueError where both are the same file; nothing is left behind then, nor
     after KeyboardInterrupt.
@@ -60,7 +62,8 @@ def round_checkpoint(
     checkpoint = open_checkpoint(source)
     check_target(target, 0, overwrite, checkpoint.files)
     arch = checkpoint.architecture
-    layers = {name: LayerPlan(shape, packing) for name, shape in arch.linear_shapes.items()}
+    columns = "bf16" if method == "least-squares" else ""
+    layers = {name: LayerPlan(shape, packing, columns=columns) for name, shape in arch.linear_shapes.items()}
     names = {f"{layer}.weight" for layer in layers}
     dense = {name: (torch.bfloat16, checkpoint.shape(name)) for name in checkpoint.names if name not in names}
 
@@ -74,6 +77,7 @@ def round_checkpoint(
     ) as writer:
         one_pass = _Pass(checkpoint, writer, method, on_progress)
         one_pass.run()
+        checkpoint.check_unchanged()
         errors = {name: one_pass.errors[name] for name in layers}
         writer.metadata.update(header(errors, sha256=one_pass.digest.hexdigest()))
     weights = sum(n * k for n, k in arch.linear_shapes.values())
@@ -91,6 +95,7 @@ class _Pass:
         self.method = method
         self.on_progress = on_progress
         self.digest = hashlib.sha256()
+        self.columns: dict[str, Future] = {}  # column scales of layers that are not done
         self.matrices: dict[str, Matrix] = {}  # layers of which some rows are done
         self.errors: dict[str, float] = {}
 
@@ -99,6 +104,9 @@ class _Pass:
         with ThreadPoolExecutor(1) as hasher, single_threaded_pool() as rounders:
             for piece in self.checkpoint.pieces():
                 hashed = hasher.submit(self.digest.update, piece.data)
+                layer = self._layer(piece)
+                if layer is not None and layer not in self.columns and self.writer.layers[layer].columns:
+                    self.columns[layer] = rounders.submit(column_scales, self.checkpoint.tensor(piece.name))
                 waiting.append((piece, rounders.submit(self._convert, piece), hashed))
                 if len(waiting) > _IN_FLIGHT:
                     self._finish(*waiting.popleft())
@@ -120,10 +128,11 @@ class _Pass:
             values = values.bfloat16()
             check_finite(values, self.checkpoint.path, key)
             return values.flatten().view(torch.uint8).numpy()
+        column = self.columns[layer].result().float().numpy() if layer in self.columns else None
         step = Matrix.chunk_rows(self.writer.layers[layer].shape)
         try:
             return [
-                (piece.start + start, round_rows(values[start : start + step].float().numpy(), self.method))
+                (piece.start + start, round_rows(values[start : start + step].float().numpy(), self.method, column))
                 for start in range(0, piece.rows, step)
             ]
         except FormatError:
@@ -141,7 +150,10 @@ class _Pass:
             self.writer.tensors.write_bytes(piece.name, result, len(result) // piece.rows * piece.start)
             return
         plan = self.writer.layers[layer]
-        matrix = self.matrices.setdefault(layer, Matrix(plan.shape))
+        if layer not in self.matrices:
+            column = self.columns[layer].result() if layer in self.columns else None
+            self.matrices[layer] = Matrix(plan.shape, column=column)
+        matrix = self.matrices[layer]
         for start, rows in result:
             matrix.put(start, rows)
         self.on_progress(piece.rows * plan.shape[1])
@@ -149,3 +161,4 @@ class _Pass:
             self.writer.layer(layer, matrix.weight)
             self.errors[layer] = matrix.error
             del self.matrices[layer]
+            self.columns.pop(layer, None)

@@ -1,7 +1,5 @@
 """The miniature in the real ComfyUI with stock loaders: detection, autoencoder, sampling; the text encoder's node."""
 
-import importlib.util
-
 import pytest
 import torch
 from ternary_flux.benchmarks import comfyui, miniature
@@ -38,10 +36,9 @@ def model(comfy):
 
 @pytest.fixture(scope="module")
 def node(comfy):
-    spec = importlib.util.spec_from_file_location("miniature_node", miniature.NODE_PACK / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.MiniatureTextEncode
+    from ternary_flux.benchmarks.miniature_node import MiniatureTextEncode
+
+    return MiniatureTextEncode
 
 
 def test_stock_autoencoder_is_the_same_function(comfy, vae):

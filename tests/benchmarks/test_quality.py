@@ -9,6 +9,7 @@ from ternary_flux.benchmarks.miniature.text import TextEncoder
 from ternary_flux.benchmarks.quality import chart, run
 from ternary_flux.benchmarks.quality.models import dense_of, round_to_bits, rounded
 from ternary_flux.benchmarks.quality.scores import Stage, evaluate, interval
+from ternary_flux.benchmarks.quality.stress import LEVELS
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.model.flux import Flux
@@ -98,14 +99,18 @@ def test_intervals_hold_the_value():
     )
 
 
-@pytest.mark.slow
-def test_a_whole_run(teacher, stage, tmp_path):
-    weights = tmp_path / "weights"
-    weights.mkdir()
+def write_weights(teacher, stage, folder):
+    folder.mkdir()
     parts = {"flux-miniature": teacher, "text-encoder": stage.text, "autoencoder": stage.vae}
     for name, part in parts.items():
         state = {key: value.bfloat16().contiguous() for key, value in part.state_dict().items()}
-        save_file(state, weights / f"{name}.safetensors", {"size": "32"})
+        save_file(state, folder / f"{name}.safetensors", {"size": "32"})
+    return folder
+
+
+@pytest.mark.slow
+def test_a_whole_run(teacher, stage, tmp_path):
+    weights = write_weights(teacher, stage, tmp_path / "weights")
     scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=14, calibration_states=16)
     outputs = tmp_path / "quality.json", tmp_path / "quality.png"
     # What differs from another recipe by an argument alone takes half of the time.
@@ -116,3 +121,15 @@ def test_a_whole_run(teacher, stage, tmp_path):
     assert errors["4-bit rounding"] < errors["3-bit rounding"] < errors["ternary, least squares"]
     assert errors["distilled: scales"] < errors["calibrated"]
     assert all(path.stat().st_size > 1000 for path in outputs)
+
+
+def test_the_stages_on_a_stressed_model(teacher, stage, tmp_path):
+    weights = write_weights(teacher, stage, tmp_path / "weights")
+    scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=4, calibration_states=16)
+    levels = {"harsh": LEVELS["harsh"]}
+    result = run.run_stressed(scale, tmp_path / "work", tmp_path / "stressed.json", CPU, weights, levels)
+    rows = {(row["level"], row["name"]): row for row in result["models"]}
+    assert len(rows) == 2 * len(run.STAGES) and (tmp_path / "stressed.json").stat().st_size > 1000
+    plain, harsh = (rows[level, "ternary, least squares"] for level in ("plain", "harsh"))
+    assert plain["to_plain"] == 1 and harsh["to_plain"] < 1.5
+    assert harsh["to_plain"] == pytest.approx(harsh["velocity"]["error"] / plain["velocity"]["error"])

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from ternary_flux.benchmarks import comfyui
 from ternary_flux.tests.nodes import adapters, tiny
+from ternary_flux.tests.nodes import graph_server as graph
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +77,10 @@ def mixed(path, tmp_path_factory):
     file = tmp_path_factory.mktemp("mixed") / "mixed.safetensors"
     save_file(state, file)
     return file
+
+
+@pytest.fixture(scope="session")
+def graph_server(tmp_path_factory):
+    """A server with the pack and the miniature's files."""
+    with graph.start(tmp_path_factory.mktemp("graph")) as running:
+        yield running

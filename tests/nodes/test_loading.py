@@ -309,7 +309,7 @@ def other():
         (vae, "this is a VAE. Move it to models/vae"),
         (text_encoder, "this is a text encoder. Move it to models/text_encoders"),
         (lora, "this is a LoRA. Move it to models/loras"),
-        (other, "not a ternary FLUX model"),
+        (other, "this is no FLUX transformer"),
     ],
 )
 def test_other_models_are_refused_with_a_remedy(comfy, tmp_path, make, message):

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..container import Entry, FormatError, check_regular
+from ..container import Entry, FormatError, MappedFile
+from ..inputs import check_regular
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -71,7 +72,7 @@ TYPES = {
 _NAMES = {blocks.number: name for name, blocks in TYPES.items()}
 
 
-class GgufFile:
+class GgufFile(MappedFile):
     """A GGUF file, memory-mapped. `entries` have torch's order of dimensions, and the type's name as their dtype.
 
     Raises FormatError where the header is damaged or of another version, and OSError.
@@ -80,9 +81,8 @@ class GgufFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         check_regular(self.path)
-        self.size = self.path.stat().st_size
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._open_map(path)
+        self.size = len(self._map)
         reader = _Reader(self.path, self._map)
         version, tensors, fields = reader.unpack("<IQQ")
         if version not in _VERSIONS:
@@ -109,11 +109,6 @@ class GgufFile:
         names = {"general.name": "modelspec.title", "general.license": "modelspec.license"}
         names |= {"general.author": "modelspec.author"}
         return {to: value for name, to in names.items() if isinstance(value := self.fields.get(name), str)}
-
-    def bytes(self, key: str) -> np.ndarray:
-        """The tensor's bytes, uint8."""
-        entry = self.entries[key]
-        return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.start)
 
     def _entries(self, reader: "_Reader", count: int) -> dict[str, Entry]:
         found = []
@@ -164,6 +159,10 @@ class _Reader:
             raise FormatError(self.path, f"the file is truncated within its header; {_AGAIN}")
         return struct.unpack_from(layout, self.data, start)
 
+    def skip(self, count: int) -> None:
+        self.position += count
+        self.unpack("<")
+
     def string(self) -> str:
         (length,) = self.unpack("<Q")
         start, self.position = self.position, self.position + length
@@ -181,14 +180,13 @@ class _Reader:
             raise FormatError(self.path, f"the header holds a field of the unknown type {kind}; {_AGAIN}")
         inner, length = self.unpack("<IQ")
         if inner in _SCALARS:
-            self.position += length * struct.calcsize(f"<{_SCALARS[inner]}")
+            self.skip(length * struct.calcsize(f"<{_SCALARS[inner]}"))
             return None
         self.strings += length
         if inner != _STRING or self.strings > _MOST_STRINGS:
             raise FormatError(self.path, f"the header holds {length:,} values of type {inner} in a field; {_AGAIN}")
         for _ in range(length):
-            (size,) = self.unpack("<Q")
-            self.position += size
+            self.skip(*self.unpack("<Q"))
         return None
 
 

@@ -36,8 +36,7 @@ def locate(path: str | os.PathLike) -> Location:
     path = Path(path)
     if path.is_dir():
         return _in_folder(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; check the path")
+    path.stat()  # raises where there is nothing
     if path.name in ("model_index.json", "config.json"):
         return Location(path, _in_folder(path.absolute().parent).files, path.absolute().parent.name)
     if _INDEX.fullmatch(path.name):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..container import Entry, FormatError, TensorFile, check_regular
+from ..container import Entry, FormatError, TensorFile
+from ..inputs import check_regular
 from .gguf import MAGIC, GgufFile
 from .locate import locate
 

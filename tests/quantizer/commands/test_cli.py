@@ -39,7 +39,7 @@ def test_from_checkpoint_to_export(source, tmp_path, capsys):
     assert run(["export", str(ternary), "-o", str(dense), "--dtype", "fp32"]) == 0
     assert open_checkpoint(dense).dtype("img_in.weight") == torch.float32
     assert run(["inspect", str(dense)]) == 0
-    assert "dense FLUX" in capsys.readouterr().out
+    assert "this is FLUX.1, not ternary" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.safetensors", "ternary.safetensors"]
 
 
@@ -55,7 +55,8 @@ def test_mistakes_are_one_line_and_code_2(source, tmp_path, capsys):
     mine.write_bytes(b"mine")
     assert mistake("round", tmp_path / "none", "-o", target) == f"round: {tmp_path / 'none'}: No such file or directory"
     assert "no safetensors file" in mistake("round", ROOT / "pyproject.toml", "-o", target)
-    assert "is a folder" in mistake("round", tmp_path, "-o", target)
+    (tmp_path / "folder").mkdir()
+    assert "this folder holds no weights" in mistake("round", tmp_path / "folder", "-o", target)
     assert "is a folder" in mistake("round", source, "-o", tmp_path)
     assert "does not exist" in mistake("round", source, "-o", tmp_path / "no" / "x")
     assert "--force" in mistake("round", source, "-o", mine)
@@ -118,7 +119,7 @@ def test_values_that_are_not_finite_name_the_tensor(tmp_path, capsys):
     path = tmp_path / "flux.safetensors"
     synthetic.save_file(state, path)
     assert run(["round", str(path), "-o", str(tmp_path / "out.safetensors")]) == 2
-    expected = f"{path}: single_blocks.1.linear1.weight: the weight has values that are not finite"
+    expected = f"{path}: single_blocks.1.linear1.weight: holds values that are not finite"
     assert expected in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]
 

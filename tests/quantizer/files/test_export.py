@@ -6,6 +6,7 @@ from ternary_flux.quantizer.files.container import FormatError
 from ternary_flux.quantizer.files.export import export_checkpoint
 from ternary_flux.quantizer.files.layer import LayerPlan
 from ternary_flux.quantizer.files.ternary import create_ternary, open_ternary
+from ternary_flux.quantizer.rounding.columns import column_scales
 from ternary_flux.quantizer.rounding.one_term import ternarize
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests.quantizer import synthetic
@@ -24,7 +25,9 @@ def test_the_export_is_the_rounded_model(tmp_path, arch, packing, dtype):
     for name, tensor in state.items():
         layer = name.removesuffix(".weight")
         is_ternary = layer != name and layer in arch.linears
-        expected = ternarize(tensor)[0].dequantize(dtype) if is_ternary else tensor.to(dtype)
+        expected = tensor.to(dtype)
+        if is_ternary:
+            expected = ternarize(tensor, column=column_scales(tensor))[0].dequantize(dtype)
         assert exported[name].dtype == dtype and torch.equal(exported[name], expected), name
     assert sum(done) == sum(n * k for n, k in arch.linear_shapes.values())
     assert open_checkpoint(tmp_path / "export.safetensors").architecture == arch

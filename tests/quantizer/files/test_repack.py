@@ -6,9 +6,12 @@ from safetensors.torch import load_file, save_file
 from ternary_flux.quantizer.calibration.sensitivity import write_mixed
 from ternary_flux.quantizer.cli import run
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
-from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.files.layer import LayerPlan
+from ternary_flux.quantizer.files.pack import pack
+from ternary_flux.quantizer.files.ternary import create_ternary, open_ternary
 from ternary_flux.quantizer.files.verify import verify
 from ternary_flux.quantizer.rounding.round import round_checkpoint
+from ternary_flux.tests import builders
 from ternary_flux.tests.quantizer import synthetic
 
 
@@ -38,6 +41,18 @@ def test_forth_and_back_gives_the_same_file(mixed, tmp_path):
     assert all(first[key].dtype == last[key].dtype and torch.equal(first[key], last[key]) for key in first)
     state = between.state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in before.state_dict().items())
+
+
+@pytest.mark.parametrize("scales", ["row", "integer", "bf16", "fp32"])
+@pytest.mark.parametrize("form", [{}, {"rank": 3}, {"terms": 2}, {"column": torch.bfloat16}])
+def test_every_form_of_a_weight_comes_back(tmp_path, scales, form):
+    weight = builders.ternary_weight(40, 300, scales, **form)
+    paths = [tmp_path / name for name in ("planes32", "base3", "back")]
+    with create_ternary(paths[0], {"x": LayerPlan.of(weight)}, {}, {}) as writer:
+        writer.layer("x", weight)
+    pack(paths[0], paths[1], "base3")
+    pack(paths[1], paths[2], "planes32")
+    assert paths[2].read_bytes() == paths[0].read_bytes() != paths[1].read_bytes()
 
 
 def test_a_file_that_comfyui_saved_gets_its_names_and_checksums(mixed, tmp_path):

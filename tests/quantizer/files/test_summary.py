@@ -35,7 +35,7 @@ def test_bits_per_weight_of_a_real_layer(tmp_path):
     file = open_ternary(tmp_path / "t.safetensors")
     n, k = file.layers["single_blocks.0.linear2"].shape
     plan = file.layers["single_blocks.0.linear2"]
-    assert plan.nbytes == n * k / 4 + 4 * n + n * k / 128 + plan.comfy_quant.numel()
+    assert plan.nbytes == n * k / 4 + 4 * n + n * k / 128 + 2 * k + plan.comfy_quant.numel()
 
 
 def test_mixed_files(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 
 import pytest
@@ -101,3 +102,6 @@ def test_the_command(ternary, tmp_path, capsys):
     save_file(load_file(ternary), tmp_path / "old.safetensors")
     assert run(["verify", str(tmp_path / "old.safetensors")]) == 2
     assert "no checksums" in capsys.readouterr().err
+    for path, said in ((ternary, "of every tensor"), (tmp_path / "old.safetensors", "none")):
+        assert run(["inspect", str(path)]) == 0
+        assert re.search(rf"checksums +{said}", capsys.readouterr().out)

@@ -1,0 +1,556 @@
+"""`python -m benchmarks.make_workflows`: writes the example graphs of workflows/ for the ComfyUI that is found.
+
+Every graph is a function below: nodes with their inputs by name, and a note. Places, sizes and links follow from that
+and from the node definitions of the running ComfyUI.
+"""
+
+import json
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from ternary_flux.benchmarks import comfyui, miniature
+from ternary_flux.benchmarks.miniature import scenes
+
+FOLDER = comfyui.ROOT / "workflows"
+_HUGGING_FACE = "https://huggingface.co"
+_COMFY = f"{_HUGGING_FACE}/Comfy-Org"
+_ENCODERS = f"{_HUGGING_FACE}/comfyanonymous/flux_text_encoders/resolve/main"
+# name -> (folder, address) of the files that exist for download
+MODELS = {
+    "flux1-dev.safetensors": ("diffusion_models", f"{_COMFY}/flux1-dev/resolve/main/flux1-dev.safetensors"),
+    "t5xxl_fp16.safetensors": ("text_encoders", f"{_ENCODERS}/t5xxl_fp16.safetensors"),
+    "clip_l.safetensors": ("text_encoders", f"{_ENCODERS}/clip_l.safetensors"),
+    "ae.safetensors": (
+        "vae", f"{_COMFY}/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
+    ),
+    "qwen_3_4b.safetensors": (
+        "text_encoders",
+        f"{_COMFY}/flux2-klein/resolve/main/split_files/text_encoders/qwen_3_4b.safetensors",
+    ),
+    "flux2-vae.safetensors": ("vae", f"{_COMFY}/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors"),
+}  # fmt: skip
+# ternary file -> (its original's name, where that is): nobody has published the file itself
+ORIGINALS = {
+    "flux1-dev-1.58bit.safetensors": ("FLUX.1 [dev]", f"{_COMFY}/flux1-dev"),
+    "flux1-schnell-1.58bit.safetensors": ("FLUX.1 [schnell]", f"{_COMFY}/flux1-schnell"),
+    "flux1-fill-dev-1.58bit.safetensors": ("FLUX.1 Fill [dev]", f"{_COMFY}/flux1-dev"),
+    "flux1-kontext-dev-1.58bit.safetensors": ("FLUX.1 Kontext [dev]", f"{_COMFY}/flux1-kontext-dev_ComfyUI"),
+    "flux-2-klein-4b-1.58bit.safetensors": ("FLUX.2 [klein] 4B", f"{_COMFY}/flux2-klein"),
+}
+MINIATURE = {miniature.TRANSFORMER.name, miniature.TERNARY.name, miniature.STOCK_AUTOENCODER}
+_WIDTH, _GAP, _SLOT, _WIDGET, _TITLE = 340, 60, 22, 28, 40
+_TALL = {"SaveImage": 300, "PreviewImage": 300, "LoadImage": 300, "MarkdownNote": 360, "PreviewAny": 140}
+_STATUS = 170  # room for the text that our nodes show
+_LISTS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
+
+
+@dataclass
+class Node:
+    graph: "Graph"
+    number: int
+    kind: str
+    inputs: dict[str, Any]
+    title: str | None
+    definition: Mapping[str, Any]
+
+    def __getitem__(self, output: int | str) -> "Output":
+        if isinstance(output, str):
+            output = self.definition["output_name"].index(output)
+        return Output(self, output)
+
+
+@dataclass(frozen=True)
+class Output:
+    node: Node
+    slot: int
+
+    @property
+    def kind(self) -> str:
+        return self.node.definition["output"][self.slot]
+
+
+@dataclass
+class Graph:
+    """A workflow in the making."""
+
+    known: Mapping[str, Any]  # the running ComfyUI's node definitions
+    nodes: list[Node] = field(default_factory=list)
+    note: str = ""
+
+    def add(self, kind: str, title: str | None = None, **inputs) -> Node:
+        """A node; inputs are values, outputs of other nodes, or nodes for their first output."""
+        definition = self.known[kind]
+        names = _names(definition)
+        if wrong := inputs.keys() - names.keys():
+            raise ValueError(f"{kind} has no inputs {sorted(wrong)}")
+        links = {name: value[0] if isinstance(value, Node) else value for name, value in inputs.items()}
+        self.nodes.append(Node(self, len(self.nodes) + 1, kind, links, title, definition))
+        return self.nodes[-1]
+
+    def json(self, name: str) -> dict:
+        """The workflow as the page reads it."""
+        links: list[list] = []
+        nodes = [_place(node, links) for node in self.nodes]
+        _lay_out(self.nodes, nodes)
+        for _, source, output, _target, _slot, _ in links:
+            nodes[source - 1]["outputs"][output].setdefault("links", None)
+        for number, source, output, *_ in links:
+            entry = nodes[source - 1]["outputs"][output]
+            entry["links"] = [*(entry["links"] or []), number]
+        height = _TALL["MarkdownNote"] + 16 * self.note.count("\n")
+        nodes.append(
+            {
+                "id": len(nodes) + 1, "type": "MarkdownNote", "pos": [-_WIDTH - 2 * _GAP - 80, 0],
+                "size": [_WIDTH + 80, height], "flags": {}, "order": len(nodes), "mode": 0, "inputs": [], "outputs": [],
+                "properties": {}, "widgets_values": [self.note], "color": "#432", "bgcolor": "#653",
+            }
+        )  # fmt: skip
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"ternary-flux/{name}")),
+            "revision": 0, "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes, "links": links,
+            "groups": [], "config": {}, "extra": {}, "version": 0.4,
+        }  # fmt: skip
+
+    def prompt(self) -> dict:
+        """The workflow in API form."""
+        return {
+            str(node.number): {
+                "class_type": node.kind,
+                "inputs": {
+                    name: [str(value.node.number), value.slot] if isinstance(value, Output) else value
+                    for name, value in _values(node).items()
+                },
+            }
+            for node in self.nodes
+        }
+
+
+def _names(definition: Mapping) -> dict[str, list]:
+    return {**definition["input"].get("required", {}), **definition["input"].get("optional", {})}
+
+
+def _is_widget(spec: list) -> bool:
+    options = spec[1] if len(spec) > 1 else {}
+    return (isinstance(spec[0], list) or spec[0] in _LISTS) and not options.get("forceInput")
+
+
+def _values(node: Node) -> dict[str, Any]:
+    """Every input of a node: links as they are, widgets with their defaults."""
+    values = {}
+    for name, spec in _names(node.definition).items():
+        if name in node.inputs:
+            values[name] = node.inputs[name]
+        elif _is_widget(spec):
+            values[name] = _default(spec)
+    return values
+
+
+def _default(spec: list):
+    options = spec[1] if len(spec) > 1 else {}
+    choices = spec[0] if isinstance(spec[0], list) else options.get("options", [""])
+    return options.get("default", choices[0] if choices else "")
+
+
+def _place(node: Node, links: list[list]) -> dict:
+    """A node as the page reads it; appends its links."""
+    inputs, values = [], []
+    given = _values(node)
+    for name, spec in _names(node.definition).items():
+        options = spec[1] if len(spec) > 1 else {}
+        kind = "COMBO" if isinstance(spec[0], list) else spec[0]
+        entry: dict[str, Any] = {"name": name, "type": kind, "link": None}
+        if _is_widget(spec):
+            entry["widget"] = {"name": name}
+            value = given[name]
+            values.append(_default(spec) if isinstance(value, Output) else value)
+            if options.get("control_after_generate") or name in ("seed", "noise_seed"):
+                values.append("fixed")
+            if options.get("image_upload"):
+                values.append("image")
+        if isinstance(source := given.get(name), Output):
+            entry["link"] = len(links) + 1
+            links.append([len(links) + 1, source.node.number, source.slot, node.number, len(inputs), source.kind])
+        inputs.append(entry)
+    outputs = [
+        {"name": name, "type": kind, "links": None}
+        for name, kind in zip(node.definition["output_name"], node.definition["output"], strict=True)
+    ]
+    properties: dict[str, Any] = {"Node name for S&R": node.kind}
+    models = [value for value in values if isinstance(value, str) and value in MODELS]
+    if models:
+        properties["models"] = [{"name": name, "url": MODELS[name][1], "directory": MODELS[name][0]} for name in models]
+    placed = {
+        "id": node.number, "type": node.kind, "pos": [0, 0], "size": [_WIDTH, _height(node, values)], "flags": {},
+        "order": node.number - 1, "mode": 0, "inputs": inputs, "outputs": outputs, "properties": properties,
+        "widgets_values": values,
+    }  # fmt: skip
+    return placed | ({"title": node.title} if node.title else {})
+
+
+def _height(node: Node, values: list) -> int:
+    slots = [spec for name, spec in _names(node.definition).items() if not _is_widget(spec)]
+    rows = max(len(slots), len(node.definition["output"]))
+    tall = sum(spec[1].get("multiline", False) for spec in _names(node.definition).values() if len(spec) > 1)
+    height = _TITLE + _SLOT * rows + _WIDGET * len(values) + 90 * tall
+    if node.definition["python_module"].startswith("custom_nodes"):
+        height += _STATUS
+    return height + _TALL.get(node.kind, 0)
+
+
+def _lay_out(nodes: list[Node], placed: list[dict]) -> None:
+    """Columns from the left to the right along the links, each node under the one before."""
+    column: dict[int, int] = {}
+    for node in nodes:
+        sources = [value.node.number for value in node.inputs.values() if isinstance(value, Output)]
+        column[node.number] = 1 + max((column[source] for source in sources), default=-1)
+    for node in nodes:  # what has no source stands just before what it is for
+        if column[node.number] == 0:
+            users = [
+                column[other.number]
+                for other in nodes
+                if any(isinstance(v, Output) and v.node is node for v in other.inputs.values())
+            ]
+            column[node.number] = 0 if "Load" in node.kind or not users else min(users) - 1
+    bottom: dict[int, int] = {}
+    for node, entry in zip(nodes, placed, strict=True):
+        x = column[node.number]
+        y = bottom.get(x, 0)
+        entry["pos"] = [x * (_WIDTH + _GAP), y]
+        bottom[x] = y + entry["size"][1] + _GAP
+
+
+def _note(title: str, text: str, graph: Graph) -> str:
+    """The note inside a graph: what it is, and which files go where."""
+    lines = []
+    names = dict.fromkeys(
+        value for node in graph.nodes for value in node.inputs.values() if str(value).endswith(".safetensors")
+    )
+    for name in names:
+        if name in MODELS:
+            folder, address = MODELS[name]
+            page = address.split("/resolve/")[0]
+            lines.append(f"- `models/{folder}/{name}`: [download]({address}) ([page]({page}))")
+        elif name in ORIGINALS:
+            original, address = ORIGINALS[name]
+            lines.append(
+                f"- `models/diffusion_models/{name}`: make it of [{original}]({address}), with the node Quantize FLUX "
+                "to Ternary or `python -m quantizer convert`"
+            )
+        elif name not in MINIATURE:
+            folder = "controlnet" if "controlnet" in name else "loras"
+            lines.append(f"- `models/{folder}/{name}`: any of FLUX.1's; choose yours in the node")
+    if names.keys() & MINIATURE:
+        lines.append(
+            "- the miniature's files: `python -m benchmarks.miniature.install` in this pack's folder puts them where "
+            "they belong; then press `R` here"
+        )
+    return f"## {title}\n\n{text}\n\n**Files**\n\n" + "\n".join(lines) + "\n"
+
+
+PROMPT = "a red fox and a blue teapot on a mossy stone bridge, morning fog, film photograph, 35 mm"
+
+
+def _flux1(g: Graph, file: str, text: str = PROMPT, guidance: float | None = 3.5):
+    """Loader, text encoders and VAE of a FLUX.1, with its positive and negative conditioning."""
+    model = g.add("TernaryFluxLoader", file=file)
+    clip = g.add("DualCLIPLoader", clip_name1="t5xxl_fp16.safetensors", clip_name2="clip_l.safetensors", type="flux")
+    vae = g.add("VAELoader", vae_name="ae.safetensors")
+    positive = prompt = g.add("CLIPTextEncode", clip=clip, text=text)
+    negative = g.add("ConditioningZeroOut", conditioning=prompt)
+    if guidance is not None:
+        positive = g.add("FluxGuidance", conditioning=prompt, guidance=guidance)
+    return model, clip, vae, positive[0], negative[0]
+
+
+def _sample(g: Graph, model, positive, negative, latent, steps=25, title=None, seed=158, denoise=1.0) -> Node:
+    return g.add(
+        "KSampler", title, model=model, seed=seed, steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple",
+        positive=positive, negative=negative, latent_image=latent, denoise=denoise,
+    )  # fmt: skip
+
+
+def _save(g: Graph, samples, vae, name: str) -> None:
+    g.add("SaveImage", images=g.add("VAEDecode", samples=samples, vae=vae), filename_prefix=name)
+
+
+def _square(g: Graph, side: int = 1024, count: int = 1) -> Node:
+    return g.add("EmptySD3LatentImage", width=side, height=side, batch_size=count)
+
+
+def miniature_text_to_image(g: Graph) -> tuple[str, str]:
+    model = g.add("TernaryFluxLoader", file=miniature.TERNARY.name)
+    prompt = g.add("MiniatureTextEncode", prompt="a red circle and a blue square")
+    vae = g.add("VAELoader", vae_name=miniature.STOCK_AUTOENCODER)
+    samples = _sample(g, model, prompt, prompt, _square(g, 64, 4), 20)
+    _save(g, samples, vae, "miniature")
+    return (
+        "The first picture: a FLUX of 9 million parameters in 1.58 bits, on any computer",
+        "Press Run. The miniature was trained by this project; it knows shapes, "
+        "colours, numbers and places: *three green crosses*, *a ring above a square*.",
+    )
+
+
+def miniature_dense_and_ternary(g: Graph) -> tuple[str, str]:
+    dense = g.add("UNETLoader", unet_name=miniature.TRANSFORMER.name, weight_dtype="default")
+    ternary = g.add("TernaryFluxLoader", file=miniature.TERNARY.name)
+    prompt = g.add("MiniatureTextEncode", prompt="a red circle and a blue square")
+    vae = g.add("VAELoader", vae_name=miniature.STOCK_AUTOENCODER)
+    compared = g.add(
+        "TernaryFluxCompare", model=dense, other=ternary, positive=prompt, negative=prompt, vae=vae,
+        latent_image=_square(g, 64, 4), seed=158,
+    )  # fmt: skip
+    info = g.add("TernaryFluxInfo", model=ternary, file=miniature.TERNARY.name)
+    for title, image in (
+        ("dense", compared["image"]), ("1.58-bit", compared["other_image"]), ("difference", compared["difference"]),
+        ("velocity error", compared["error_curve"]), ("error of each layer", info["error_map"]),
+    ):  # fmt: skip
+        g.add("PreviewImage", title, images=image)
+    return (
+        "Dense and 1.58-bit miniature from the same noise, and how far they are apart",
+        "Compare Models samples both, and measures the ternary model's velocity at each step of the dense one's path. "
+        "Ternary FLUX Info shows which layers lost most.",
+    )
+
+
+def miniature_quantize(g: Graph) -> tuple[str, str]:
+    each = 16
+    columns = [scenes.prompts("train", category, each) for category in scenes.CATEGORIES]
+    captions = "\n".join(text for row in zip(*columns, strict=True) for text in row)
+    prompts = g.add("MiniatureTextEncode", "captions to learn from", prompt=captions)
+    vae = g.add("VAELoader", vae_name=miniature.STOCK_AUTOENCODER)
+    quantized = g.add(
+        "TernaryFluxQuantize", file=miniature.TRANSFORMER.name, name="miniature-made-here", minutes=2.0, size="64x64",
+        conditioning=prompts, vae=vae, sampler_steps=20,
+    )  # fmt: skip
+    model = g.add("TernaryFluxLoader", file=quantized["file"])
+    prompt = g.add("MiniatureTextEncode", prompt="a red circle and a blue square")
+    _save(g, _sample(g, model, prompt, prompt, _square(g, 64, 4), 20), vae, "miniature-made-here")
+    return (
+        "Quantize the miniature in the graph within two minutes, and sample with the result",
+        "The node converts the dense miniature with its own pictures of the captions, then the loader takes the file "
+        "that it made. Cancel at any time: running again goes on. More minutes give better pictures.",
+    )
+
+
+def flux1_dev_text_to_image(g: Graph) -> tuple[str, str]:
+    model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
+    _save(g, _sample(g, model, positive, negative, _square(g)), vae, "ternary-flux")
+    return "Text to image with FLUX.1 [dev] in 1.58 bits", "The loader's MODEL goes wherever a FLUX model goes."
+
+
+def flux1_dev_lora(g: Graph) -> tuple[str, str]:
+    model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
+    lora = g.add("LoraLoaderModelOnly", model=model, lora_name="flux-lora.safetensors", strength_model=0.8)
+    _save(g, _sample(g, lora, positive, negative, _square(g)), vae, "ternary-flux-lora")
+    return (
+        "A LoRA on FLUX.1 [dev] in 1.58 bits",
+        "The stock LoRA node works as it does on a dense model: the LoRA runs beside the ternary weights and is never "
+        "rounded into them, and changing its strength costs nothing.",
+    )
+
+
+def flux1_dev_dense_and_ternary(g: Graph) -> tuple[str, str]:
+    model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
+    dense = g.add("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default")
+    compared = g.add(
+        "TernaryFluxCompare", model=dense, other=model, positive=positive, negative=negative, vae=vae,
+        latent_image=_square(g), seed=158, steps=25,
+    )  # fmt: skip
+    for title, image in (
+        ("dense", compared["image"]), ("1.58-bit", compared["other_image"]), ("difference", compared["difference"]),
+        ("velocity error", compared["error_curve"]),
+    ):  # fmt: skip
+        g.add("PreviewImage", title, images=image)
+    return (
+        "FLUX.1 [dev], dense and in 1.58 bits, from the same noise",
+        "Compare Models samples both and measures the ternary model's velocity at each step of the dense one's path: "
+        "three times the work of one picture.",
+    )
+
+
+def flux1_schnell_text_to_image(g: Graph) -> tuple[str, str]:
+    model, _, vae, positive, negative = _flux1(g, "flux1-schnell-1.58bit.safetensors", guidance=None)
+    _save(g, _sample(g, model, positive, negative, _square(g), 4), vae, "ternary-schnell")
+    return "Text to image in four steps with FLUX.1 [schnell] in 1.58 bits", "Four steps, no guidance."
+
+
+def flux1_dev_image_to_image(g: Graph) -> tuple[str, str]:
+    model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
+    image = g.add("ImageScaleToTotalPixels", image=g.add("LoadImage", image="example.png"), megapixels=1.0)
+    latent = g.add("VAEEncode", pixels=image, vae=vae)
+    _save(g, _sample(g, model, positive, negative, latent, denoise=0.8), vae, "ternary-image-to-image")
+    return (
+        "Image to image with FLUX.1 [dev] in 1.58 bits",
+        "A smaller denoise keeps more of the picture that is loaded.",
+    )
+
+
+def flux1_fill_inpaint(g: Graph) -> tuple[str, str]:
+    model, _, vae, positive, negative = _flux1(g, "flux1-fill-dev-1.58bit.safetensors", guidance=30.0)
+    image = g.add("LoadImage", image="example.png")
+    masked = g.add(
+        "InpaintModelConditioning", positive=positive, negative=negative, vae=vae, pixels=image["IMAGE"],
+        mask=image["MASK"], noise_mask=True,
+    )  # fmt: skip
+    samples = _sample(g, model, masked[0], masked[1], masked[2], 20)
+    _save(g, samples, vae, "ternary-fill")
+    return (
+        "Inpainting with FLUX.1 Fill [dev] in 1.58 bits",
+        "Open the picture in the mask editor (right click) and paint over what is to be replaced; the prompt says by "
+        "what.",
+    )
+
+
+def flux1_kontext_edit(g: Graph) -> tuple[str, str]:
+    text = "make it a watercolour painting, keep the composition"
+    model, clip, vae, *_ = _flux1(g, "flux1-kontext-dev-1.58bit.safetensors", text, guidance=None)
+    prompt, negative = (node[0] for node in g.nodes[-2:])
+    image = g.add("FluxKontextImageScale", image=g.add("LoadImage", image="example.png"))
+    latent = g.add("VAEEncode", pixels=image, vae=vae)
+    reference = g.add("ReferenceLatent", conditioning=prompt, latent=latent)
+    positive = g.add("FluxGuidance", conditioning=reference, guidance=2.5)
+    _save(g, _sample(g, model, positive, negative, latent, 20), vae, "ternary-kontext")
+    return (
+        "Editing a picture by instruction with FLUX.1 Kontext [dev] in 1.58 bits",
+        "The prompt says what to change; the picture goes in as a reference.",
+    )
+
+
+def flux1_dev_controlnet(g: Graph) -> tuple[str, str]:
+    model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
+    image = g.add("ImageScaleToTotalPixels", image=g.add("LoadImage", image="example.png"), megapixels=1.0)
+    edges = g.add("Canny", image=image, low_threshold=0.2, high_threshold=0.5)
+    net = g.add("ControlNetLoader", control_net_name="flux-controlnet-canny.safetensors")
+    controlled = g.add(
+        "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=net, image=edges, vae=vae,
+        strength=0.6, start_percent=0.0, end_percent=0.8,
+    )  # fmt: skip
+    samples = _sample(g, model, controlled[0], controlled[1], _square(g))
+    _save(g, samples, vae, "ternary-controlnet")
+    return (
+        "A ControlNet on FLUX.1 [dev] in 1.58 bits",
+        "The ControlNet stays dense; it steers the ternary model as it steers the dense one. For a union ControlNet "
+        "put Set Union ControlNet Type behind its loader.",
+    )
+
+
+def flux2_klein_text_to_image(g: Graph) -> tuple[str, str]:
+    model = g.add("TernaryFluxLoader", file="flux-2-klein-4b-1.58bit.safetensors")
+    clip = g.add("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="flux2")
+    vae = g.add("VAELoader", vae_name="flux2-vae.safetensors")
+    prompt = g.add("CLIPTextEncode", clip=clip, text=PROMPT)
+    guider = g.add("BasicGuider", model=model, conditioning=prompt)
+    samples = g.add(
+        "SamplerCustomAdvanced",
+        noise=g.add("RandomNoise", noise_seed=158),
+        guider=guider,
+        sampler=g.add("KSamplerSelect", sampler_name="euler"),
+        sigmas=g.add("Flux2Scheduler", steps=4, width=1024, height=1024),
+        latent_image=g.add("EmptyFlux2LatentImage", width=1024, height=1024, batch_size=1),
+    )
+    _save(g, samples[0], vae, "ternary-flux2")
+    return "Text to image with FLUX.2 [klein] 4B in 1.58 bits", "Four steps, no guidance."
+
+
+def flux1_dev_quantize(g: Graph) -> tuple[str, str]:
+    clip = g.add("DualCLIPLoader", clip_name1="t5xxl_fp16.safetensors", clip_name2="clip_l.safetensors", type="flux")
+    quantized = g.add(
+        "TernaryFluxQuantize", file="flux1-dev.safetensors", name="flux1-dev-1.58bit", minutes=240.0, clip=clip
+    )
+    info = g.add("TernaryFluxInfo", file=quantized["file"])
+    g.add("PreviewImage", "error of each layer", images=info["error_map"])
+    return (
+        "Quantize FLUX.1 [dev] to 1.58 bits in the graph",
+        "It takes the minutes that you give it, on a GPU. The text encoders encode this pack's own 2,560 prompts; "
+        "nothing else is needed. Cancel at any time: running again goes on. Then open the template "
+        "flux1-dev-text-to-image.",
+    )
+
+
+WORKFLOWS: tuple[Callable[[Graph], tuple[str, str]], ...] = (
+    miniature_text_to_image, miniature_dense_and_ternary, miniature_quantize, flux1_dev_text_to_image, flux1_dev_lora,
+    flux1_dev_dense_and_ternary, flux1_schnell_text_to_image, flux1_dev_image_to_image, flux1_fill_inpaint,
+    flux1_kontext_edit, flux1_dev_controlnet, flux1_dev_quantize, flux2_klein_text_to_image,
+)  # fmt: skip
+
+
+def build(make: Callable[[Graph], tuple[str, str]], known: Mapping[str, Any]) -> tuple[str, str, Graph]:
+    """Name, title and graph of a workflow."""
+    graph = Graph(known)
+    title, text = make(graph)
+    graph.note = _note(title, text, graph)
+    return make.__name__.replace("_", "-"), title, graph
+
+
+def thumbnail(title: str, graph: Graph) -> Image.Image:
+    """What a template's card shows, legible at 220 pixels: its title, and its nodes from the loader to the picture."""
+    canvas = Image.new("RGB", (440, 440), "#20242b")
+    draw = ImageDraw.Draw(canvas)
+    big, normal = ImageFont.load_default(34), ImageFont.load_default(25)
+    y = 22
+    for line in _wrapped(title, draw, big, 400):
+        draw.text((22, y), line, "#ffffff", big)
+        y += 40
+    shown = [node.title or node.definition["display_name"] or node.kind for node in _main_line(graph)]
+    rows = max(1, (410 - y) // 52)
+    if len(shown) > rows:
+        shown = [*shown[: rows - 1], shown[-1]]
+    y = 424 - 52 * len(shown)
+    for i, name in enumerate(shown):
+        ternary = "Ternary" in name or "1.58" in name
+        draw.rounded_rectangle((22, y, 418, y + 40), 8, "#2f6f4f" if ternary else "#3a414d")
+        draw.text((36, y + 20), name, "#ffffff", normal, "lm")
+        if i:
+            draw.line((60, y - 12, 60, y), "#9aa4b2", 4)
+        y += 52
+    return canvas
+
+
+def _main_line(graph: Graph) -> list[Node]:
+    """From the first loader of a model or quantizer along the links to an end."""
+    ours = [node for node in graph.nodes if "TernaryFlux" in node.kind]
+    line = [ours[0]]
+    while True:
+        users = [n for n in graph.nodes if any(isinstance(v, Output) and v.node is line[-1] for v in n.inputs.values())]
+        if not users:
+            return line
+        line.append(users[0])
+
+
+def _wrapped(text: str, draw: ImageDraw.ImageDraw, font, width: int) -> list[str]:
+    lines = [""]
+    for word in re.split(r"\s+", text):
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def write(known: Mapping[str, Any]) -> None:
+    for make in WORKFLOWS:
+        name, title, graph = build(make, known)
+        text = json.dumps(graph.json(name), indent=1, ensure_ascii=False) + "\n"
+        (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
+        if not name.startswith("miniature"):  # theirs show what they make, and are written by the browser tests
+            thumbnail(title, graph).save(FOLDER / f"{name}.jpg", quality=90)
+
+
+def main() -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        comfyui.Server(Path(folder), {"comfyui-ternary-flux": comfyui.ROOT}) as server,
+    ):
+        write(server.get_json("/object_info"))
+    print(f"{len(WORKFLOWS)} workflows written to {FOLDER}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,475 @@
+"""The node "Quantize FLUX to Ternary", which runs the command `convert` in a process of its own."""
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ..quantizer.files.atomic import write_json
+from ..quantizer.files.checkpoint import fingerprint, open_checkpoint
+from ..quantizer.files.container import TensorFile, save
+from ..quantizer.files.identity import identify
+from ..quantizer.pictures.conditioning import create_conditioning
+from ..quantizer.pictures.encode import PROMPTS, encode
+from . import files
+from .compat import accepted, core, send_text
+from .loader import explain
+
+comfy = core()
+
+COMMAND = Path(__file__).resolve().parents[1] / "quantizer"
+FOLDER = "diffusion_models"
+_FLUX_CHANNELS = 16
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 120  # for a step that must not be left half done
+
+
+class QuantizeFlux(io.ComfyNode):
+    """Makes a ternary file of a dense FLUX: round, calibrate and distill within a budget of minutes."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        combo, text, number, decimal = (
+            accepted(kind, advanced=True) for kind in (io.Combo.Input, io.String.Input, io.Int.Input, io.Float.Input)
+        )
+        return io.Schema(
+            node_id="TernaryFluxQuantize",
+            display_name="Quantize FLUX to Ternary",
+            category="model",
+            description="Converts a dense FLUX to 1.58-bit weights with its own pictures: no data is needed but "
+            "prompts. It takes hours for FLUX.1 [dev] on a GPU. Cancel at any time; running again goes on.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=files.dense_names(),
+                    tooltip="The dense FLUX in models/diffusion_models, where no model is connected.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="flux-1.58bit",
+                    tooltip="Of the file that is made in models/diffusion_models. A file that is there is not "
+                    "replaced; run again with the same inputs, it is used as it is.",
+                ),
+                io.Float.Input(
+                    "minutes",
+                    default=240.0,
+                    min=0.1,
+                    max=100000.0,
+                    step=1.0,
+                    tooltip="Time for all of it. More time gives better pictures.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="For clip: a prompt in each line; empty for this pack's own list of 2,560.",
+                ),
+                io.Model.Input(
+                    "model", optional=True, tooltip="A dense FLUX with what LoRAs do to it, in the place of file."
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoders of the model: encodes the prompts."),
+                io.Conditioning.Input(
+                    "conditioning", optional=True, tooltip="Encoded prompts, in the place of clip and prompts."
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are rough colours."),
+                io.String.Input(
+                    "conditioning_file",
+                    default="",
+                    optional=True,
+                    tooltip="Encoded prompts in a file that `embed` wrote, in ComfyUI's input folder.",
+                    **text,
+                ),
+                io.String.Input(
+                    "size",
+                    default="1024x1024",
+                    optional=True,
+                    tooltip="Sizes of the pictures that it learns from, in pixels, as 1024x1024,832x1216.",
+                    **text,
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=512,
+                    optional=True,
+                    tooltip="Of low-rank factors beside the ternary weights: better pictures, a larger file.",
+                    **number,
+                ),
+                io.Float.Input(
+                    "growth",
+                    default=0.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Part by which the file may grow for more bits in the most sensitive layers.",
+                    **decimal,
+                ),
+                io.Combo.Input(
+                    "codes",
+                    options=["auto", "train", "freeze"],
+                    default="auto",
+                    optional=True,
+                    tooltip="Whether the ternary codes are trained too.\nauto: where memory allows it.\n"
+                    "train: yes.\nfreeze: only scales and what is dense.",
+                    **combo,
+                ),
+                io.Combo.Input(
+                    "packing",
+                    options=["planes32", "base3"],
+                    default="planes32",
+                    optional=True,
+                    tooltip="planes32: 2 bits a weight, loads without conversion.\nbase3: 1.6 bits, for sharing.",
+                    **combo,
+                ),
+                io.Int.Input(
+                    "sampler_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Of the original's pictures; 0: the model's own.",
+                    **number,
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**31, optional=True, tooltip="Of noise.", **number),
+            ],
+            outputs=[
+                io.String.Output("file", tooltip="The ternary file's name, for Load Ternary FLUX."),
+                io.String.Output("report", tooltip="How good each stage became."),
+            ],
+            is_output_node=True,
+            **accepted(
+                io.Schema,
+                search_aliases=["convert", "compress", "1.58-bit", "quantization", "bitnet", "distill", "calibrate"],
+                has_intermediate_output=True,
+            ),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None = None, name: str | None = None):
+        if name is not None and (problem := _name_problem(name)):
+            return problem
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None, name: str | None = None, **_) -> str:
+        """Runs again where the file was replaced, or what was made of it is gone."""
+        try:
+            state = None if file is None else files.stamp(files.find(file))
+        except OSError:
+            state = "missing"
+        return f"{state} {name is not None and _target(name).exists()}"
+
+    @classmethod
+    def execute(
+        cls,
+        file: str,
+        name: str,
+        minutes: float,
+        prompts: str = "",
+        model=None,
+        clip=None,
+        conditioning=None,
+        vae=None,
+        conditioning_file: str = "",
+        **options,
+    ) -> io.NodeOutput:
+        if problem := _name_problem(name):
+            raise ValueError(problem)
+        show = Display(cls.hidden.unique_id if cls.hidden else None, vae)
+        target, work = _target(name), None
+        base = Path(folder_paths.get_output_directory()) / "quantize"
+        base.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            if model is None:
+                source = _dense(file)
+            else:
+                show.text("writing the model")
+                source = stack.enter_context(_written(model, base))
+            arguments = _options(minutes, **options)
+            words = _words(prompts, clip, conditioning, conditioning_file)
+            request = _digest(fingerprint(open_checkpoint(source)), arguments, words)
+            work = base / f"{target.stem}-{request}"
+            if target.exists():
+                return _done(target, request, work, show)
+            work.mkdir(exist_ok=True)
+            encoded = _conditioning(work, words, clip, conditioning, conditioning_file, show)
+            comfy.unload_all_models()  # the process needs the memory
+            command = [source, "--output", target, "--conditioning", encoded, "--work", work / "run", *arguments]
+            lines = convert([str(part) for part in command], show, work / "run" / "pictures")
+        write_json(base / f"{target.stem}.json", {"request": request, "report": lines})
+        shutil.rmtree(work)
+        return _result(target, lines)
+
+
+def _done(target: Path, request: str, work: Path, show: "Display") -> io.NodeOutput:
+    """The result of an earlier run with the same inputs. ValueError where the file was made of others."""
+    try:
+        record = json.loads((work.parent / f"{target.stem}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    if record.get("request") != request:
+        raise ValueError(f"{target.name} exists, and was made from other inputs: give another name, or delete it")
+    show.text(f"{target.name} was made from these inputs already")
+    return _result(target, [f"{target.name} was made from these inputs already", *record["report"]])
+
+
+def _result(target: Path, lines: Sequence[str]) -> io.NodeOutput:
+    report = "\n".join(lines)
+    return io.NodeOutput(target.name, report, ui=ui.PreviewText(report))
+
+
+def _target(name: str) -> Path:
+    name = name if name.lower().endswith(files.EXTENSIONS) else f"{name}.safetensors"
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+    return next((folder for folder in folders if folder.name == FOLDER), folders[0]) / name
+
+
+def _name_problem(name: str) -> str | None:
+    if not name.strip() or Path(name).name != name or "\\" in name or name.startswith("."):
+        return f"{name or 'name'}: give the name of a file, without a folder"
+    return None
+
+
+def _dense(name: str) -> Path:
+    """The path of a dense FLUX file. Raises ValueError by the name that people know."""
+    try:
+        path = Path(files.find(str(name)))
+        kind = identify(TensorFile(path)).kind
+    except (OSError, ValueError) as error:
+        raise ValueError(explain(error, name)) from None
+    if kind != "flux":
+        what = "is ternary already" if kind == "ternary" else f"is no dense FLUX ({kind})"
+        raise ValueError(f"{name} {what}: choose a FLUX.1 or FLUX.2 in bf16, fp16 or fp32")
+    return path
+
+
+@contextlib.contextmanager
+def _written(model, folder: Path) -> Iterator[Path]:
+    """A MODEL with its patches as a file, for as long as the block runs."""
+    comfy.load_models_gpu([model])
+    tensors = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+    path = folder / "model.safetensors"
+    save(path, tensors, overwrite=True)
+    try:
+        if identify(TensorFile(path)).kind != "flux":
+            raise ValueError("this MODEL is no dense FLUX: load a FLUX.1 or FLUX.2 with the node Load Diffusion Model")
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _options(
+    minutes: float,
+    size: str = "1024x1024",
+    rank: int = 0,
+    growth: float = 0.0,
+    codes: str = "auto",
+    packing: str = "planes32",
+    sampler_steps: int = 0,
+    seed: int = 0,
+) -> list[str]:
+    options = ["--budget", minutes, "--size", size, "--rank", rank, "--codes", codes, "--packing", packing]
+    options += ["--seed", seed]
+    options += ["--growth", growth] if growth else []
+    options += ["--sampler-steps", sampler_steps] if sampler_steps else []
+    options += ["--device", comfy.get_torch_device().type]
+    return [str(option) for option in options]
+
+
+def _words(prompts: str, clip, conditioning, conditioning_file: str):
+    """What says which prompts these are. ValueError where there are none."""
+    if conditioning_file:
+        return str(files.stamp(_in_input_folder(conditioning_file)))
+    if conditioning is not None:
+        sums = [[part.float().sum().item() for part in _parts(entry) if part is not None] for entry in conditioning]
+        return str(sums)
+    if clip is not None:
+        return _lines(prompts)
+    raise ValueError("connect clip (with prompts, or this pack's own), or conditioning, or name a conditioning_file")
+
+
+def _lines(prompts: str) -> list[str]:
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    return lines or [line for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _in_input_folder(name: str) -> Path:
+    folder = Path(folder_paths.get_input_directory()).resolve()
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder) or not path.is_file():
+        raise ValueError(f"{name} is not in ComfyUI's input folder: put the file that `embed` wrote there")
+    return path
+
+
+def _parts(entry) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Context [T, C] and pooled vector [V] of one entry of a CONDITIONING."""
+    context, extra = entry[0], entry[1]
+    pooled = extra.get("pooled_output")
+    return context[0], None if pooled is None else pooled[0]
+
+
+def _conditioning(work: Path, words, clip, conditioning, conditioning_file: str, show: "Display") -> Path:
+    """The conditioning file for the command, written into the work folder where it is not one already."""
+    if conditioning_file:
+        return _in_input_folder(conditioning_file)
+    path = work / "prompts.safetensors"
+    if path.exists():
+        return path
+    if conditioning is not None:
+        parts = [_parts(entry) for entry in conditioning]
+        names = [f"prompt {number}" for number in range(1, len(parts) + 1)]
+        vector = parts[0][1]
+        with create_conditioning(
+            path, names, tuple(parts[0][0].shape), None if vector is None else vector.shape[0]
+        ) as file:
+            for context, pooled in parts:
+                file.add(context, pooled)
+        return path
+    done = 0
+
+    def count(prompts: int) -> None:
+        nonlocal done
+        comfy.throw_exception_if_processing_interrupted()
+        done += prompts
+        show.progress("encoding prompts", done, len(words))
+
+    encode(words, clip, path, on_progress=count)
+    return path
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+
+
+def convert(arguments: Sequence[str], show: "Display", pictures: Path) -> list[str]:
+    """Run `convert`; returns the lines that it said. Cancelling stops it at a step from which it goes on later.
+
+    Raises RuntimeError with the command's own message.
+    """
+    events: queue.Queue[str | None] = queue.Queue()
+    process = subprocess.Popen(
+        [sys.executable, str(COMMAND), "convert", *arguments, "--progress", "json"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        cwd=COMMAND.parent,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        start_new_session=os.name != "nt",
+    )
+    errors: list[str] = []
+
+    def read() -> None:
+        for line in process.stdout:
+            events.put(line)
+        events.put(None)
+
+    readers = [threading.Thread(target=read), threading.Thread(target=lambda: errors.extend(process.stderr))]
+    for reader in readers:
+        reader.daemon = True
+        reader.start()
+    said: list[str] = []
+    try:
+        while (line := _next(events)) is not None:
+            if line:
+                _show(json.loads(line), show, said, pictures)
+            comfy.throw_exception_if_processing_interrupted()
+        process.wait()
+        readers[1].join()
+    finally:
+        if process.poll() is None:
+            show.text("stopping after this step")
+            _stop(process)
+    if process.returncode:
+        message = next((line.strip() for line in reversed(errors) if line.strip()), "it ended without a message")
+        raise RuntimeError(message.removeprefix("convert: "))
+    return said
+
+
+def _next(events: "queue.Queue[str | None]") -> str | None:
+    try:
+        return events.get(timeout=_POLL_SECONDS)
+    except queue.Empty:
+        return ""
+
+
+def _show(event: dict, show: "Display", said: list[str], pictures: Path) -> None:
+    if "message" in event:
+        said.append(event["message"])
+        show.text("\n".join(said[-6:]))
+    else:
+        show.progress(event["stage"], event["done"], event["total"], pictures)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGTERM)
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class Display:
+    """What the node shows while it runs."""
+
+    def __init__(self, node_id: str | None, vae=None):
+        self.node_id, self.vae = node_id, vae
+        self.bar = comfy.ProgressBar(1)
+        self.shown: Path | None = None
+        self.line = ""
+
+    def text(self, text: str) -> None:
+        self.line = text
+        send_text(text, self.node_id)
+
+    def progress(self, stage: str, done: int, total: int, pictures: Path | None = None) -> None:
+        if total:
+            self.bar.update_absolute(done, total, self._preview(pictures) if stage == "pictures" else None)
+        send_text(
+            f"{self.line}\n{stage}: {done} of {total}" if total else f"{self.line}\n{stage}: {done}", self.node_id
+        )
+
+    def _preview(self, folder: Path | None):
+        """The newest picture as ComfyUI sends it to the page; None where there is no new one."""
+        found = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime) if folder else []
+        if not found or found[-1] == self.shown:
+            return None
+        self.shown = found[-1]
+        try:
+            return "JPEG", picture(TensorFile(self.shown).tensor("latent"), self.vae), 512
+        except (OSError, ValueError, RuntimeError):
+            return None
+
+
+def picture(latent: torch.Tensor, vae=None) -> Image.Image:
+    """A latent [C, H, W] of FLUX's own space as a picture: decoded, or its colours alone."""
+    latents = comfy.Flux() if latent.shape[0] == _FLUX_CHANNELS else comfy.Flux2()
+    if vae is not None:
+        pixels = vae.decode(latents.process_out(latent[None].float()))[0]
+    else:
+        factors, bias = torch.tensor(latents.latent_rgb_factors), torch.tensor(latents.latent_rgb_factors_bias)
+        if (reshape := getattr(latents, "latent_rgb_factors_reshape", None)) is not None:
+            latent = reshape(latent[None].float())[0]
+        pixels = (latent.float().movedim(0, -1) @ factors + bias + 1) / 2
+    array = (pixels.clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy()
+    return Image.fromarray(array)

@@ -1,0 +1,105 @@
+"""The node "Save Ternary FLUX"."""
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..quantizer.files.container import save
+from ..quantizer.files.summary import in_bytes, sizes
+from ..quantizer.files.ternary import open_ternary
+from . import lora
+from .compat import accepted, core
+from .saving import SavesWeights, is_quantized
+
+comfy = core()
+
+PACKINGS = {
+    "as loaded": "each layer keeps the packing that its file had.",
+    "planes32": "2 bits a weight, loads without conversion.",
+    "base3": "1.6 bits a weight, for sharing.",
+}
+FOLDER = "diffusion_models"
+
+
+class SaveTernaryFlux(io.ComfyNode):
+    """Writes a ternary model, with the LoRAs on it, as a ternary file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TernaryFluxSave",
+            display_name="Save Ternary FLUX",
+            category="model/merging",
+            description="Saves a ternary FLUX model with its LoRAs as low-rank factors, its scales and its metadata. "
+            "Load Ternary FLUX lists the file at once.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Ternary FLUX, with LoRAs or without."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="ternary-flux",
+                    tooltip="The file's name, in ComfyUI's output/diffusion_models; a number is added.",
+                ),
+                io.Combo.Input(
+                    "packing",
+                    options=list(PACKINGS),
+                    default="as loaded",
+                    tooltip="\n".join(
+                        ["How trits are packed.", *(f"{name}: {meaning}" for name, meaning in PACKINGS.items())]
+                    ),
+                    **accepted(io.Combo.Input, advanced=True),
+                ),
+            ],
+            outputs=[io.String.Output("file", tooltip="The file's name, for Load Ternary FLUX.")],
+            is_output_node=True,
+            **accepted(io.Schema, search_aliases=["save model", "export", "1.58-bit", "merge lora", "bake lora"]),
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix: str, packing: str = "as loaded") -> io.NodeOutput:
+        check(model)
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            f"{FOLDER}/{filename_prefix}", folder_paths.get_output_directory()
+        )
+        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        write(model, path, None if packing == "as loaded" else packing)
+        shown = (Path(subfolder) / path.name).relative_to(FOLDER).as_posix()
+        size = sizes(open_ternary(path, check_codes=False))
+        text = f"{shown}\n{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight"
+        return io.NodeOutput(shown, ui=ui.PreviewText(text))
+
+
+def check(model) -> None:
+    """Raise ValueError where a MODEL is not ternary, or would not stay so in a file."""
+    if not isinstance(model, SavesWeights) or not any(map(is_quantized, model.model.modules())):
+        raise ValueError("this MODEL is not ternary: save it with the node Save Model, or quantize it first")
+    linears = model.quantized_linears()
+    dense = [
+        key
+        for key, module in linears.items()
+        if key in model.patches
+        and isinstance(lora.build(key, model.patches[key], module.weight.device, torch.float32), lora.DensePatches)
+    ]
+    if dense:
+        raise ValueError(
+            f"{len(dense)} of {len(linears)} layers carry patches without a low-rank form (DoRA, LoKr, LoHa, a merge, "
+            f"a full difference; the first is {dense[0]}). Take them off, or save with the node Save Model, which "
+            "makes these layers dense"
+        )
+
+
+def write(model, path: Path, packing: str | None = None) -> None:
+    """Write a ternary model as a file, atomically; `packing` None keeps each layer's own. Raises OSError."""
+    comfy.load_models_gpu([model])
+    linears = [module for module in model.quantized_linears().values() if hasattr(module, "packing")]
+    own = [module.packing for module in linears]
+    try:
+        for module in linears:
+            module.packing = packing or module.packing
+        tensors = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+    finally:
+        for module, before in zip(linears, own, strict=True):
+            module.packing = before
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path, tensors, model.origin().metadata if model.origin() else None)
