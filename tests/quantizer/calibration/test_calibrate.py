@@ -212,6 +212,7 @@ def test_vectors_combine_times_prompts_and_guidance(case):
     assert len(vectors.unique(dim=0)) > 2 * sum(len(group) for group in case.states)
 
 
+@pytest.mark.slow
 def test_linears_of_other_precisions(case):
     precisions = some_precisions(case)
     (int8, terms), (target, _) = precisions, case.run("precisions", "precisions-work", precisions=precisions)
