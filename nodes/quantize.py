@@ -335,9 +335,9 @@ def _conditioning(work: Path, words, clip, conditioning, conditioning_file: str,
         parts = [_parts(entry) for entry in conditioning]
         names = [f"prompt {number}" for number in range(1, len(parts) + 1)]
         vector = parts[0][1]
-        with create_conditioning(
-            path, names, tuple(parts[0][0].shape), None if vector is None else vector.shape[0]
-        ) as file:
+        tokens, channels = parts[0][0].shape
+        size = None if vector is None else vector.shape[0]
+        with create_conditioning(path, names, (tokens, channels), size) as file:
             for context, pooled in parts:
                 file.add(context, pooled)
         return path

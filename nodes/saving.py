@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -137,7 +137,7 @@ class SavesWeights:
 class _StateDict(dict):
     """A state dict some of whose values are made each time they are read."""
 
-    def __init__(self, values: dict, readers: dict[str, Callable[[], torch.Tensor]]):
+    def __init__(self, values: dict, readers: Mapping[str, Callable[[], torch.Tensor]]):
         super().__init__(values)
         self._readers = readers
 

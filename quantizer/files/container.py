@@ -253,17 +253,10 @@ class TensorFile(MappedFile):
 
     def __init__(self, path: str | os.PathLike):
         self.header = read_header(path)
+        self.path, self.entries = self.header.path, self.header.entries
         self._open_map(path)
         if len(self._map) != self.header.size:
             raise self._changed()
-
-    @property
-    def path(self) -> Path:
-        return self.header.path
-
-    @property
-    def entries(self) -> dict[str, Entry]:
-        return self.header.entries
 
     @property
     def size(self) -> int:

@@ -90,8 +90,11 @@ def open_source(path: str | os.PathLike) -> Source:
     try:
         architecture = detect({name: parts_shape(of, shapes) for name, of in parts.items()})
     except ValueError as error:
-        known = isinstance(tensors, SafetensorsFiles) and identify(tensors.source).kind not in ("incomplete", "other")
-        raise FormatError(files[0], identify(tensors.source).sentence if known else str(error)) from None
+        problem = str(error)
+        if isinstance(tensors, SafetensorsFiles):
+            identity = identify(tensors.source)
+            problem = problem if identity.kind in ("incomplete", "other") else identity.sentence
+        raise FormatError(files[0], problem) from None
     source = Source(packaging, architecture, {name: parts[name] for name in architecture.shapes}, files)
     _check_dense(source)
     return source

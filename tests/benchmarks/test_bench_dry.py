@@ -73,6 +73,7 @@ def test_transformer(tmp_path, forward, modes):
         assert result["sizes"] == {"32": {"finite": True}}
 
 
+@pytest.mark.slow
 def test_tune(tmp_path):
     tiles = tmp_path / "tiles.json"
     printed = run("speed.tune", "--dry", "--kernels", "int8_group", TERNARY_FLUX_TILES=str(tiles))
@@ -80,12 +81,14 @@ def test_tune(tmp_path):
     assert set(json.loads(tiles.read_text())["cpu"]) == {"int8_group"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["speed.kernels", "speed.transformer", "speed.gpu"])
 def test_without_a_gpu_it_says_so(module):
     with pytest.raises(AssertionError, match="CUDA"):
         run(module, CUDA_VISIBLE_DEVICES="")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["kernels are right", "nodes are right, dynamic VRAM", "tiles"])
 def test_parts_of_the_gpu_run_start(part):
     arguments, _ = gpu.PARTS[part]

@@ -10,6 +10,7 @@ def run(monkeypatch, *arguments):
     calibration_memory.main()
 
 
+@pytest.mark.slow
 def test_prints_time_and_memory(monkeypatch, capsys):
     run(monkeypatch, "--states", "2", "--sweeps", "0")
     output = capsys.readouterr().out

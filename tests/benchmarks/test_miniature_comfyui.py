@@ -41,6 +41,7 @@ def node(comfy):
     return MiniatureTextEncode
 
 
+@pytest.mark.slow
 def test_stock_autoencoder_is_the_same_function(comfy, vae):
     latent_format = comfy.latent_formats.Flux()
     images = torch.from_numpy(scenes.render(list(scenes.training_scenes(4, seed=2))))

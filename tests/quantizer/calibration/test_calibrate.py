@@ -95,6 +95,7 @@ def some_precisions(case) -> dict[str, str]:
     return {case.teacher.arch.linears[0]: "int8", case.teacher.arch.linears[-1]: "two-terms"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True])
 def test_an_interrupted_run_gives_the_same_file(case, tmp_path, mixed):
     precisions = some_precisions(case) if mixed else {}
@@ -126,6 +127,7 @@ def test_an_interrupted_run_gives_the_same_file(case, tmp_path, mixed):
         calibrate.calibrate(*arguments, **places, settings=settings)
 
 
+@pytest.mark.slow
 def test_low_rank_factors_and_packing(case):
     path, report = case.run("rank", "rank", rank=8, packing="base3")
     weight = open_ternary(path).weight("single_blocks.0.linear1")
@@ -210,6 +212,7 @@ def test_vectors_combine_times_prompts_and_guidance(case):
     assert len(vectors.unique(dim=0)) > 2 * sum(len(group) for group in case.states)
 
 
+@pytest.mark.slow
 def test_linears_of_other_precisions(case):
     precisions = some_precisions(case)
     (int8, terms), (target, _) = precisions, case.run("precisions", "precisions-work", precisions=precisions)

@@ -143,6 +143,7 @@ def interruptible():
     signal.signal(signal.SIGINT, previous)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(tmp_path, stop, code):
@@ -161,6 +162,7 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(tmp_path, stop
     assert open_ternary(target).architecture.hidden == 1024
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
     code = """
 import resource, sys, _pack; _pack.load()

@@ -59,6 +59,7 @@ def test_distill_keeps_the_factors_and_the_source(distilled):
     assert all(file.weight(name).up.shape[1] == 2 for name in file.layers)
 
 
+@pytest.mark.slow
 def test_distill_adds_no_factors_to_calibrated_codes(folder, capsys):
     plain = folder / "plain.safetensors"
     more = ("--pictures", 4, "--states", 16, "--sweeps", 1)
@@ -95,6 +96,7 @@ def test_an_interrupted_distillation_resumes_to_the_same_file(folder, distilled,
     assert all((one.file.bytes(key) == other.file.bytes(key)).all() for key in one.file.entries)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_pictures(folder, monkeypatch):
     """A run of so many minutes has as many as its machine's speed allows; on resuming that may be another."""
     show, output = console.Bars.show, folder / "timed.safetensors"
@@ -121,6 +123,7 @@ def test_longer_runs_get_more_pictures(folder):
     assert [work.pictures_for(seen) for seen in (10, 8000, 10**9)] == [64, 1000, 4096]
 
 
+@pytest.mark.slow
 def test_mixed_grows_as_far_as_it_may(folder, capsys):
     start, output, more = folder / "rounded.safetensors", folder / "mixed.safetensors", ("--rank", 2, "--sweeps", 1)
     assert cli.run(["round", str(folder / "dense.safetensors"), "-o", str(start), "--packing", "base3"]) == 0

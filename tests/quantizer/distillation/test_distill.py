@@ -124,6 +124,7 @@ def test_learns_and_writes_what_it_evaluated(files, data, tmp_path, rank, codes)
     assert not torch.equal(written.tensor("img_in.weight"), start.tensor("img_in.weight"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"codes": True, "rank": 4}, {"codes": True, "eight_bit": True}])
 def test_an_interrupted_run_resumes_to_the_same_bits(files, data, tmp_path, options):
     through, _ = make(files, data, **options)

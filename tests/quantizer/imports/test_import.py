@@ -101,6 +101,7 @@ def test_base3(roots, model, tmp_path):
     assert_holds(target, model, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_path_may_be(roots, model, tmp_path):
     root = tmp_path / "models--prism-ml--bonsai"
     index = bonsai.write(tmp_path / "sharded", "unpacked", model.tensors("unpacked"), shards=3)

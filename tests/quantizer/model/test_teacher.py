@@ -41,8 +41,8 @@ def test_blocks_are_read_once_for_all_batches_that_fit_together(checkpoint):
     arch = checkpoint.architecture
     tokens = 6 + 8 * 8 // arch.patch_size**2
     teacher = Teacher(checkpoint, placement=Placement(False, 5 * 2 * tokens))
-    blocks = sum(checkpoint.entry(name).nbytes for name in checkpoint.names if "_blocks." in name)
-    stem = sum(checkpoint.entry(name).nbytes for name in checkpoint.names) - blocks
+    blocks = sum(checkpoint.tensor(name).nbytes for name in checkpoint.names if "_blocks." in name)
+    stem = sum(checkpoint.tensor(name).nbytes for name in checkpoint.names) - blocks
     assert teacher.bytes_read == stem
     for count in (1, 5, 11):
         before, taken = teacher.bytes_read, []
@@ -56,7 +56,7 @@ def test_blocks_are_read_once_for_all_batches_that_fit_together(checkpoint):
 
 def test_a_model_in_memory_is_read_once(checkpoint):
     teacher = Teacher(checkpoint, placement=Placement(True, 0))
-    whole = sum(checkpoint.entry(name).nbytes for name in checkpoint.names)
+    whole = sum(checkpoint.tensor(name).nbytes for name in checkpoint.names)
     assert teacher.bytes_read == whole
     list(teacher.velocities(batches(checkpoint.architecture, [(2, 8)] * 3)))
     assert teacher.bytes_read == whole and teacher.placement.readings(6, 2, 10) == 0

@@ -67,6 +67,7 @@ def test_encodes_as_comfyui_does(encoders, tmp_path):
     assert not torch.equal(read.context[0], read.context[1]) and not torch.equal(read.pooled[0], read.pooled[1])
 
 
+@pytest.mark.slow
 def test_long_prompts_lengthen_all(encoders, tmp_path):
     code, path = embed(reversed(encoders), tmp_path)
     read = conditioning.read(path)

@@ -92,6 +92,7 @@ def test_the_output_says_what_to_expect(printed):
     assert "What to expect: pictures" in printed
 
 
+@pytest.mark.slow
 def test_an_interrupted_conversion_goes_on_to_the_same_file(converted, tmp_path):
     """From the cached pictures and velocities, too: they are those that the first run learned from."""
     first = converted / "out.safetensors"
@@ -105,6 +106,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_file(converted, tmp_path)
     assert all((one.file.bytes(key) == other.file.bytes(key)).all() for key in one.file.entries)
 
 
+@pytest.mark.slow
 def test_a_mixed_conversion_grows_as_far_as_it_may(source):
     """The choice is kept with the work: an interrupted run does not make another."""
     output, work = source / "mixed.safetensors", source / "mixed.safetensors.work"
