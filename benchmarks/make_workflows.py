@@ -1,7 +1,7 @@
 """`python -m benchmarks.make_workflows`: writes the example graphs of workflows/ for the ComfyUI that is found.
 
-Every graph is a function below, whose first line is the file's name: nodes with their inputs by name, and a note. Places,
-sizes and links follow from that and from the node definitions of the running ComfyUI.
+Every graph is a function below, whose first line is the file's name: nodes with their inputs by name, and a note.
+Places, sizes and links follow from that and from the node definitions of the running ComfyUI.
 """
 
 import json
