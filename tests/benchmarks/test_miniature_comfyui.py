@@ -51,6 +51,7 @@ def test_stock_autoencoder_is_the_same_function(comfy, vae):
     torch.testing.assert_close(decoded, torch.from_numpy(miniature.decode(latents)), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_stock_loader_and_sampler_paint_the_same(comfy, model):
     assert type(model.model.model_config).__name__ == "FluxSchnell"
     context, pooled = miniature.encode_prompts(CAPTIONS)

@@ -123,6 +123,7 @@ def test_a_whole_run(teacher, stage, tmp_path):
     assert all(path.stat().st_size > 1000 for path in outputs)
 
 
+@pytest.mark.slow
 def test_the_stages_on_a_stressed_model(teacher, stage, tmp_path):
     weights = write_weights(teacher, stage, tmp_path / "weights")
     scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=4, calibration_states=16)

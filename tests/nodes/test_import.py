@@ -1,5 +1,6 @@
 """A ternary model made elsewhere, in the real ComfyUI."""
 
+import pytest
 import torch
 from ternary_flux.quantizer.imports.run import import_model
 from ternary_flux.tests.nodes import tiny
@@ -14,6 +15,7 @@ def run(patcher) -> torch.Tensor:
         return patcher.model.diffusion_model(latent, torch.tensor([0.5]), context).float().clone()
 
 
+@pytest.mark.slow
 def test_bonsai_is_the_dense_model_that_its_files_decode_to(comfy, tmp_path):
     model = bonsai.Model()
     bonsai.write(tmp_path / "bonsai", "mlx-2bit", model.tensors("mlx-2bit"))

@@ -75,6 +75,7 @@ def test_the_teacher(arch, tmp_path):
     assert 0.6 * planned < memory.peak - whole <= planned
 
 
+@pytest.mark.slow
 @MODELS
 def test_calibration_of_a_block(arch, tmp_path):
     checkpoint = open_checkpoint(stand_in.sparse_checkpoint(tmp_path / "dense.safetensors", arch))
@@ -127,6 +128,7 @@ def batch(arch: Architecture, device: str) -> Batch:
     return Batch(given, torch.empty(1, arch.out_channels, *given.latent.shape[2:])).to(device)
 
 
+@pytest.mark.slow
 @MODELS
 def test_the_forward_pass_of_training(arch, monkeypatch):
     way = Plan(False, True, True, True, 1, torch.bfloat16)
@@ -135,6 +137,7 @@ def test_the_forward_pass_of_training(arch, monkeypatch):
         assert run.loss(batch(arch, "cuda")).device.type == "cuda"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch, way",
     [

@@ -63,7 +63,7 @@ def test_mistakes_are_one_line_and_code_2(source, tmp_path, capsys):
     assert "the output is an input" in mistake("round", source, "-o", source, "--force")
     assert "not ternary" in mistake("export", source, "-o", target)
     assert "truncated" in mistake("inspect", mine)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "mine.safetensors"]
     assert run(["round", str(source), "-o", str(mine), "--force"]) == 0
     assert open_ternary(mine).layers
 

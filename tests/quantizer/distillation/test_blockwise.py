@@ -46,6 +46,7 @@ def error(file, pool):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank, codes", [(0, False), (4, True)])
 def test_every_block_improves_and_so_does_the_model(job, tmp_path, rank, codes):
     start, teacher, pool = job

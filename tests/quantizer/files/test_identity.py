@@ -445,6 +445,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_headers(tmp_path, name):
     """Bounded by a second of computing, and 200 MB; the limit here leaves room for slow machines."""

@@ -299,6 +299,7 @@ for source in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """180 MB of bf16 are imported within less memory than they are, after the same with 30 MB."""
     sizes = []
