@@ -1,7 +1,7 @@
 """`python -m benchmarks.make_workflows`: writes the example graphs of workflows/ for the ComfyUI that is found.
 
-Every graph is a function below: nodes with their inputs by name, and a note. Places, sizes and links follow from that
-and from the node definitions of the running ComfyUI.
+Every graph is a function below, whose first line is the file's name: nodes with their inputs by name, and a note.
+Places, sizes and links follow from that and from the node definitions of the running ComfyUI.
 """
 
 import json
@@ -168,7 +168,9 @@ def _place(node: Node, links: list[list]) -> dict:
         if _is_widget(spec):
             entry["widget"] = {"name": name}
             value = given[name]
-            values.append(_default(spec) if isinstance(value, Output) else value)
+            if isinstance(value, Output):  # what a list offers differs from one computer to the next
+                value = "" if kind == "COMBO" else _default(spec)
+            values.append(value)
             if options.get("control_after_generate") or name in ("seed", "noise_seed"):
                 values.append("fixed")
             if options.get("image_upload"):
@@ -284,6 +286,7 @@ def _square(g: Graph, side: int = 1024, count: int = 1) -> Node:
 
 
 def miniature_text_to_image(g: Graph) -> tuple[str, str]:
+    """Miniature FLUX in 1.58 bits, text to image"""
     model = g.add("TernaryFluxLoader", file=miniature.TERNARY.name)
     prompt = g.add("MiniatureTextEncode", prompt="a red circle and a blue square")
     vae = g.add("VAELoader", vae_name=miniature.STOCK_AUTOENCODER)
@@ -297,6 +300,7 @@ def miniature_text_to_image(g: Graph) -> tuple[str, str]:
 
 
 def miniature_dense_and_ternary(g: Graph) -> tuple[str, str]:
+    """Miniature FLUX, dense beside 1.58 bits"""
     dense = g.add("UNETLoader", unet_name=miniature.TRANSFORMER.name, weight_dtype="default")
     ternary = g.add("TernaryFluxLoader", file=miniature.TERNARY.name)
     prompt = g.add("MiniatureTextEncode", prompt="a red circle and a blue square")
@@ -319,6 +323,7 @@ def miniature_dense_and_ternary(g: Graph) -> tuple[str, str]:
 
 
 def miniature_quantize(g: Graph) -> tuple[str, str]:
+    """Miniature FLUX, quantized in the graph"""
     each = 16
     columns = [scenes.prompts("train", category, each) for category in scenes.CATEGORIES]
     captions = "\n".join(text for row in zip(*columns, strict=True) for text in row)
@@ -339,12 +344,14 @@ def miniature_quantize(g: Graph) -> tuple[str, str]:
 
 
 def flux1_dev_text_to_image(g: Graph) -> tuple[str, str]:
+    """FLUX.1 dev in 1.58 bits, text to image"""
     model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
     _save(g, _sample(g, model, positive, negative, _square(g)), vae, "ternary-flux")
     return "Text to image with FLUX.1 [dev] in 1.58 bits", "The loader's MODEL goes wherever a FLUX model goes."
 
 
 def flux1_dev_lora(g: Graph) -> tuple[str, str]:
+    """FLUX.1 dev in 1.58 bits, with a LoRA"""
     model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
     lora = g.add("LoraLoaderModelOnly", model=model, lora_name="flux-lora.safetensors", strength_model=0.8)
     _save(g, _sample(g, lora, positive, negative, _square(g)), vae, "ternary-flux-lora")
@@ -356,6 +363,7 @@ def flux1_dev_lora(g: Graph) -> tuple[str, str]:
 
 
 def flux1_dev_dense_and_ternary(g: Graph) -> tuple[str, str]:
+    """FLUX.1 dev, dense beside 1.58 bits"""
     model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
     dense = g.add("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default")
     compared = g.add(
@@ -375,12 +383,14 @@ def flux1_dev_dense_and_ternary(g: Graph) -> tuple[str, str]:
 
 
 def flux1_schnell_text_to_image(g: Graph) -> tuple[str, str]:
+    """FLUX.1 schnell in 1.58 bits, four steps"""
     model, _, vae, positive, negative = _flux1(g, "flux1-schnell-1.58bit.safetensors", guidance=None)
     _save(g, _sample(g, model, positive, negative, _square(g), 4), vae, "ternary-schnell")
     return "Text to image in four steps with FLUX.1 [schnell] in 1.58 bits", "Four steps, no guidance."
 
 
 def flux1_dev_image_to_image(g: Graph) -> tuple[str, str]:
+    """FLUX.1 dev in 1.58 bits, image to image"""
     model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
     image = g.add("ImageScaleToTotalPixels", image=g.add("LoadImage", image="example.png"), megapixels=1.0)
     latent = g.add("VAEEncode", pixels=image, vae=vae)
@@ -392,6 +402,7 @@ def flux1_dev_image_to_image(g: Graph) -> tuple[str, str]:
 
 
 def flux1_fill_inpaint(g: Graph) -> tuple[str, str]:
+    """FLUX.1 Fill in 1.58 bits, inpainting"""
     model, _, vae, positive, negative = _flux1(g, "flux1-fill-dev-1.58bit.safetensors", guidance=30.0)
     image = g.add("LoadImage", image="example.png")
     masked = g.add(
@@ -408,6 +419,7 @@ def flux1_fill_inpaint(g: Graph) -> tuple[str, str]:
 
 
 def flux1_kontext_edit(g: Graph) -> tuple[str, str]:
+    """FLUX.1 Kontext in 1.58 bits, editing a picture"""
     text = "make it a watercolour painting, keep the composition"
     model, clip, vae, *_ = _flux1(g, "flux1-kontext-dev-1.58bit.safetensors", text, guidance=None)
     prompt, negative = (node[0] for node in g.nodes[-2:])
@@ -423,6 +435,7 @@ def flux1_kontext_edit(g: Graph) -> tuple[str, str]:
 
 
 def flux1_dev_controlnet(g: Graph) -> tuple[str, str]:
+    """FLUX.1 dev in 1.58 bits, with a ControlNet"""
     model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
     image = g.add("ImageScaleToTotalPixels", image=g.add("LoadImage", image="example.png"), megapixels=1.0)
     edges = g.add("Canny", image=image, low_threshold=0.2, high_threshold=0.5)
@@ -441,6 +454,7 @@ def flux1_dev_controlnet(g: Graph) -> tuple[str, str]:
 
 
 def flux2_klein_text_to_image(g: Graph) -> tuple[str, str]:
+    """FLUX.2 klein in 1.58 bits, text to image"""
     model = g.add("TernaryFluxLoader", file="flux-2-klein-4b-1.58bit.safetensors")
     clip = g.add("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="flux2")
     vae = g.add("VAELoader", vae_name="flux2-vae.safetensors")
@@ -459,6 +473,7 @@ def flux2_klein_text_to_image(g: Graph) -> tuple[str, str]:
 
 
 def flux1_dev_quantize(g: Graph) -> tuple[str, str]:
+    """FLUX.1 dev, quantized in the graph"""
     clip = g.add("DualCLIPLoader", clip_name1="t5xxl_fp16.safetensors", clip_name2="clip_l.safetensors", type="flux")
     quantized = g.add(
         "TernaryFluxQuantize", file="flux1-dev.safetensors", name="flux1-dev-1.58bit", minutes=240.0, clip=clip
@@ -469,7 +484,7 @@ def flux1_dev_quantize(g: Graph) -> tuple[str, str]:
         "Quantize FLUX.1 [dev] to 1.58 bits in the graph",
         "It takes the minutes that you give it, on a GPU. The text encoders encode this pack's own 2,560 prompts; "
         "nothing else is needed. Cancel at any time: running again goes on. Then open the template "
-        "flux1-dev-text-to-image.",
+        "for text to image.",
     )
 
 
@@ -485,7 +500,12 @@ def build(make: Callable[[Graph], tuple[str, str]], known: Mapping[str, Any]) ->
     graph = Graph(known)
     title, text = make(graph)
     graph.note = _note(title, text, graph)
-    return make.__name__.replace("_", "-"), title, graph
+    return name_of(make), title, graph
+
+
+def name_of(make: Callable) -> str:
+    """A workflow's file name without suffix, which the page shows as its title."""
+    return make.__doc__
 
 
 def thumbnail(title: str, graph: Graph) -> Image.Image:
@@ -539,7 +559,7 @@ def write(known: Mapping[str, Any]) -> None:
         name, title, graph = build(make, known)
         text = json.dumps(graph.json(name), indent=1, ensure_ascii=False) + "\n"
         (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
-        if not name.startswith("miniature"):  # theirs show what they make, and are written by the browser tests
+        if not name.startswith("Miniature"):  # theirs show what they make, and are written by the browser tests
             thumbnail(title, graph).save(FOLDER / f"{name}.jpg", quality=90)
 
 

@@ -148,7 +148,7 @@ class QuantizeFlux(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=2**31, optional=True, tooltip="Of noise.", **number),
             ],
             outputs=[
-                io.String.Output("file", tooltip="The ternary file's name, for Load Ternary FLUX."),
+                io.Combo.Output("file", tooltip="The ternary file's name, for Load Ternary FLUX."),
                 io.String.Output("report", tooltip="How good each stage became."),
             ],
             is_output_node=True,

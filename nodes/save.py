@@ -51,7 +51,7 @@ class SaveTernaryFlux(io.ComfyNode):
                     **accepted(io.Combo.Input, advanced=True),
                 ),
             ],
-            outputs=[io.String.Output("file", tooltip="The file's name, for Load Ternary FLUX.")],
+            outputs=[io.Combo.Output("file", tooltip="The file's name, for Load Ternary FLUX.")],
             is_output_node=True,
             **accepted(io.Schema, search_aliases=["save model", "export", "1.58-bit", "merge lora", "bake lora"]),
         )

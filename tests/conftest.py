@@ -15,6 +15,26 @@ import _pack  # noqa: E402
 _pack.load()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-docs", action="store_true", help="write what tests make for docs: pictures, tables")
+
+
+class Docs:
+    """Files of the documentation that tests make."""
+
+    def __init__(self, writing: bool):
+        self.writing = writing
+
+    def keep(self, name: str, content: bytes) -> None:
+        if self.writing:
+            (_pack.ROOT / name).write_bytes(content)
+
+
+@pytest.fixture(scope="session")
+def docs(request) -> Docs:
+    return Docs(request.config.getoption("--write-docs"))
+
+
 # A busy machine is slow, not wrong.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")

@@ -24,7 +24,7 @@ def main() -> None:
         sys.exit(f"{models or 'this pack is in no custom_nodes folder'}: give ComfyUI's models folder with --models")
     for path in install(models):
         print(path)
-    print('now open the template "miniature-text-to-image" in ComfyUI and press Run')
+    print('now open the template "Miniature FLUX in 1.58 bits, text to image" in ComfyUI and press Run')
 
 
 def _models() -> Path | None:
