@@ -151,6 +151,11 @@ class Checkpoint:
                 if isinstance(rows.encoding.file, TensorFile):
                     rows.encoding.file.read_ahead([rows.encoding.key])
 
+    def give_back(self) -> None:
+        """Let the system have the memory that tensors are mapped to."""
+        for file in self.source.files:
+            file.give_back()
+
     def check_unchanged(self) -> None:
         """Raises FormatError where one of the files was written to, or replaced, since it was opened."""
         for file in self.source.files:

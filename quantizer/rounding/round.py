@@ -171,4 +171,5 @@ class _Pass:
             self.writer.layer(layer, matrix.weight)
             self.errors[layer] = matrix.error
             del self.matrices[layer]
+            self.checkpoint.give_back()
             self.columns.pop(layer, None)
