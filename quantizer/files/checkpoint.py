@@ -111,20 +111,38 @@ class Checkpoint:
 
         Raises FormatError where it cannot be decoded.
         """
+        mapped = self._mapped(name)
+        if mapped is not None:
+            return mapped
+        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        step = max(1, _PIECE // (2 * whole[0].numel()))
+        for start in range(0, len(whole), step):
+            whole[start : start + step] = self.rows(name, start, start + step)
+        return whole
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a parameter, decoded as by `tensor`; no more of it is held in memory."""
+        mapped = self._mapped(name)
+        if mapped is not None:
+            return mapped[start:stop]
+        stop = min(stop, self.shape(name)[0])
+        found = []
+        for rows in sorted(self.parameters[name], key=lambda rows: rows.part.at):
+            part, encoding = rows.part, rows.encoding
+            first, last = max(start, part.at), min(stop, part.at + part.rows)
+            if first < last:
+                row, size = first - part.at + part.first, rows_of(encoding.file.entries[encoding.key])[2]
+                data = bytearray(encoding.file.bytes(encoding.key)[row * size : (row + last - first) * size].data)
+                found.append(encoding.values(data, row, last - first).to(self.dtype(name)))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _mapped(self, name: str) -> Tensor | None:
+        """A parameter that is stored as it is, in the file's memory."""
         parts = self.parameters[name]
         encoding = parts[0].encoding
-        if len(parts) == 1 and encoding.stored in FLOATS and isinstance(encoding.file, TensorFile):
-            return encoding.file.tensor(encoding.key)
-        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
-        for rows in parts:
-            entry, part = rows.encoding.file.entries[rows.encoding.key], rows.part
-            stored = rows.encoding.file.bytes(rows.encoding.key).data
-            row_bytes = rows_of(entry)[2]
-            for first, count in _steps(rows.encoding, part.first, part.rows, _PIECE):
-                data = bytearray(stored[first * row_bytes : (first + count) * row_bytes])
-                at = part.at + first - part.first
-                whole[at : at + count] = rows.encoding.values(data, first, count)
-        return whole
+        if len(parts) > 1 or encoding.stored not in FLOATS or not isinstance(encoding.file, TensorFile):
+            return None
+        return encoding.file.tensor(encoding.key)
 
     def read_ahead(self, prefix: str) -> None:
         """Let the system start to read the tensors whose names have this prefix from the disk."""
@@ -132,6 +150,11 @@ class Checkpoint:
             for rows in parts if name.startswith(prefix) else ():
                 if isinstance(rows.encoding.file, TensorFile):
                     rows.encoding.file.read_ahead([rows.encoding.key])
+
+    def give_back(self) -> None:
+        """Let the system have the memory that tensors are mapped to."""
+        for file in self.source.files:
+            file.give_back()
 
     def check_unchanged(self) -> None:
         """Raises FormatError where one of the files was written to, or replaced, since it was opened."""

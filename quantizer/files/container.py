@@ -239,6 +239,11 @@ class MappedFile:
         self._check_length(entry)
         return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.start)
 
+    def give_back(self) -> None:
+        """Let the system have the memory of what was read, which is read again where it is needed; nothing changes."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def _check_length(self, entry: Entry) -> None:
         """Reading a map beyond the end of a file that became shorter ends the process."""
         if self._map.size() < entry.stop:

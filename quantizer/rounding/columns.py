@@ -10,8 +10,21 @@ Rows count alike, whatever their size: norms of rows and columns are made equal 
 SINQ, arXiv 2509.22944). So the scales do not depend on how the outputs are scaled either.
 """
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Matrix(Protocol):
+    """A weight [N, K]: a tensor, or what reads its rows when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def split(self, count: int) -> Iterator[Tensor]: ...
+
 
 # Velocity error of the rounded miniature, plain and with realistic channels (docs/quality.md).
 _PASSES = 2
@@ -19,7 +32,7 @@ _LEAST = 1e-4  # of the median norm or rms: smaller ones count as this, since de
 _CHUNK = 1 << 20  # weights at a time
 
 
-def column_scales(weight: Tensor, rms: Tensor | None = None, exponent: float = 0.0) -> Tensor:
+def column_scales(weight: Tensor | Matrix, rms: Tensor | None = None, exponent: float = 0.0) -> Tensor:
     """bf16 [K] for a weight [N, K] and inputs of this rms [K]; the median is 1. The exponent 0 needs no rms."""
     column = column_norms(weight).pow(1 - exponent)
     if exponent:
@@ -27,16 +40,16 @@ def column_scales(weight: Tensor, rms: Tensor | None = None, exponent: float = 0
     return (column / column.median()).bfloat16()
 
 
-def column_norms(weight: Tensor, passes: int = _PASSES) -> Tensor:
+def column_norms(weight: Tensor | Matrix, passes: int = _PASSES) -> Tensor:
     """Root mean squares of the columns, fp32 [K], of a weight [N, K] whose rows have been made equal."""
-    norms = torch.ones(weight.shape[1], device=weight.device)
+    norms = torch.ones(weight.shape[1], device=getattr(weight, "device", None))
     for _ in range(passes):
         squares = torch.zeros_like(norms)
         for part in weight.split(max(1, _CHUNK // weight.shape[1])):
             part = part.float()
             rows = (part / norms).square().mean(1, keepdim=True)
             squares += (part.square() / torch.where(rows > 0, rows, 1.0)).sum(0)
-        norms = _positive((squares / len(weight)).sqrt())
+        norms = _positive((squares / weight.shape[0]).sqrt())
     return norms
 
 

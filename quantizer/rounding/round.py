@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,17 @@ def round_checkpoint(
     return Summary(arch.name, checkpoint.name, source.lossy, source.ignored, errors, weights, *sizes, seconds)
 
 
+class _Lazy:
+    """A matrix of a checkpoint, decoded a few rows at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str):
+        self.checkpoint, self.name, self.shape = checkpoint, name, checkpoint.shape(name)
+
+    def split(self, count: int) -> Iterator[torch.Tensor]:
+        for start in range(0, self.shape[0], count):
+            yield self.checkpoint.rows(self.name, start, start + count)
+
+
 class _Pass:
     """Reads in this thread, hashes in a second, rounds in one thread for each core, and writes in this one again."""
 
@@ -106,7 +117,7 @@ class _Pass:
                 hashed = hasher.submit(self.digest.update, piece.data)
                 layer = self._layer(piece)
                 if layer is not None and layer not in self.columns and self.writer.layers[layer].columns:
-                    self.columns[layer] = rounders.submit(column_scales, self.checkpoint.tensor(piece.name))
+                    self.columns[layer] = rounders.submit(column_scales, _Lazy(self.checkpoint, piece.name))
                 waiting.append((piece, rounders.submit(self._convert, piece), hashed))
                 if len(waiting) > _IN_FLIGHT:
                     self._finish(*waiting.popleft())
@@ -131,12 +142,11 @@ class _Pass:
         column = self.columns[layer].result().float().numpy() if layer in self.columns else None
         step = Matrix.chunk_rows(self.writer.layers[layer].shape)
         try:
-            return [
-                (piece.start + start, round_rows(values[start : start + step].float().numpy(), self.method, column))
-                for start in range(0, piece.rows, step)
-            ]
-        except FormatError:
-            raise
+            with np.errstate(invalid="ignore"):  # what is not finite is refused
+                return [
+                    (piece.start + start, round_rows(values[start : start + step].float().numpy(), self.method, column))
+                    for start in range(0, piece.rows, step)
+                ]
         except ValueError:
             raise FormatError(self.checkpoint.path, NOT_FINITE, key) from None
 
@@ -161,4 +171,5 @@ class _Pass:
             self.writer.layer(layer, matrix.weight)
             self.errors[layer] = matrix.error
             del self.matrices[layer]
+            self.checkpoint.give_back()
             self.columns.pop(layer, None)

@@ -57,11 +57,12 @@ def test_mistakes_are_one_line_and_code_2(source, tmp_path, capsys):
     assert "no safetensors file" in mistake("round", ROOT / "pyproject.toml", "-o", target)
     (tmp_path / "folder").mkdir()
     assert "this folder holds no weights" in mistake("round", tmp_path / "folder", "-o", target)
+    (tmp_path / "folder").rmdir()
     assert "is a folder" in mistake("round", source, "-o", tmp_path)
     assert "does not exist" in mistake("round", source, "-o", tmp_path / "no" / "x")
     assert "--force" in mistake("round", source, "-o", mine)
     assert "the output is an input" in mistake("round", source, "-o", source, "--force")
-    assert "not ternary" in mistake("export", source, "-o", target)
+    assert "this is FLUX.1, not ternary" in mistake("export", source, "-o", target)
     assert "truncated" in mistake("inspect", mine)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "mine.safetensors"]
     assert run(["round", str(source), "-o", str(mine), "--force"]) == 0

@@ -154,6 +154,7 @@ def same_as_its_twin(source, worth, folder):
     return summary, given.metadata
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
 def test_files(tmp_path, arch, kind):
     path = tmp_path / "model.safetensors"
@@ -179,6 +180,7 @@ def test_scaled_parts_of_diffusers(tmp_path, arch):
         assert torch.equal(given.tensor(name).float(), expected.tensor(name)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GGUFS)
 def test_gguf(tmp_path, kind):
     path = tmp_path / "model.gguf"
