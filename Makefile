@@ -4,7 +4,7 @@
 # make lint       checks style, format and types
 #
 # Each sets up what it needs on its first run: a virtual environment in .venv (or the active one, or PYTHON=...), torch,
-# and ComfyUI in .cache (or the one at COMFYUI_PATH).
+# ComfyUI in .cache (or the one at COMFYUI_PATH), and Chromium with apt-get where there is no browser (or the one at CHROME).
 
 ifdef VIRTUAL_ENV
 PYTHON ?= $(VIRTUAL_ENV)/bin/python
@@ -44,9 +44,10 @@ lint: $(SETUP)
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/ternary_flux
 	$(PYTHON) -m mypy
 
-$(SETUP): requirements.txt tests/requirements.txt tests/requirements-torch.txt tests/constraints.txt benchmarks/comfyui.py
+$(SETUP): requirements.txt tests/requirements.txt tests/requirements-torch.txt tests/constraints.txt benchmarks/comfyui.py tests/chromium.py
 	@test -x $(PYTHON) || (echo "creating .venv" && python3 -m venv .venv)
 	@$(PYTHON) -c "import torch, torchvision, torchaudio" 2>/dev/null || $(PIP) --requirement tests/requirements-torch.txt
 	comfyui=$$($(PYTHON) benchmarks/comfyui.py) && \
 	$(PIP) --requirement $$comfyui/requirements.txt --requirement requirements.txt --requirement tests/requirements.txt
+	@$(PYTHON) tests/chromium.py
 	@mkdir -p .cache && touch $@

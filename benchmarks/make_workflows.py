@@ -43,6 +43,14 @@ ORIGINALS = {
     "flux1-kontext-dev-1.58bit.safetensors": ("FLUX.1 Kontext [dev]", f"{_COMFY}/flux1-kontext-dev_ComfyUI"),
     "flux-2-klein-4b-1.58bit.safetensors": ("FLUX.2 [klein] 4B", f"{_COMFY}/flux2-klein"),
 }
+BONSAI = "bonsai-image-4b-1.58bit.safetensors"
+_IMPORT = f"""in this pack's folder, with the Python that runs ComfyUI,
+
+```
+hf download prism-ml/bonsai-image-ternary-4B-mlx-2bit --include "transformer-packed-mflux/*" --local-dir bonsai
+python -m quantizer import bonsai -o ../../models/diffusion_models/{BONSAI}
+```
+"""
 MINIATURE = {miniature.TRANSFORMER.name, miniature.TERNARY.name, miniature.STOCK_AUTOENCODER}
 _WIDTH, _GAP, _SLOT, _WIDGET, _TITLE = 340, 60, 22, 28, 40
 _TALL = {"SaveImage": 300, "PreviewImage": 300, "LoadImage": 300, "MarkdownNote": 360, "PreviewAny": 140}
@@ -244,6 +252,8 @@ def _note(title: str, text: str, graph: Graph) -> str:
                 f"- `models/diffusion_models/{name}`: make it of [{original}]({address}), with the node Quantize FLUX "
                 "to Ternary or `python -m quantizer convert`"
             )
+        elif name == BONSAI:
+            lines.append(f"- `models/diffusion_models/{name}`: {_IMPORT}")
         elif name not in MINIATURE:
             folder = "controlnet" if "controlnet" in name else "loras"
             lines.append(f"- `models/{folder}/{name}`: any of FLUX.1's; choose yours in the node")
@@ -392,7 +402,7 @@ def flux1_schnell_text_to_image(g: Graph) -> tuple[str, str]:
 def flux1_dev_image_to_image(g: Graph) -> tuple[str, str]:
     """FLUX.1 dev in 1.58 bits, image to image"""
     model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
-    image = g.add("ImageScaleToTotalPixels", image=g.add("LoadImage", image="example.png"), megapixels=1.0)
+    image = g.add("ImageScaleToTotalPixels", image=g.add("LoadImage", image="example.png"), upscale_method="lanczos")
     latent = g.add("VAEEncode", pixels=image, vae=vae)
     _save(g, _sample(g, model, positive, negative, latent, denoise=0.8), vae, "ternary-image-to-image")
     return (
@@ -437,7 +447,7 @@ def flux1_kontext_edit(g: Graph) -> tuple[str, str]:
 def flux1_dev_controlnet(g: Graph) -> tuple[str, str]:
     """FLUX.1 dev in 1.58 bits, with a ControlNet"""
     model, _, vae, positive, negative = _flux1(g, "flux1-dev-1.58bit.safetensors")
-    image = g.add("ImageScaleToTotalPixels", image=g.add("LoadImage", image="example.png"), megapixels=1.0)
+    image = g.add("ImageScaleToTotalPixels", image=g.add("LoadImage", image="example.png"), upscale_method="lanczos")
     edges = g.add("Canny", image=image, low_threshold=0.2, high_threshold=0.5)
     net = g.add("ControlNetLoader", control_net_name="flux-controlnet-canny.safetensors")
     controlled = g.add(
@@ -453,23 +463,66 @@ def flux1_dev_controlnet(g: Graph) -> tuple[str, str]:
     )
 
 
-def flux2_klein_text_to_image(g: Graph) -> tuple[str, str]:
-    """FLUX.2 klein in 1.58 bits, text to image"""
-    model = g.add("TernaryFluxLoader", file="flux-2-klein-4b-1.58bit.safetensors")
+def _flux2(g: Graph, file: str, name: str, text: str, picture: str | None = None) -> None:
+    """Four steps of a FLUX.2 [klein], from noise; `picture` goes in as the reference that is edited."""
+    model = g.add("TernaryFluxLoader", file=file)
     clip = g.add("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="flux2")
     vae = g.add("VAELoader", vae_name="flux2-vae.safetensors")
-    prompt = g.add("CLIPTextEncode", clip=clip, text=PROMPT)
-    guider = g.add("BasicGuider", model=model, conditioning=prompt)
+    prompt = g.add("CLIPTextEncode", clip=clip, text=text)
+    size: dict[str, Any] = {"width": 1024, "height": 1024}
+    if picture is not None:
+        image = g.add(
+            "ImageScaleToTotalPixels",
+            image=g.add("LoadImage", image=picture),
+            upscale_method="lanczos",
+            resolution_steps=32,
+        )
+        measured = g.add("GetImageSize", image=image)
+        size = {"width": measured[0], "height": measured[1]}
+        latent = g.add("VAEEncode", pixels=image, vae=vae)
+        prompt = g.add("ReferenceLatent", conditioning=prompt, latent=latent)
     samples = g.add(
         "SamplerCustomAdvanced",
         noise=g.add("RandomNoise", noise_seed=158),
-        guider=guider,
+        guider=g.add("BasicGuider", model=model, conditioning=prompt),
         sampler=g.add("KSamplerSelect", sampler_name="euler"),
-        sigmas=g.add("Flux2Scheduler", steps=4, width=1024, height=1024),
-        latent_image=g.add("EmptyFlux2LatentImage", width=1024, height=1024, batch_size=1),
+        sigmas=g.add("Flux2Scheduler", steps=4, **size),
+        latent_image=g.add("EmptyFlux2LatentImage", batch_size=1, **size),
     )
-    _save(g, samples[0], vae, "ternary-flux2")
+    _save(g, samples, vae, name)
+
+
+def flux2_klein_text_to_image(g: Graph) -> tuple[str, str]:
+    """FLUX.2 klein in 1.58 bits, text to image"""
+    _flux2(g, "flux-2-klein-4b-1.58bit.safetensors", "ternary-flux2", PROMPT)
     return "Text to image with FLUX.2 [klein] 4B in 1.58 bits", "Four steps, no guidance."
+
+
+_BONSAI = (
+    "[Bonsai Image 4B](https://huggingface.co/prism-ml/bonsai-image-ternary-4B-mlx-2bit) is a ternary FLUX.2 [klein] "
+    "4B by PrismML, Apache-2.0. Four steps, no guidance. "
+)
+
+
+def bonsai_text_to_image(g: Graph) -> tuple[str, str]:
+    """Bonsai Image 4B, text to image"""
+    text = "An icy bonsai tree on a wooden table by a window, rain on the glass, snowy mountains outside, photograph"
+    _flux2(g, BONSAI, "bonsai", text)
+    return (
+        "Text to image with Bonsai Image 4B, a ternary FLUX.2",
+        _BONSAI + "Width and height are multiples of 32, up to about a megapixel.",
+    )
+
+
+def bonsai_image_to_image(g: Graph) -> tuple[str, str]:
+    """Bonsai Image 4B, image to image"""
+    text = "the same scene in winter at night, snow on everything, warm light in the windows"
+    _flux2(g, BONSAI, "bonsai-edit", text, "example.png")
+    return (
+        "Image to image with Bonsai Image 4B, a ternary FLUX.2",
+        _BONSAI + "The picture is the reference that FLUX.2 edits: say in the prompt what it becomes. Bonsai was "
+        "trained to make pictures from text, so edits are looser than those of the dense model.",
+    )
 
 
 def flux1_dev_quantize(g: Graph) -> tuple[str, str]:
@@ -491,8 +544,15 @@ def flux1_dev_quantize(g: Graph) -> tuple[str, str]:
 WORKFLOWS: tuple[Callable[[Graph], tuple[str, str]], ...] = (
     miniature_text_to_image, miniature_dense_and_ternary, miniature_quantize, flux1_dev_text_to_image, flux1_dev_lora,
     flux1_dev_dense_and_ternary, flux1_schnell_text_to_image, flux1_dev_image_to_image, flux1_fill_inpaint,
-    flux1_kontext_edit, flux1_dev_controlnet, flux1_dev_quantize, flux2_klein_text_to_image,
+    flux1_kontext_edit, flux1_dev_controlnet, flux1_dev_quantize, flux2_klein_text_to_image, bonsai_text_to_image,
+    bonsai_image_to_image,
 )  # fmt: skip
+
+
+PAINTED = {
+    miniature_text_to_image,
+    miniature_dense_and_ternary,
+}  # what their cards show; by the browser tests
 
 
 def build(make: Callable[[Graph], tuple[str, str]], known: Mapping[str, Any]) -> tuple[str, str, Graph]:
@@ -559,7 +619,7 @@ def write(known: Mapping[str, Any]) -> None:
         name, title, graph = build(make, known)
         text = json.dumps(graph.json(name), indent=1, ensure_ascii=False) + "\n"
         (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
-        if not name.startswith("Miniature"):  # theirs show what they make, and are written by the browser tests
+        if make not in PAINTED:
             thumbnail(title, graph).save(FOLDER / f"{name}.jpg", quality=90)
 
 

@@ -24,7 +24,7 @@ def names() -> list[str]:
 def dense_names() -> list[str]:
     """Dense FLUX files first, then the other files of the first folder."""
     listed = [name for name in folder_paths.get_filename_list(FOLDERS[0]) if _offered(name)]
-    dense = [name for name in listed if _is(FOLDERS[0], name, "flux")]
+    dense = [name for name in listed if _is(FOLDERS[0], name, "dense")]
     return dense + [name for name in listed if name not in set(dense)]
 
 

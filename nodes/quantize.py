@@ -250,12 +250,11 @@ def _dense(name: str) -> Path:
     """The path of a dense FLUX file. Raises ValueError by the name that people know."""
     try:
         path = Path(files.find(str(name)))
-        kind = identify(TensorFile(path)).kind
+        identity = identify(path)
     except (OSError, ValueError) as error:
         raise ValueError(explain(error, name)) from None
-    if kind != "flux":
-        what = "is ternary already" if kind == "ternary" else f"is no dense FLUX ({kind})"
-        raise ValueError(f"{name} {what}: choose a FLUX.1 or FLUX.2 in bf16, fp16 or fp32")
+    if identity.kind != "dense":
+        raise ValueError(f"{name}: {identity.what}. Choose a dense FLUX.1 or FLUX.2")
     return path
 
 
@@ -267,7 +266,7 @@ def _written(model, folder: Path) -> Iterator[Path]:
     path = folder / "model.safetensors"
     save(path, tensors, overwrite=True)
     try:
-        if identify(TensorFile(path)).kind != "flux":
+        if identify(path).kind != "dense":
             raise ValueError("this MODEL is no dense FLUX: load a FLUX.1 or FLUX.2 with the node Load Diffusion Model")
         yield path
     finally:
@@ -415,7 +414,7 @@ def _next(events: "queue.Queue[str | None]") -> str | None:
 def _show(event: dict, show: "Display", said: list[str], pictures: Path) -> None:
     if "message" in event:
         said.append(event["message"])
-        show.text("\n".join(said[-6:]))
+        show.text(event["message"].strip())
     else:
         show.progress(event["stage"], event["done"], event["total"], pictures)
 
@@ -445,9 +444,8 @@ class Display:
     def progress(self, stage: str, done: int, total: int, pictures: Path | None = None) -> None:
         if total:
             self.bar.update_absolute(done, total, self._preview(pictures) if stage == "pictures" else None)
-        send_text(
-            f"{self.line}\n{stage}: {done} of {total}" if total else f"{self.line}\n{stage}: {done}", self.node_id
-        )
+        count = f"{stage}: {done} of {total}" if total else f"{stage}: {done}"
+        send_text(f"{count}\n{self.line}", self.node_id)
 
     def _preview(self, folder: Path | None):
         """The newest picture as ComfyUI sends it to the page; None where there is no new one."""

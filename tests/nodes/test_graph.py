@@ -54,6 +54,7 @@ def test_a_workflow_is_what_is_written(known, make):
     assert all(m["url"].endswith(f"/{m['name']}") and m["directory"] for m in stated.values())
 
 
+@pytest.mark.feature("Example workflows")
 def test_the_miniature_paints_what_is_asked(server, known):
     """The first workflow somebody runs; 4 pictures, and the checker finds what was asked in most."""
     _, _, graph = make_workflows.build(make_workflows.miniature_text_to_image, known)
@@ -73,6 +74,7 @@ def picture_of(server, item):
     return np.asarray(Image.open(io.BytesIO(server.image(item))).convert("RGB")) / 255
 
 
+@pytest.mark.feature("Compare Models, Ternary FLUX Info")
 def test_comparing_and_looking_inside(server, known):
     _, _, graph = make_workflows.build(make_workflows.miniature_dense_and_ternary, known)
     execution = server.execute(graph.prompt())
@@ -104,6 +106,7 @@ def test_a_model_equals_itself(server, known):
     assert picture_of(server, outputs["PreviewImage"]["images"][0]).max() == 0
 
 
+@pytest.mark.feature("Save Ternary FLUX", "LoRAs become low-rank factors")
 def test_saving_keeps_a_lora_as_factors(server, known):
     arch = open_ternary(miniature.TERNARY).architecture
     name = "double_blocks.0.img_attn.proj"
@@ -146,6 +149,7 @@ def quantizing(known, name, minutes=0.1, **inputs) -> make_workflows.Graph:
     return g
 
 
+@pytest.mark.feature("Quantize FLUX to Ternary: progress, cancel, going on")
 def test_quantizing_in_the_graph(server, known):
     """Cancelled at the first pictures, gone on with, done; then it is not done again, and other inputs do not replace
     it.
@@ -186,7 +190,7 @@ def test_quantizing_in_the_graph(server, known):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"file": TERNARY}, f"{TERNARY} is ternary already"),
+        ({"file": TERNARY}, f"{TERNARY}: this is a ternary FLUX. Choose a dense FLUX"),
         ({"conditioning_file": "../secret.safetensors"}, "is not in ComfyUI's input folder"),
         ({"name": "../x"}, "give the name of a file, without a folder"),
         ({"size": "63x64"}, "63x64"),

@@ -24,6 +24,7 @@ def core(comfy, path, dtype, loras):
     return tiny.run(model, dtype=dtype)
 
 
+@pytest.mark.feature("LoRA, DoRA, LoKr, LoHa, GLoRA, OFT, BOFT and differences in bf16 and fp16", "as exact as in core")
 @pytest.mark.parametrize("kind", adapters.KINDS)
 def test_loras_act_as_exactly_as_in_core(comfy, path, twin, dtype, kind):
     loras = [(adapters.KINDS[kind](1), 1.0)]

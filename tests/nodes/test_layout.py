@@ -162,6 +162,7 @@ def dynamic_layer(comfy, path):
     return SimpleNamespace(layer=layer, model=model)
 
 
+@pytest.mark.feature("Dynamic VRAM", "simulated on the CPU")
 @pytest.mark.parametrize("kind", ["none", "lora", "dora"])
 def test_dynamic_vram_keeps_loras_whole(comfy, dynamic_layer, kind):
     """Core's own path would add the LoRA, requantize, and lose it."""

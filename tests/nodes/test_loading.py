@@ -14,6 +14,7 @@ from ternary_flux.tests.nodes import adapters, tiny
 QKV = "double_blocks.0.img_attn.qkv"
 
 
+@pytest.mark.feature("KSampler and every sampler: ComfyUI's own Flux")
 def test_detection_and_parity_with_the_dense_model(comfy, path, reference):
     model = comfy.loader.load(str(path), "full")
     config = model.model.model_config.unet_config
@@ -169,6 +170,7 @@ def test_half_precision_inputs(comfy, path, dtype):
     assert tiny.distance(y.double(), expected) < 0.02
 
 
+@pytest.mark.feature("Low VRAM: partly loaded models")
 @pytest.mark.parametrize("budget", [1, 600_000])
 def test_partial_load_and_unload(comfy, path, reference, budget):
     model = comfy.loader.load(str(path), "full")
@@ -182,6 +184,7 @@ def test_partial_load_and_unload(comfy, path, reference, budget):
     assert tiny.distance(tiny.run(model), reference) < 1e-5
 
 
+@pytest.mark.feature("Switching between models")
 def test_unload_and_reload(comfy, path, reference):
     model = comfy.loader.load(str(path), "full")
     for _ in range(2):
@@ -198,6 +201,7 @@ def test_clones_stay_ternary_without_dynamic_vram(comfy, path):
     assert type(make(*arguments, disable_dynamic=True)) is comfy.patcher.TernaryPatcher
 
 
+@pytest.mark.feature("Copies of a model (copy.deepcopy)")
 @pytest.mark.parametrize("kind", [None, "lora", "dora"])
 def test_a_copy_of_a_model_is_a_model(comfy, path, kind):
     loras = [(adapters.KINDS[kind](1), 1.0)] if kind else []
@@ -212,6 +216,7 @@ def test_a_copy_of_a_model_is_a_model(comfy, path, kind):
     assert tiny.distance(tiny.run(SimpleNamespace(model=SimpleNamespace(diffusion_model=copied))), before) < 1e-5
 
 
+@pytest.mark.feature("torch.compile (Torch Compile Model)", "one graph, no breaks")
 @pytest.mark.parametrize("activations", ["full", "int8"])
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_torch_compile_sees_one_graph(comfy, path, activations, mode):
@@ -245,6 +250,7 @@ def int8_parts(path):
     return {part: load_file(path)[f"{QKV}.{part}"] for part in ("weight", "weight_scale")}
 
 
+@pytest.mark.feature("Files with layers in ComfyUI's own int8 format")
 def test_files_with_int8_layers_load_and_save(comfy, mixed, reference, tmp_path):
     model = comfy.loader.load(str(mixed), "full")
     assert 1e-5 < tiny.distance(tiny.run(model), reference) < 0.05
@@ -272,6 +278,7 @@ def test_loras_run_beside_int8_layers_too(comfy, mixed):
     torch.testing.assert_close(layer(x), before)
 
 
+@pytest.mark.feature("Load Diffusion Model and Load Checkpoint on a ternary file", "refused, with the node to use")
 def test_the_stock_loaders_name_the_node(comfy, path, tmp_path):
     with pytest.raises(ValueError, match="load it with the node Load Ternary FLUX"):
         comfy.sd.load_diffusion_model(str(path))
@@ -280,6 +287,7 @@ def test_the_stock_loaders_name_the_node(comfy, path, tmp_path):
         comfy.sd.load_checkpoint_guess_config(str(checkpoint))
 
 
+@pytest.mark.feature("Cancel while loading")
 def test_interrupting_stops_the_load(comfy, path):
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):

@@ -7,6 +7,10 @@ import torch
 from ternary_flux.tests.nodes import adapters, tiny
 
 
+@pytest.mark.feature(
+    "Load LoRA: BFL and diffusers keys, stacked, negative, with DoRA, LoKr, full differences",
+    "all but plain LoRAs make their layers dense while they act: slower",
+)
 @pytest.mark.parametrize("budget", [None, 600_000])
 @pytest.mark.parametrize("name", adapters.COMBINATIONS)
 def test_equals_the_dense_model_with_the_lora_merged(comfy, path, twin, reference, name, budget):
@@ -55,6 +59,7 @@ def test_branches_are_built_once(comfy, path):
     assert module.branch is branch
 
 
+@pytest.mark.feature("Several models with different LoRAs", "they share one set of weights")
 def test_models_with_different_loras_share_one_set_of_weights(comfy, path, twin, reference):
     base = comfy.loader.load(str(path), "full")
     variants = [
@@ -72,6 +77,7 @@ def test_models_with_different_loras_share_one_set_of_weights(comfy, path, twin,
         assert tiny.distance(tiny.run(model), expected) < 1e-5
 
 
+@pytest.mark.feature("Changing a LoRA's strength", "costs no pass over the weights")
 @pytest.mark.parametrize("budget", [None, 600_000])
 def test_another_strength_moves_no_weight(comfy, path, twin, tmp_path, budget, monkeypatch):
     base = comfy.loader.load(str(path), "full")
@@ -147,6 +153,7 @@ def test_int8_activations_leave_the_lora_in_full_precision(comfy, path, twin, re
     assert tiny.distance(tiny.run(model), adapters.merged(comfy, twin, loras)) < 0.05
 
 
+@pytest.mark.feature("Weight wrappers of other extensions")
 def test_weight_wrappers_of_other_extensions_see_the_patched_dense_weight(comfy, path, twin):
     loras = adapters.COMBINATIONS["bfl keys, alpha"]
     results = []
@@ -158,6 +165,7 @@ def test_weight_wrappers_of_other_extensions_see_the_patched_dense_weight(comfy,
     assert tiny.distance(results[1], results[0]) < 1e-5
 
 
+@pytest.mark.feature("Hook LoRA (Create Hook LoRA, with schedules)")
 @pytest.mark.parametrize("mode", ["MinVram", "MaxSpeed"])
 @pytest.mark.parametrize("lora", [adapters.diffusers_lora(1), adapters.dora(4)], ids=["lora", "dora"])
 def test_hook_loras_come_and_go(comfy, path, twin, reference, mode, lora):
@@ -196,6 +204,7 @@ def test_hook_loras_on_linears_that_are_not_quantized(comfy, path, twin, referen
         assert tiny.distance(tiny.run(model), reference) < 1e-5
 
 
+@pytest.mark.feature("Create Hook Model as LoRA")
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_another_model_as_a_hook(comfy, path, tmp_path, twin, reference, strength):
     """The node Create Hook Model as LoRA: the difference to a whole dense checkpoint."""
@@ -213,6 +222,7 @@ def test_another_model_as_a_hook(comfy, path, tmp_path, twin, reference, strengt
     assert tiny.distance(results[1], results[0]) < 1e-5
 
 
+@pytest.mark.feature("Model merging (Model Merge Simple and Blocks)", "the result is dense in the layers that differ")
 def test_merging_two_models(comfy, path, tmp_path, twin):
     other = tiny.write(tmp_path / "other.safetensors", seed=9)
     results = []

@@ -25,6 +25,7 @@ def test_a_lora_of_another_width_is_left_out(comfy, path, reference, kind, caplo
     assert "4 of 4 layers do not fit: made for another model" in line
 
 
+@pytest.mark.feature("A LoRA made for another model", "acts with the layers that fit; one line says how many do not")
 @pytest.mark.parametrize("side", SOME)
 @pytest.mark.parametrize("kind", adapters.KINDS)
 def test_the_layers_that_fit_still_act(comfy, path, twin, kind, side, caplog):

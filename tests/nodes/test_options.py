@@ -7,6 +7,7 @@ from ternary_flux.tests.nodes import tiny
 OPTIONS = ["fp8_e4m3fn_unet", "fp8_e5m2_unet", "fp8_e8m0fnu_unet", "bf16_unet", "fp16_unet", "fp32_unet", "fp64_unet"]
 
 
+@pytest.mark.feature("--fp8_e4m3fn-unet and similar options", "do not touch a ternary model")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_for_dense_weights(comfy, path, reference, monkeypatch, option, tmp_path):
     monkeypatch.setattr(comfy.model_management.args, option, True)

@@ -25,6 +25,7 @@ def extract(comfy, tmp_path, monkeypatch):
     return extract
 
 
+@pytest.mark.feature("Extract and Save LoRA")
 @pytest.mark.parametrize("loaded", [True, False])
 @pytest.mark.parametrize("kind", ["standard", "full_diff"])
 def test_a_lora_can_be_extracted_again(comfy, path, extract, kind, loaded, monkeypatch):
@@ -64,6 +65,7 @@ def test_the_state_dict_of_a_patched_model_is_dense(comfy, request, file, kind):
         assert tiny.distance(read, expected) < 1e-6
 
 
+@pytest.mark.feature("Model Merge Subtract and Add")
 def test_a_subtracted_model_has_the_difference_as_its_weights(comfy, path, twin):
     from comfy_extras.nodes_model_merging import ModelSubtract
 

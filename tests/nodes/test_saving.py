@@ -42,6 +42,7 @@ def header(path) -> dict[str, str]:
         return opened.metadata()
 
 
+@pytest.mark.feature("Save Model (ModelSave)", "keeps metadata, packing and dtypes")
 @pytest.mark.parametrize("loaded", [True, False])
 def test_a_saved_model_is_the_file_again(comfy, file, save, loaded, monkeypatch):
     model = comfy.loader.load(str(file), "full")
@@ -95,6 +96,7 @@ def no_strength(comfy, file, other):
     return adapters.apply(comfy, comfy.loader.load(str(file), "full"), loras)
 
 
+@pytest.mark.feature("Merges of ratio 1 and LoRAs of strength 0", "stay ternary")
 @pytest.mark.parametrize("change", [no_merge, no_strength])
 def test_a_merge_that_changes_nothing_stays_ternary(comfy, file, tmp_path, save, change, caplog):
     model = change(comfy, file, tiny.write(tmp_path / "other.safetensors", seed=9))
@@ -126,6 +128,7 @@ def test_some_dense_layers_leave_it_to_our_node(comfy, file, save, caplog):
     assert tiny.distance(tiny.run(comfy.loader.load(str(saved), "full")), tiny.run(model)) < 0.03
 
 
+@pytest.mark.feature("Save Checkpoint", "the loader finds the file")
 def test_a_checkpoint_with_other_models_is_loaded(comfy, file, tmp_path):
     """Save Checkpoint writes the text encoders and the VAE into the same file."""
     from safetensors.torch import save_file

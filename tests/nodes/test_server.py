@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -114,6 +115,7 @@ def test_help_and_translations_are_served(server):
             assert all(choice in texts["tooltip"] for choice in choices)
 
 
+@pytest.mark.feature("Progress and previews while sampling")
 def test_a_picture_is_sampled_with_progress(server):
     execution = server.execute(workflow())
     steps = [data["value"] for kind, data in execution.events if kind == "progress" and data["node"] == "sampler"]
@@ -127,6 +129,7 @@ def test_a_picture_is_sampled_with_progress(server):
     assert "FLUX.1" in status and "13 ternary layers" in status and "bits per weight" in status and "eager" in status
 
 
+@pytest.mark.feature("A file that was replaced is loaded again")
 def test_a_converted_again_file_is_loaded_again(server):
     server.execute(workflow())
     cached = server.execute(workflow())
@@ -145,6 +148,7 @@ def test_unloading_and_running_again(server):
         server.post_json("/free", {"unload_models": True, "free_memory": seed == 12})
 
 
+@pytest.mark.feature("Cancel while sampling, then Run")
 def test_cancelling_and_running_again(server):
     graph = workflow()
     graph["sampler"]["inputs"] |= {"steps": 2000, "seed": 21}
@@ -159,6 +163,7 @@ def test_cancelling_and_running_again(server):
     assert server.execute(workflow()).outputs["save"]["images"]
 
 
+@pytest.mark.feature("File names from another node, and with the other separator of folders")
 @pytest.mark.parametrize("name", ["flux/tiny.safetensors", "flux\\tiny.safetensors"])
 @pytest.mark.parametrize("linked", [False, True])
 def test_names_from_other_systems_and_other_nodes(server, name, linked):
@@ -199,6 +204,7 @@ def cached_nodes(execution: comfyui.Execution) -> set[str]:
     return {node for kind, data in execution.events if kind == "execution_cached" for node in data["nodes"]}
 
 
+@pytest.mark.feature("Wrong and damaged files", "refused before anything runs, with what to do")
 @pytest.mark.parametrize(
     ("file", "message"),
     [
@@ -237,7 +243,7 @@ def test_example_workflows_fit_this_comfyui(server, path):
     """Every node, input and link of an example exists here, and the template browser serves it with its picture."""
     graph, known = json.loads(path.read_text(encoding="utf-8")), server.get_json("/object_info")
     nodes = {node["id"]: node for node in graph["nodes"] if node["type"] != "MarkdownNote"}
-    assert NODE in {node["type"] for node in nodes.values()}
+    assert any(node["type"].startswith("TernaryFlux") for node in nodes.values())
     for node in nodes.values():
         declared = known[node["type"]]["input"]
         names = {**declared.get("required", {}), **declared.get("optional", {})}
@@ -247,4 +253,4 @@ def test_example_workflows_fit_this_comfyui(server, path):
         assert link in nodes[source]["outputs"][output]["links"] and nodes[target]["inputs"][slot]["link"] == link
         assert known[nodes[source]["type"]]["output"][output] == kind == nodes[target]["inputs"][slot]["type"]
     assert path.stem in server.get_json("/workflow_templates")[PACK]
-    assert server.get(f"/api/workflow_templates/{PACK}/{path.stem}.jpg")
+    assert server.get(f"/api/workflow_templates/{PACK}/{quote(path.stem)}.jpg")

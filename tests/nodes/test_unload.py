@@ -9,6 +9,7 @@ from ternary_flux.tests.nodes import adapters, tiny
 MODES = list(itertools.product([True, False], repeat=3))
 
 
+@pytest.mark.feature("Unload Models, /free and memory pressure, then Run")
 @pytest.mark.parametrize("made, unloaded, loaded", MODES)
 @pytest.mark.parametrize("kind", ["none", "lora", "dora"])
 def test_a_model_runs_again_after_unloading(comfy, path, made, unloaded, loaded, kind):
