@@ -336,7 +336,7 @@ def _conditioning(work: Path, words, clip, conditioning, conditioning_file: str,
         vector = parts[0][1]
         tokens, channels = parts[0][0].shape
         size = None if vector is None else vector.shape[0]
-        with create_conditioning(path, names, (tokens, channels), size) as file:
+        with create_conditioning(path, names, context_shape=(tokens, channels), pooled_size=size) as file:
             for context, pooled in parts:
                 file.add(context, pooled)
         return path

@@ -37,7 +37,7 @@ class TernaryWeight:
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, scale: Tensor, group: Tensor | None = None, down=None, up=None, terms=1, column=None
+        cls, codes: Tensor, scale: Tensor, group: Tensor | None = None, *, down=None, up=None, terms=1, column=None
     ) -> "TernaryWeight":
         """Pack int8 codes [N, terms * K] of -1, 0, +1."""
         shape = codes.shape[0], codes.shape[1] // terms

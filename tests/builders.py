@@ -74,4 +74,4 @@ def ternary_weight(
     down = torch.randn(rank, k, generator=g).bfloat16() if rank else None
     up = torch.randn(n, rank, generator=g).bfloat16() if rank else None
     inputs = (torch.randn(k, generator=g) * 0.7).exp().to(column) if column else None
-    return TernaryWeight.from_codes(codes, row, group, down, up, terms, inputs)
+    return TernaryWeight.from_codes(codes, row, group, down=down, up=up, terms=terms, column=inputs)

@@ -25,8 +25,8 @@ def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequ
         left,
         "Right pictures of held-out compositions (95 % interval)",
         {row["name"]: tuple(row["accuracy"]["overall"]) for row in rows},
-        1.0,
-        True,
+        top=1.0,
+        percent=True,
     )
     series = {
         row["name"]: [((i + 0.5) / BINS, e) for i, e in enumerate(row["velocity"]["by_timestep"]) if e]

@@ -36,7 +36,7 @@ def random_weight(n: int, k: int, scales: str, rank: int, terms: int, columns: b
     down = (torch.randn(rank, k, device=CUDA) * 0.1).bfloat16() if rank else None
     up = (torch.randn(n, rank, device=CUDA) * 0.1).bfloat16() if rank else None
     column = (torch.randn(k, device=CUDA) * 0.7).exp().bfloat16() if columns else None
-    return TernaryWeight.from_codes(codes, row, group, down, up, terms, column)
+    return TernaryWeight.from_codes(codes, row, group, down=down, up=up, terms=terms, column=column)
 
 
 def quantized(x: Tensor, activations: str, column: Tensor | None) -> Tensor:

@@ -244,11 +244,15 @@ def _assemble(
     shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
     sha256 = sha256 or checkpoint.sha256()
     source, lossy = Path(checkpoint.name), checkpoint.lossy
-    header = metadata.build(arch, source, checkpoint.metadata, "calibrate", shown, errors, sha256, lossy)
+    header = metadata.build(
+        arch, source, checkpoint.metadata, method="calibrate", settings=shown, errors=errors, sha256=sha256, lossy=lossy
+    )
     header |= precision.metadata(settings.precisions)
     started = datetime.fromtimestamp((folder / "settings.json").stat().st_mtime, UTC)
     header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
-    with create_ternary(target, plan, dense, header, metadata.header_room(arch), overwrite) as writer:
+    with create_ternary(
+        target, plan, dense, header, header_room=metadata.header_room(arch), overwrite=overwrite
+    ) as writer:
         for block, file in files.items():
             for linear, shape in arch.block_linears(block).items():
                 if f"{block}.{linear}" not in plan:

@@ -40,6 +40,7 @@ def sensitivities(
     file: TernaryFile,
     teacher: Teacher,
     batches: Sequence[Batch],
+    *,
     precisions: Sequence[str] = PRECISIONS,
     on_layer: Callable[[int], object] = lambda layers: None,
 ) -> list[Sensitivity]:
@@ -125,6 +126,7 @@ def write_mixed(
     file: TernaryFile,
     teacher: Checkpoint,
     precisions: Mapping[str, str],
+    *,
     overwrite: bool = False,
 ) -> None:
     """Write the ternary file with these Linears, from the original's weights, in other precisions (name -> precision).

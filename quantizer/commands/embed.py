@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
     if not prompts:
         raise ValueError(f"{source}: there are no prompts; put one in each line")
     with hold(args.output), progress(len(prompts), "encoding prompts", " prompts") as bar:
-        tokens, channels, pooled = embed(prompts, args.text_encoders, args.output, args.force, bar.update)
+        tokens, channels, pooled = embed(
+            prompts, args.text_encoders, args.output, overwrite=args.force, on_progress=bar.update
+        )
     size = in_bytes(args.output.stat().st_size)
     vector = f" and a vector of {pooled}" if pooled else ""
     say(f"{args.output}: {len(prompts)} prompts of {tokens} tokens x {channels}{vector}, {size}")

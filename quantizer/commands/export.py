@@ -33,5 +33,5 @@ def run(args: argparse.Namespace) -> None:
     file = open_ternary(args.source)
     weights = sum(n * k for n, k in (layer.shape for layer in file.layers.values()))
     with hold(target), progress(weights, "exporting") as bar:
-        export_checkpoint(file, target, DTYPES[args.dtype], args.force, bar.update)
+        export_checkpoint(file, target, dtype=DTYPES[args.dtype], overwrite=args.force, on_progress=bar.update)
     say(f"{target}: {in_bytes(target.stat().st_size)}, {args.dtype}")

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     source = open_source(args.source)
     weights = sum(n * k for n, k in source.architecture.linear_shapes.values())
     with hold(target), progress(weights, f"importing {source.architecture.name}") as bar:
-        summary = import_model(source, target, args.packing, args.force, bar.update)
+        summary = import_model(source, target, packing=args.packing, overwrite=args.force, on_progress=bar.update)
     sizes = f"{in_bytes(summary.target_bytes)}, the source {in_bytes(summary.source_bytes)}"
     worst = max(summary.scale_errors, key=summary.scale_errors.get)
     mean = sum(summary.scale_errors.values()) / len(summary.scale_errors)

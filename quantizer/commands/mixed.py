@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> None:
     with Bars() as bars, opened(args, args.teacher, target, [args.start], on_progress=bars.show) as work:
         show = work.counter("measured layers", len(file.layers))
         batches = work.hold_out(args.pictures).batches
-        measured = sensitivities(file, work.teacher, batches, args.precisions, show)
+        measured = sensitivities(file, work.teacher, batches, precisions=args.precisions, on_layer=show)
         chosen = best_upgrades(measured, int(args.growth * args.start.stat().st_size))
         precisions = {name: result.precision for name, result in chosen.items()}
-        write_mixed(target, file, work.teacher.checkpoint, precisions, args.force)
+        write_mixed(target, file, work.teacher.checkpoint, precisions, overwrite=args.force)
     for result in sorted(chosen.values(), key=lambda result: -result.gain):
         say(f"  {result.name:<40} {result.precision:<9} alone costs {result.gain:.4f} less of the velocity error")
     counts = Counter(precisions.values())

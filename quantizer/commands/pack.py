@@ -33,6 +33,6 @@ def run(args: argparse.Namespace) -> None:
     file = open_ternary(args.source)
     weights = sum(n * k for n, k in (layer.shape for layer in file.layers.values()))
     with hold(target), progress(weights, f"packing as {args.packing}") as bar:
-        pack(file, target, args.packing, args.force, bar.update)
+        pack(file, target, args.packing, overwrite=args.force, on_progress=bar.update)
     before, after = args.source.stat().st_size, target.stat().st_size
     say(f"{target}: {in_bytes(after)} in {args.packing}; {args.source.name} has {in_bytes(before)}")

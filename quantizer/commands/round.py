@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
     arch = open_checkpoint(args.source).architecture
     weights = sum(n * k for n, k in arch.linear_shapes.values())
     with hold(target), progress(weights, f"rounding {arch.name}") as bar:
-        summary = round_checkpoint(args.source, target, args.packing, args.method, args.force, bar.update)
+        summary = round_checkpoint(
+            args.source, target, packing=args.packing, method=args.method, overwrite=args.force, on_progress=bar.update
+        )
     ratio = summary.source_bytes / summary.target_bytes
     rate = summary.weights / summary.seconds / 1e6
     say(

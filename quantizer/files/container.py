@@ -341,6 +341,7 @@ def create(
     path: str | os.PathLike,
     plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str],
+    *,
     header_room: int = 0,
     overwrite: bool = False,
 ) -> Iterator[TensorWriter]:

@@ -16,6 +16,7 @@ _CHUNK = 1 << 22  # weights dequantized at a time
 def export_checkpoint(
     source: str | os.PathLike | TernaryFile,
     target: str | os.PathLike,
+    *,
     dtype: torch.dtype = torch.bfloat16,
     overwrite: bool = False,
     on_progress: Callable[[int], object] = lambda weights: None,
@@ -30,7 +31,9 @@ def export_checkpoint(
     eight_bit = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
     plan = {name: (dtype, shape) for name, shape in file.shapes.items() if name not in eight_bit}
     metadata = {key: value for key, value in file.metadata.items() if key.startswith("modelspec.")}
-    with create(target, plan, metadata | {"ternary.exported_from": file.path.name}, 0, overwrite) as writer:
+    with create(
+        target, plan, metadata | {"ternary.exported_from": file.path.name}, header_room=0, overwrite=overwrite
+    ) as writer:
         for name in file.dense.keys() - eight_bit:
             writer.write(name, file.parameter(name).to(dtype))
         for name, layer in file.layers.items():

@@ -17,6 +17,7 @@ def build(
     architecture: Architecture,
     source: Path,
     source_metadata: Mapping[str, str],
+    *,
     method: str,
     settings: Mapping[str, object],
     errors: Mapping[str, float],

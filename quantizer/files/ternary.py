@@ -76,6 +76,7 @@ def create_ternary(
     layers: Mapping[str, LayerPlan],
     dense: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str],
+    *,
     header_room: int = 0,
     overwrite: bool = False,
 ) -> Iterator[TernaryWriter]:
@@ -87,7 +88,7 @@ def create_ternary(
     for name, layer in layers.items():
         plan |= {f"{name}.{part}": spec for part, spec in layer.tensors.items()}
         plan[f"{name}.comfy_quant"] = (torch.uint8, tuple(layer.comfy_quant.shape))
-    with create(path, plan, metadata, header_room, overwrite) as tensors:
+    with create(path, plan, metadata, header_room=header_room, overwrite=overwrite) as tensors:
         yield TernaryWriter(tensors, layers)
 
 

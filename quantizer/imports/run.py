@@ -127,6 +127,7 @@ def _check_dense(source: Source) -> None:
 def import_model(
     source: str | os.PathLike | Source,
     target: str | os.PathLike,
+    *,
     packing: str = "planes32",
     overwrite: bool = False,
     on_progress: Callable[[int], object] = lambda weights: None,
@@ -157,7 +158,9 @@ def import_model(
         sum(path.stat().st_size for path in source.files),
     )
     with _hashing(source.files) as digest:
-        with create_ternary(target, layers, dense, _metadata(source, packing), 0, overwrite) as writer:
+        with create_ternary(
+            target, layers, dense, _metadata(source, packing), header_room=0, overwrite=overwrite
+        ) as writer:
             for name in dense:
                 writer.dense(name, _dense(source, name))
                 tensors.release()
@@ -175,7 +178,7 @@ def import_model(
 def _metadata(source: Source, packing: str) -> dict[str, str]:
     theirs = {"modelspec.title": source.title} | dict(source.packaging.tensors.metadata)
     settings = {"packaging": source.packaging.name, "packing": packing}
-    return metadata.build(source.architecture, source.path, theirs, METHOD, settings, {})
+    return metadata.build(source.architecture, source.path, theirs, method=METHOD, settings=settings, errors={})
 
 
 @contextlib.contextmanager

@@ -46,6 +46,14 @@ class Inputs(NamedTuple):
         return self._replace(context=self.context.roll(1, 0), pooled=pooled)
 
 
+class Conditions(NamedTuple):
+    """What a batch of pictures is to show: the last three of `Inputs`."""
+
+    context: Tensor
+    pooled: Tensor | None
+    guidance: Tensor | None
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What flows from block to block."""

@@ -117,7 +117,7 @@ class TernaryLinear(nn.Module):
         row, group = fit_integer_groups(self.start_scale * self.log_scale.exp())
         down, up = (None if factor is None else factor.bfloat16() for factor in (self.down, self.up))
         column = None if self.log_column is None else self.column().to(self.start_column.dtype)
-        return TernaryWeight.from_codes(self.codes(), row, group, down, up, column=column)
+        return TernaryWeight.from_codes(self.codes(), row, group, down=down, up=up, column=column)
 
 
 def ternary(latent: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ class ConditioningWriter:
 def create_conditioning(
     path: str | os.PathLike,
     prompts: Sequence[str],
+    *,
     context_shape: tuple[int, int],
     pooled_size: int | None,
     metadata: Mapping[str, str] | None = None,
@@ -144,6 +145,8 @@ def write(
     """Write prompts encoded as `context` [P, T, C] and `pooled` [P, V]."""
     _, tokens, channels = context.shape
     size = None if pooled is None else pooled.shape[1]
-    with create_conditioning(path, prompts, (tokens, channels), size, metadata, overwrite) as file:
+    with create_conditioning(
+        path, prompts, context_shape=(tokens, channels), pooled_size=size, metadata=metadata, overwrite=overwrite
+    ) as file:
         for i in range(len(prompts)):
             file.add(context[i], None if pooled is None else pooled[i])

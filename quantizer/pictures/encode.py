@@ -23,6 +23,7 @@ def embed(
     prompts: Sequence[str],
     encoders: Sequence[str | os.PathLike],
     output: str | os.PathLike,
+    *,
     overwrite: bool = False,
     on_progress: Callable[[int], object] = lambda prompts: None,
 ) -> tuple[int, int, int | None]:
@@ -40,13 +41,16 @@ def embed(
     import_comfyui()
     clip = _load(encoders)
     files = ", ".join(Path(path).name for path in encoders)
-    return encode(prompts, clip, output, {"text_encoders": files}, overwrite, on_progress)
+    return encode(
+        prompts, clip, output, metadata={"text_encoders": files}, overwrite=overwrite, on_progress=on_progress
+    )
 
 
 def encode(
     prompts: Sequence[str],
     clip,
     output: str | os.PathLike,
+    *,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     on_progress: Callable[[int], object] = lambda prompts: None,
@@ -63,7 +67,9 @@ def encode(
         tokens = max(first[0].shape[0], _FLUX2_TOKENS) if flux2 else first[0].shape[0]
         shape = (tokens, first[0].shape[1])
         pooled_size = None if flux2 else first[1].shape[0]
-        with create_conditioning(output, prompts, shape, pooled_size, metadata, overwrite) as file:
+        with create_conditioning(
+            output, prompts, context_shape=shape, pooled_size=pooled_size, metadata=metadata, overwrite=overwrite
+        ) as file:
             for i, prompt in enumerate(prompts):
                 context, pooled = _encode(clip, prompt, options) if i else first
                 missing = tokens - context.shape[0]

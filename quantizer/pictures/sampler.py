@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..files.architecture import Architecture
-from ..model.flux import Inputs
+from ..model.flux import Conditions, Inputs
 
 Velocity = Callable[..., Tensor]  # (latent, t, context, pooled, guidance) -> velocity
 Velocities = Callable[[Iterable[Inputs]], Iterator[Tensor]]  # of many batches, in turn; see `Teacher.velocities`
@@ -38,12 +38,9 @@ def one_by_one(velocity: Velocity) -> Velocities:
 
 
 def sample(
-    velocity: Velocity, noise: Tensor, levels: Tensor, arch: Architecture, conditions: Sequence[Tensor | None]
+    velocity: Velocity, noise: Tensor, levels: Tensor, arch: Architecture, conditions: Conditions
 ) -> Iterator[tuple[float, Tensor, Tensor | None]]:
-    """Euler steps from `noise` [B, C, H, W] along `levels`: each (t, latent, velocity), and (0, picture, None) last.
-
-    `conditions`: context, pooled, guidance, as `velocity` takes them.
-    """
+    """Euler steps from `noise` [B, C, H, W] along `levels`: each (t, latent, velocity), and (0, picture, None) last."""
     for t, (latent,), steps in sample_together(one_by_one(velocity), [noise], levels, arch, lambda _: conditions):
         yield t, latent, steps[0] if steps else None
 
@@ -53,7 +50,7 @@ def sample_together(
     noise: Sequence[Tensor],
     levels: Tensor,
     arch: Architecture,
-    conditions: Callable[[int], Sequence[Tensor | None]],
+    conditions: Callable[[int], Conditions],
 ) -> Iterator[tuple[float, list[Tensor], list[Tensor]]]:
     """`sample` for many batches at the same time: lists of latents and of velocities, the last of which is empty.
 

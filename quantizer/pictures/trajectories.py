@@ -21,6 +21,7 @@ from ..files.architecture import Architecture
 from ..files.checkpoint import digest
 from ..files.container import TensorFile, save
 from ..files.work_folder import keep_settings
+from ..model.flux import Conditions
 from .conditioning import Conditioning
 from .sampler import (
     Velocities,
@@ -163,10 +164,10 @@ class Trajectories:
                 save(self._path(picture), tensors, overwrite=True)
             on_progress(len(wanted))
 
-    def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor | None, ...]:
+    def conditions(self, pictures: Sequence[Picture]) -> Conditions:
         """Context, pooled vector and guidance of some pictures."""
         context, pooled = self.conditioning.batch([picture.prompt for picture in pictures])
-        return context, pooled, _guidance(pictures)
+        return Conditions(context, pooled, _guidance(pictures))
 
     def states(self, pictures: Sequence[Picture], count: int, seed: int = 0) -> list[States]:
         """`count` noisy states of these pictures, by size.

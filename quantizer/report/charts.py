@@ -58,6 +58,7 @@ def bars(
     axes: Axes,
     title: str,
     values: Mapping[str, tuple[float, float, float]],
+    *,
     top: float | None = None,
     percent: bool = False,
 ) -> None:
@@ -77,6 +78,7 @@ def bars(
 def heatmap(
     axes: Axes,
     title: str,
+    *,
     rows: Sequence[str],
     columns: Sequence[str],
     values: Sequence[Sequence[float | None]],

@@ -179,7 +179,9 @@ def _charts(
         values = [[m.errors.get(f"{block}.{name}") for name in names] for block in blocks]
         labels = [block.replace("_blocks.", " ") for block in blocks]
         heat = charts.figure(0.5 * len(names) + 2, 0.2 * len(blocks) + 1.6)
-        charts.heatmap(heat.subplots(), f"Relative weight error after {m.name}", labels, names, values)
+        charts.heatmap(
+            heat.subplots(), f"Relative weight error after {m.name}", rows=labels, columns=names, values=values
+        )
         figures[_slug(m.name)] = heat
     return {name: charts.png(drawn) for name, drawn in figures.items()}
 

@@ -46,6 +46,7 @@ class Summary:
 def round_checkpoint(
     source: str | os.PathLike,
     target: str | os.PathLike,
+    *,
     packing: str = "planes32",
     method: str = "least-squares",
     overwrite: bool = False,
@@ -70,10 +71,17 @@ def round_checkpoint(
     def header(errors: dict[str, float], **sha256: str) -> dict[str, str]:
         settings = {"packing": packing}
         name, lossy = Path(checkpoint.name), checkpoint.lossy
-        return metadata.build(arch, name, checkpoint.metadata, method, settings, errors, lossy=lossy, **sha256)
+        return metadata.build(
+            arch, name, checkpoint.metadata, method=method, settings=settings, errors=errors, lossy=lossy, **sha256
+        )
 
     with create_ternary(
-        target, layers, dense, header(dict.fromkeys(layers, 0.0)), metadata.header_room(arch), overwrite
+        target,
+        layers,
+        dense,
+        header(dict.fromkeys(layers, 0.0)),
+        header_room=metadata.header_room(arch),
+        overwrite=overwrite,
     ) as writer:
         one_pass = _Pass(checkpoint, writer, method, on_progress)
         one_pass.run()

@@ -48,7 +48,7 @@ def ternary_weight(shape, g: torch.Generator, rank=0, float_groups=False, terms=
         down = (torch.randn(rank, k, generator=g) * k**-0.5).to(torch.bfloat16)
         up = (torch.randn(n, rank, generator=g) * 0.3).to(torch.bfloat16)
     column = (torch.randn(k, generator=g) * 0.5).exp().to(torch.bfloat16) if columns else None
-    return TernaryWeight.from_codes(codes, *scales, down, up, terms, column)
+    return TernaryWeight.from_codes(codes, *scales, down=down, up=up, terms=terms, column=column)
 
 
 def write(

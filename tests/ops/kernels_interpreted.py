@@ -48,7 +48,7 @@ def make(n, k, scales="integer", rank=0, seed=0, terms=1, column=False):
         dense *= columns.double()
     if rank:
         dense += up.double() @ down.double()
-    return TernaryWeight.from_codes(codes, scale, group, down, up, terms, columns), dense
+    return TernaryWeight.from_codes(codes, scale, group, down=down, up=up, terms=terms, column=columns), dense
 
 
 def error(y, expected):

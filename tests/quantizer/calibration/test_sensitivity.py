@@ -124,7 +124,7 @@ def test_the_file_has_comfyuis_format(mixed):
 
 def test_it_is_exported_and_saved_again(made, mixed, tmp_path):
     dense = made[0]
-    export_checkpoint(mixed, tmp_path / "export.safetensors", torch.float32)
+    export_checkpoint(mixed, tmp_path / "export.safetensors", dtype=torch.float32)
     exported = load_file(tmp_path / "export.safetensors")
     assert exported.keys() == set(dense.names)
     codes, scale = int8(dense.tensor(f"{LOUD}.weight"))

@@ -46,7 +46,7 @@ def test_round_trip(tmp_path_factory, shapes, dtypes, header_room):
         f"t{i}": torch.randint(0, 2, shape, generator=generator).to(DTYPES[dtype])
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
     }
-    with create(path, plan(tensors), {"a": "b"}, header_room) as writer:
+    with create(path, plan(tensors), {"a": "b"}, header_room=header_room) as writer:
         for key in reversed(tensors):
             writer.write(key, tensors[key])
         writer.metadata["a"] = "c" * (1 + header_room)
@@ -88,7 +88,9 @@ def test_a_tensor_in_pieces(tmp_path):
 
 def test_mistakes_of_the_writer_leave_nothing(tmp_path):
     def write(write_tensors, header_room=0):
-        with create(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.uint8, (1,))}, {}, header_room) as writer:
+        with create(
+            tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.uint8, (1,))}, {}, header_room=header_room
+        ) as writer:
             write_tensors(writer)
 
     with pytest.raises(ValueError, match="a: 0 of 8 bytes"):

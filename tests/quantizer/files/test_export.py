@@ -17,9 +17,11 @@ from ternary_flux.tests.quantizer import synthetic
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_export_is_the_rounded_model(tmp_path, arch, packing, dtype):
     source = synthetic.write(tmp_path / "dense.safetensors", arch)
-    round_checkpoint(source, tmp_path / "ternary.safetensors", packing)
+    round_checkpoint(source, tmp_path / "ternary.safetensors", packing=packing)
     done = []
-    export_checkpoint(tmp_path / "ternary.safetensors", tmp_path / "export.safetensors", dtype, on_progress=done.append)
+    export_checkpoint(
+        tmp_path / "ternary.safetensors", tmp_path / "export.safetensors", dtype=dtype, on_progress=done.append
+    )
     state, exported = synthetic.tensors(arch), load_file(tmp_path / "export.safetensors")
     assert exported.keys() == state.keys()
     for name, tensor in state.items():
@@ -49,7 +51,7 @@ def test_the_low_rank_part_is_added(tmp_path):
             writer.layer(layer, weight)
         for key in dense:
             writer.dense(key, state[key])
-    export_checkpoint(tmp_path / "t.safetensors", tmp_path / "e.safetensors", torch.float32)
+    export_checkpoint(tmp_path / "t.safetensors", tmp_path / "e.safetensors", dtype=torch.float32)
     exported = load_file(tmp_path / "e.safetensors")[f"{name}.weight"]
     assert torch.allclose(exported, weights[name].dequantize(), atol=1e-5)
     assert not torch.allclose(exported, weights[name].dequantize_ternary(), atol=1e-2)

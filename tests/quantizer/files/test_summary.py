@@ -17,7 +17,7 @@ from ternary_flux.tests.quantizer import synthetic
 def test_a_ternary_file(tmp_path, arch, packing):
     source = synthetic.write(tmp_path / "dense.safetensors", arch)
     path = tmp_path / "ternary.safetensors"
-    summary = round_checkpoint(source, path, packing)
+    summary = round_checkpoint(source, path, packing=packing)
     text = "\n".join(summarize(path, layers=True))
     size = sizes(open_ternary(path))
     total = sum(torch.Size(shape).numel() for shape in arch.shapes.values())

@@ -16,7 +16,7 @@ from ternary_flux.tests.quantizer import synthetic
 @pytest.fixture(scope="module")
 def ternary(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
-    round_checkpoint(synthetic.write(folder / "dense.safetensors"), folder / "t.safetensors", "base3")
+    round_checkpoint(synthetic.write(folder / "dense.safetensors"), folder / "t.safetensors", packing="base3")
     return folder / "t.safetensors"
 
 

@@ -37,13 +37,13 @@ def test_flux2_has_no_pooled_vector(path):
 
 def test_nothing_is_written_when_prompts_are_missing_or_broken(path):
     with pytest.raises(ValueError, match="of 288 bytes were written"):
-        with conditioning.create_conditioning(path, PROMPTS, (4, 12), None) as file:
+        with conditioning.create_conditioning(path, PROMPTS, context_shape=(4, 12), pooled_size=None) as file:
             file.add(torch.zeros(4, 12))
     with pytest.raises(ValueError, match="context of prompt 1 is"):
-        with conditioning.create_conditioning(path, PROMPTS, (4, 12), None) as file:
+        with conditioning.create_conditioning(path, PROMPTS, context_shape=(4, 12), pooled_size=None) as file:
             file.add(torch.zeros(5, 12))
     with pytest.raises(ValueError, match="pooled of prompt 1 has values that are not finite"):
-        with conditioning.create_conditioning(path, PROMPTS, (4, 12), 5) as file:
+        with conditioning.create_conditioning(path, PROMPTS, context_shape=(4, 12), pooled_size=5) as file:
             file.add(torch.zeros(4, 12), torch.full((5,), torch.nan))
     assert not list(path.parent.iterdir())
 

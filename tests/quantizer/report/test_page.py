@@ -112,7 +112,7 @@ def test_lines_show_their_points(values, log):
 
 def test_bars_show_values_and_intervals():
     axes = charts.figure().subplots()
-    charts.bars(axes, "title", {"a": (0.5, 0.4, 0.7), "b": (0.25, 0.2, 0.3)}, 1.0, percent=True)
+    charts.bars(axes, "title", {"a": (0.5, 0.4, 0.7), "b": (0.25, 0.2, 0.3)}, top=1.0, percent=True)
     assert [bar.get_width() for bar in axes.patches] == [0.5, 0.25]
     (intervals,) = axes.collections
     assert np.allclose([segment[:, 0] for segment in intervals.get_segments()], [[0.4, 0.7], [0.2, 0.3]])
@@ -122,7 +122,7 @@ def test_bars_show_values_and_intervals():
 
 def test_a_heatmap_shows_its_numbers():
     axes = charts.figure().subplots()
-    charts.heatmap(axes, "title", ["a", "b"], ["x", "y"], [[1.0, None], [0.25, 0.5]])
+    charts.heatmap(axes, "title", rows=["a", "b"], columns=["x", "y"], values=[[1.0, None], [0.25, 0.5]])
     assert {(t.get_position(), t.get_text()) for t in axes.texts} == {
         ((0, 0), "1.000"),
         ((0, 1), "0.250"),
