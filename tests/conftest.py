@@ -1,5 +1,6 @@
 """Makes the pack importable as `ternary_flux` in every test, and random numbers the same in every run."""
 
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -13,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _pack  # noqa: E402
 
 _pack.load()
+
+# What a shell starts in the background ignores Ctrl-C, and so would what the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
