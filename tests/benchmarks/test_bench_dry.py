@@ -52,7 +52,8 @@ def test_files(tmp_path):
     rows = {row["command"]: row for row in model["rows"]}
     assert {"round", "verify", "import", "load in ComfyUI", "pack to base3"} < set(rows)
     assert rows["round"]["read"] > 3 * rows["round"]["written"] > 0 == rows["verify"]["written"]
-    assert rows["pack to base3"]["written"] < rows["pack to planes32"]["written"] == rows["round"]["written"]
+    assert rows["pack to base3"]["written"] < rows["pack to planes32"]["written"]
+    assert rows["pack to planes32"]["written"] == pytest.approx(rows["round"]["written"], rel=1e-3)  # but for blanks
     assert all(row["peak"] > 0 and row["command"] in printed for row in rows.values())
     assert list(tmp_path.iterdir()) == [out]
 
