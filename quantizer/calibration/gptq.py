@@ -153,7 +153,7 @@ class _Problem:
     @classmethod
     def of(cls, weight: Tensor, moments: Moments, centred: bool, damping: float) -> "_Problem":
         count = moments.count.clamp_min(1e-30)
-        hessian, mean = moments.second.div_(count), moments.mean / count
+        hessian, mean = moments.second.div_(count).float(), (moments.mean / count).float()
         cross, wanted = moments.correction(weight)
         power = hessian.diagonal().mean()
         if centred:

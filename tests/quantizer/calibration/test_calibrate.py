@@ -196,7 +196,7 @@ def test_moments_are_of_what_the_linears_get(case):
     assert moments["txt_mlp.0"].tokens == 24 * 3
     assert not moments["img_mlp.0"].shift.any()
     streams.remove()
-    assert not streams.folder.exists()
+    assert not (case.folder / "streams").exists()
 
 
 def test_the_largest_linear_gets_enough_tokens():
