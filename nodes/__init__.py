@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..quantizer.version import version
 from . import compat
 
 
@@ -24,6 +25,7 @@ class TernaryFluxExtension(ComfyExtension):
         from .quantize import QuantizeFlux
         from .save import SaveTernaryFlux
 
+        logging.info(f"Ternary FLUX {version()}: `python -m quantizer doctor` says which backend this machine uses")
         return [LoadTernaryFlux, QuantizeFlux, SaveTernaryFlux, TernaryFluxInfo, CompareModels, *self.others]
 
 

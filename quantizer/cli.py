@@ -12,6 +12,7 @@ argparse, because the pack adds no dependency to ComfyUI's where the standard li
 import argparse
 import contextlib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -40,10 +41,15 @@ MISTAKE = 2
 INTERRUPTED = 130
 TERMINATED = 143
 _HEAVY = ("torch", "safetensors", "tqdm")
+# Threads that wait for one another spin, on a busy machine in front of those they wait for: beside two other programs
+# on two cores `pack` took four times as long. Not spinning for long costs a few percent where nothing else runs.
+_OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    for name, value in _OPENMP.items():
+        os.environ.setdefault(name, value)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run(sys.argv[1:] if argv is None else argv))

@@ -1,5 +1,6 @@
 """Code in the documentation runs, its numbers are the measured ones, and its links lead somewhere."""
 
+import importlib.util
 import json
 import re
 
@@ -23,8 +24,10 @@ def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k, terms, column)
     (source,) = re.findall(
         r"```python\n(.*?)```", (_pack.ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.DOTALL
     )
-    namespace = {}
-    exec(source, namespace)
+    (tmp_path / "decoder.py").write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("decoder", tmp_path / "decoder.py")
+    decoder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(decoder)
     codes = torch.randint(-1, 2, (6, terms * k), dtype=torch.int8)
     group = torch.randint(1, 128, (terms * -(-k // 128), 6), dtype=torch.uint8) if grouped else None
     column = None if column is None else torch.rand(k).to(column)
@@ -32,7 +35,7 @@ def test_the_formats_numpy_decoder(tmp_path, packing, grouped, k, terms, column)
     path = tmp_path / "one.safetensors"
     with create_ternary(path, {"layer": LayerPlan.of(weight, packing)}, {}, {}) as writer:
         writer.layer("layer", weight)
-    assert torch.equal(torch.from_numpy(namespace["dense_weight"](str(path), "layer")), weight.dequantize())
+    assert torch.equal(torch.from_numpy(decoder.dense_weight(str(path), "layer")), weight.dequantize())
 
 
 def text(*path: str) -> str:

@@ -27,7 +27,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | dict.fromkeys(
     ("comfyui", "console", "interrupts", "ranks", "threads", "version"), -1
 )
-DOORS = {"files", "rounding", "pictures"}  # the rooms that nodes may enter; conversions run as the command
+DOORS = {"files", "rounding", "pictures", "version"}  # what nodes may enter; conversions run as the command
 
 
 def imported(tree: ast.AST, module_level_only: bool):

@@ -179,6 +179,12 @@ class Checkpoint:
                 stored.setdefault(rows.encoding.key, []).append((name, rows))
         return {key: sorted(of, key=lambda item: item[1].part.first) for key, of in stored.items()}
 
+    @property
+    def order(self) -> list[str]:
+        """The names, as `pieces` comes to them first."""
+        keys = (key for file in self.source.files for key in file.entries)
+        return list(dict.fromkeys(name for key in keys for name, _ in self._stored.get(key, ())))
+
     def pieces(self, size: int = _PIECE) -> Iterator[Piece]:
         """Every byte of every file once and in order, in pieces of whole rows and about `size` bytes."""
         for file in self.source.files:

@@ -9,11 +9,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...ops import GROUP_SIZE, TernaryWeight
 from ...ops.packing import PACKINGS, groups_of, pack_planes32, packed_shape, unpack_base3
+from ..threads import single_threaded_pool
 from .container import DTYPE_NAMES, FormatError
 
 FORMAT = "ternary_v1"
@@ -32,7 +34,7 @@ SUFFIXES = {
 }
 PARTS = (*SUFFIXES.values(), "comfy_quant")
 REDO = "download or convert the file again"
-ROWS = 1024  # rows converted at a time between the packings
+_CHUNK = 1 << 20  # weights converted at a time between the packings, within the caches
 
 Get = Callable[[str], Tensor | None]
 
@@ -178,9 +180,20 @@ def planes32(packed: Tensor, layer: LayerPlan) -> Tensor:
     """A layer's packed trits as planes32, uint8 [terms * ceil(K/128), N, 32]."""
     if layer.packing == "planes32":
         return packed
-    n, k = layer.shape
-    trits = torch.empty(packed_shape(layer.shape, "planes32", layer.terms), dtype=torch.uint8)
-    for start in range(0, n, ROWS):
-        rows = slice(start, start + ROWS)
-        trits[:, rows] = pack_planes32(unpack_base3(packed[rows], k), layer.terms)
-    return trits
+    # Threads do not inherit the inference mode, outside of which its tensors cannot be written to.
+    trits = np.empty(packed_shape(layer.shape, "planes32", layer.terms), np.uint8)
+
+    def convert(rows: slice) -> None:
+        trits[:, rows] = pack_planes32(unpack_base3(packed[rows], layer.shape[1]), layer.terms).numpy()
+
+    with single_threaded_pool() as pool:
+        for _ in pool.map(convert, chunks(layer.shape)):
+            pass
+    return torch.from_numpy(trits)
+
+
+def chunks(shape: tuple[int, int]) -> list[slice]:
+    """The rows of a weight [N, K], as many at a time as are converted between the packings at once."""
+    n, k = shape
+    step = max(1, _CHUNK // k)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]

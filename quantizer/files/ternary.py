@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 
 from ...ops import TernaryWeight
-from ...ops.packing import pack_base3, packed_shape
+from ...ops.packing import pack_base3
+from ..threads import single_threaded_pool
 from .architecture import Architecture, canonical, detect
 from .checks import check_dense, check_int8, check_values, is_int8
 from .container import FormatError, TensorFile, TensorWriter, create
 from .identity import find_prefix, identify
-from .layer import PARTS, ROWS, SUFFIXES, Get, LayerPlan, read_plan, read_weight, stored
+from .layer import PARTS, SUFFIXES, Get, LayerPlan, chunks, read_plan, read_weight, stored
 from .sources.encodings import check_finite
 from .sources.source import Source, open_source
 
@@ -60,14 +61,21 @@ class TernaryWriter:
         if plan.packing == "planes32":
             self.tensors.write(f"{name}.weight", weight.trits)
         else:
-            n, row_bytes = packed_shape(plan.shape, plan.packing, plan.terms)
-            for start in range(0, n, ROWS):
-                rows = pack_base3(weight.rows(start, start + ROWS).codes(), plan.terms)
-                self.tensors.write_bytes(f"{name}.weight", rows.cpu().flatten().numpy(), start * row_bytes)
+            self._base3(f"{name}.weight", weight, plan)
         for field, tensor in weight.tensors.items():
             if field != "trits":
                 self.tensors.write(f"{name}.{SUFFIXES[field]}", tensor)
         self.tensors.write(f"{name}.comfy_quant", plan.comfy_quant)
+
+    def _base3(self, key: str, weight: TernaryWeight, plan: LayerPlan) -> None:
+        def convert(rows: slice) -> Tensor:
+            return pack_base3(weight.rows(rows.start, rows.stop).codes(), plan.terms).cpu().flatten()
+
+        position = 0
+        with single_threaded_pool() as pool:
+            for packed in pool.map(convert, chunks(plan.shape)):
+                self.tensors.write_bytes(key, packed.numpy(), position)
+                position += len(packed)
 
 
 @contextlib.contextmanager
@@ -192,16 +200,17 @@ def open_ternary(source: str | os.PathLike | TensorFile | Source, check_codes: b
             raise FormatError(file.path, problem, dense[name])
     eight_bit = {f"{key}.{part}" for key in int8 for part in ("weight", "weight_scale", "comfy_quant")}
     layers, dense = _own(layers, dense, file, eight_bit)
-    for key in dense.values():
-        if key not in eight_bit:
-            check_dense(file, key)
-            if check_codes:
-                check_finite(file.tensor(key), file.path, key)
+    floats = [key for key in dense.values() if key not in eight_bit]
+    for key in floats:
+        check_dense(file, key)
     for key in int8.keys() & {key.removesuffix(".comfy_quant") for key in dense.values()}:
         check_int8(file, key)
     if check_codes:
-        for name, layer in layers.items():
-            check_values(file, f"{prefix}{name}", layer)
+        with single_threaded_pool() as pool:
+            for _ in pool.map(lambda key: check_finite(file.tensor(key), file.path, key), floats):
+                pass
+            for _ in pool.map(lambda name: check_values(file, f"{prefix}{name}", layers[name]), layers):
+                pass
     return TernaryFile(file, prefix, layers, dense)
 
 

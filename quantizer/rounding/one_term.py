@@ -51,7 +51,8 @@ def round_rows(weight: np.ndarray, method: str = "least-squares", column: np.nda
     codes = (groups > threshold).view(np.int8) - (groups < -threshold).view(np.int8)
     trits = pack_planes32(torch.from_numpy(codes).view(n, -1))
     if column is not None:
-        left = (groups - scales[:, None] * codes).reshape(n, -1)[:, :k] * column
+        left = np.subtract(groups, scales[:, None] * codes, out=groups).reshape(n, -1)[:, :k]
+        left *= column
         return Rows(trits, row, group, _squares(left), _squares(weight))
     squared_norm = _squares(groups)
     gain = _squared_gain(sums, scales, codes)

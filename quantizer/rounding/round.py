@@ -5,7 +5,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,21 +120,29 @@ class _Pass:
 
     def run(self) -> None:
         waiting: deque[tuple[Piece, Future, Future]] = deque()
+        order = iter([layer for name in self.checkpoint.order if (layer := self._layer(name)) is not None])
         with ThreadPoolExecutor(1) as hasher, single_threaded_pool() as rounders:
+            self._find_columns(next(order, None), rounders)
+            begun = set()
             for piece in self.checkpoint.pieces():
                 hashed = hasher.submit(self.digest.update, piece.data)
-                layer = self._layer(piece)
-                if layer is not None and layer not in self.columns and self.writer.layers[layer].columns:
-                    self.columns[layer] = rounders.submit(column_scales, _Lazy(self.checkpoint, piece.name))
+                layer = self._layer(piece.name)
+                if layer is not None and layer not in begun:
+                    begun.add(layer)
+                    self._find_columns(next(order, None), rounders)  # ahead of its rows, which need them
                 waiting.append((piece, rounders.submit(self._convert, piece), hashed))
                 if len(waiting) > _IN_FLIGHT:
                     self._finish(*waiting.popleft())
             while waiting:
                 self._finish(*waiting.popleft())
 
-    def _layer(self, piece: Piece) -> str | None:
-        name = piece.name or ""
-        layer = name.removesuffix(".weight")
+    def _find_columns(self, layer: str | None, rounders: Executor) -> None:
+        if layer is not None and self.writer.layers[layer].columns:
+            self.columns[layer] = rounders.submit(column_scales, _Lazy(self.checkpoint, f"{layer}.weight"))
+
+    def _layer(self, name: str | None) -> str | None:
+        """The ternary Linear whose weight this is."""
+        layer = (name or "").removesuffix(".weight")
         return layer if layer != name and layer in self.writer.layers else None
 
     def _convert(self, piece: Piece) -> list[tuple[int, Rows]] | np.ndarray | None:
@@ -142,7 +150,7 @@ class _Pass:
         if piece.name is None:
             return None
         values, key = piece.values().view(piece.rows, -1), piece.encoding.key
-        layer = self._layer(piece)
+        layer = self._layer(piece.name)
         if layer is None:
             values = values.bfloat16()
             check_finite(values, self.checkpoint.path, key)
@@ -163,7 +171,7 @@ class _Pass:
         result = converted.result()
         if piece.name is None:
             return
-        layer = self._layer(piece)
+        layer = self._layer(piece.name)
         if layer is None:
             self.writer.tensors.write_bytes(piece.name, result, len(result) // piece.rows * piece.start)
             return

@@ -44,6 +44,21 @@ def test_kernels(tmp_path):
 
 
 @pytest.mark.slow
+def test_files(tmp_path):
+    out = tmp_path / "files.json"
+    printed = run("speed.files", "--dry", "--folder", tmp_path, "--out", out)
+    report = json.loads(out.read_text())
+    (model,) = report["models"]
+    rows = {row["command"]: row for row in model["rows"]}
+    assert {"round", "verify", "import", "load in ComfyUI", "pack to base3"} < set(rows)
+    assert rows["round"]["read"] > 3 * rows["round"]["written"] > 0 == rows["verify"]["written"]
+    assert rows["pack to base3"]["written"] < rows["pack to planes32"]["written"]
+    assert rows["pack to planes32"]["written"] == pytest.approx(rows["round"]["written"], rel=1e-3)  # but for blanks
+    assert all(row["peak"] > 0 and row["command"] in printed for row in rows.values())
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.slow
 def test_fallback(tmp_path):
     out = tmp_path / "fallback.json"
     printed = run("speed.fallback", "--dry", "--threads", 1, "--out", out)

@@ -1,6 +1,7 @@
 """The pack in a real headless ComfyUI server, driven over its API as a browser drives it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from urllib.parse import quote
@@ -232,6 +233,7 @@ def test_the_stock_loader_names_the_node(server):
 def test_the_log_has_no_complaints_about_the_pack(server):
     log = server.log()
     assert "IMPORT FAILED" not in log
+    assert len(re.findall(r"Ternary FLUX \d+\.\d+\.\d+: ", log)) == 1
     assert not [line for line in log.splitlines() if PACK in line and ("rror" in line or "arning" in line)]
 
 
