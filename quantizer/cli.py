@@ -3,18 +3,21 @@
 A command module has `add_parser(subparsers)`, which declares the arguments, `EXAMPLE`, the arguments of a call,
 `run(args)`, which returns an exit code or None, and `LIGHT` where it can run without torch. Only the chosen command's
 module is imported. A mistake of the user (ValueError, OSError) becomes one line on stderr and exit code 2. A command
-that can be resumed says so with `set_defaults(interrupted="...")`, the end of the line printed after Ctrl-C.
+that can be resumed says so with `set_defaults(interrupted="...")`, the end of the line printed after Ctrl-C, and one
+that can share its work with other processes with `shared=True`.
 
 argparse, because the pack adds no dependency to ComfyUI's where the standard library does.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
+from . import ranks
 from .console import lenient, message, program
 from .interrupts import Terminated, at_once, terminable
 
@@ -65,22 +68,34 @@ def run(argv: Sequence[str]) -> int:
                 for module in () if args.light else _HEAVY:
                     importlib.import_module(module)
             with terminable():
+                if args.shared:
+                    ranks.join()
+                elif ranks.launched():
+                    raise ValueError("one process does this: start it without torchrun")
                 return args.run(args) or 0
         except KeyboardInterrupt as interrupt:
-            print(f"\n{name}: stopped; {interrupted}", file=sys.stderr)
+            _tell(f"\n{name}: stopped; {interrupted}")
             return 128 + interrupt.number if isinstance(interrupt, Terminated) else INTERRUPTED
         except (ValueError, OSError, OverflowError, RecursionError, MemoryError) as error:
-            print(f"{name}: {message(error)}", file=sys.stderr)
+            _tell(f"{name}: {message(error)}")
             return MISTAKE
         except ModuleNotFoundError as error:
             remedy = f"use the Python that ComfyUI runs in ({program()} doctor says more)"
-            print(f"{name}: {error.name} is not installed in {sys.executable}; {remedy}", file=sys.stderr)
+            _tell(f"{name}: {error.name} is not installed in {sys.executable}; {remedy}")
             return MISTAKE
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
-            print(f"{name}: not enough memory: {message(error).split('. ')[0]}", file=sys.stderr)
+            _tell(f"{name}: not enough memory: {message(error).split('. ')[0]}")
             return MISTAKE
+        finally:
+            ranks.leave()
+
+
+def _tell(text: str) -> None:
+    """Why the run ends, on stderr, from one of its processes."""
+    if ranks.may_speak():
+        print(text, file=sys.stderr)
 
 
 def _chosen(argv: Sequence[str]) -> str | None:
@@ -91,7 +106,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
     """Parse the command line, importing the module of the command that it names; None after help without a command."""
     parser = argparse.ArgumentParser(prog=program(), description="FLUX with 1.58-bit weights.")
     parser.add_argument("--version", action="store_true", help="print the version")
-    parser.set_defaults(interrupted="nothing was written")
+    parser.set_defaults(interrupted="nothing was written", shared=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     chosen = _chosen(argv)
     for name, (module, summary) in COMMANDS.items():
@@ -104,7 +119,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
             parser.set_defaults(run=command.run, light=getattr(command, "LIGHT", False))
         else:
             subparsers.add_parser(name, help=summary)
-    args = parser.parse_args(argv)
+    with contextlib.nullcontext() if ranks.first() else contextlib.redirect_stderr(None):
+        args = parser.parse_args(argv)
     if args.version:
         from .version import version
 

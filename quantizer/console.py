@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from . import ranks
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -55,7 +57,7 @@ def message(error: BaseException) -> str:
 def say(*lines: str) -> None:
     """Print lines to stdout, above a bar that is there, with what a terminal would obey escaped."""
     tqdm = sys.modules.get("tqdm")  # without it there are no bars
-    for line in lines:
+    for line in lines if ranks.first() else ():
         if tqdm is None:
             print(printable(line))
         else:
@@ -124,6 +126,7 @@ def progress(total: int | None, description: str, unit: str = " weights") -> "tq
         mininterval=0.1 if terminal else 10,
         ascii=not terminal,
         dynamic_ncols=terminal,
+        disable=not ranks.first(),
     )
 
 
@@ -171,5 +174,6 @@ class Events(Bars):
             self._print({"message": line})
 
     def _print(self, event: dict) -> None:
-        sys.stdout.write(json.dumps(event) + "\n")
-        sys.stdout.flush()
+        if ranks.first():
+            sys.stdout.write(json.dumps(event) + "\n")
+            sys.stdout.flush()

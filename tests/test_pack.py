@@ -25,7 +25,7 @@ FLOORS = (
     {"commands"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | dict.fromkeys(
-    ("comfyui", "console", "interrupts", "threads", "version"), -1
+    ("comfyui", "console", "interrupts", "ranks", "threads", "version"), -1
 )
 DOORS = {"files", "rounding", "pictures", "version"}  # what nodes may enter; conversions run as the command
 

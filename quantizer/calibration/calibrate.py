@@ -3,6 +3,9 @@
 Two streams of the same states run through the model: one through the teacher's blocks, one through the blocks that are
 ternary already. Each Linear is quantized on the inputs it really gets in the second stream, towards its outputs in the
 first. Only one block, its two copies and one pair of second moments are in memory; activations lie in mapped files.
+
+Among several ranks each has its share of the states; the moments of a Linear meet on one of them, which solves it and
+hands out packed codes.
 """
 
 import json
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from ...ops import GROUP_SIZE, TernaryWeight
 from ...ops.weight import TENSORS
+from .. import ranks
 from ..files import metadata, precision
 from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
@@ -99,8 +103,12 @@ def calibrate(
                 fits[name] = _calibrate_block(name, block, streams, folder / f"{name}.safetensors", settings)
                 on_block(name, fits[name])
     blocks = {name: asdict(block) for name, block in fits.items()}
-    write_json(folder / "fits.json", blocks)
-    _assemble(teacher.checkpoint, folder, target, settings=settings, fits=fits, overwrite=overwrite, sha256=sha256)
+
+    def write() -> None:
+        write_json(folder / "fits.json", blocks)
+        _assemble(teacher.checkpoint, folder, target, settings=settings, fits=fits, overwrite=overwrite, sha256=sha256)
+
+    ranks.once(write)
     return fits
 
 
@@ -113,8 +121,9 @@ def enough_states(arch: Architecture, tokens: int) -> int:
 def calibration_memory(arch: Architecture, tokens: int, width: int) -> int:
     """Bytes at the peak of a block's calibration, `tokens` at a time, with weights of `width` bytes.
 
-    In memory are the block and its copy, the second moments of the Linears of a stage, and what solving one of them
-    takes: five matrices of its inputs and a dozen of its weights, or fewer of the former and more of the latter.
+    In memory are the block and its copy, the moments of the Linears of a stage (in fp64 until they are complete), and
+    what solving one of them takes: five matrices of its inputs and a dozen of its weights, or fewer of the former and
+    more of the latter.
     """
     peak = 0
     for block in {name.split(".")[0]: name for name in arch.block_names}.values():
@@ -124,7 +133,7 @@ def calibration_memory(arch: Architecture, tokens: int, width: int) -> int:
         for name, shape in shapes.items():
             stages.setdefault(name.removeprefix("img_").removeprefix("txt_"), []).append(shape)
         for stage in stages.values():
-            collected = sum(8 * k * k + 4 * n * k for n, k in stage)
+            collected = sum(16 * k * k + 4 * n * k for n, k in stage)
             n, k = stage[0]
             groups = -(-k // GROUP_SIZE)
             solving = 4 * max(5 * k * k + 6 * n * k, 4 * k * k + 11 * n * k + 5 * n * groups**2)
@@ -145,7 +154,7 @@ def _calibrate_block(
         if chosen == "int8":
             weight = linear_of(student, linear).weight
             weight.copy_(rounded(weight, chosen))
-    if path.exists():
+    if ranks.agree(path.exists()):
         layers = _load_block(path, student)
     else:
         results = {}
@@ -153,15 +162,25 @@ def _calibrate_block(
             linears = tuple(linear for linear in stage.linears if precisions[linear] != "int8")
             if not linears:
                 continue
+            owners = {linear: number % ranks.world() for number, linear in enumerate(linears)}  # all of one size
             collected = streams.moments(dense, student, replace(stage, linears=linears))
-            for linear in linears:
+            for linear, owner in owners.items():
+                collected[linear].collect(owner)
+            solved = {}
+            for linear, owner in owners.items():
+                moments = collected.pop(linear)
+                if owner == ranks.rank():
+                    module, terms = linear_of(student, linear), 2 if precisions[linear] == "two-terms" else 1
+                    solved[linear] = _solve(module.weight, module.bias, moments, settings, terms)
+                del moments
+            for linear, owner in owners.items():
                 module = linear_of(student, linear)
-                terms = 2 if precisions[linear] == "two-terms" else 1
-                solution = _solve(module.weight, module.bias, collected.pop(linear), settings, terms)
+                solution = _hand_out(solved.get(linear), owner, module)
                 results[linear] = solution
                 _apply(module, solution.weight, solution.bias)
         layers = {linear: solution.fit for linear, solution in results.items()}
-        _save_block(path, results)
+        if ranks.first():
+            _save_block(path, results)
     img_drift, txt_drift = streams.advance(dense, student)
     return BlockFit(layers, img_drift, txt_drift)
 
@@ -180,6 +199,19 @@ def _solve(
     column, exponent = columns.choose(weight, moments, error, settings.exponents)
     solution = solve(weight, bias, moments, rank=settings.rank if terms == 1 else 0, column=column)
     return replace(solution, fit=replace(solution.fit, exponent=exponent))
+
+
+def _hand_out(solution: gptq.Solution | None, owner: int, linear: nn.Linear) -> gptq.Solution:
+    """What the owner has solved, on every rank: packed codes, scales and the bias."""
+    if ranks.world() == 1:
+        return solution
+    tensors = fit = None
+    if solution is not None:
+        tensors = solution.weight.tensors | ({} if solution.bias is None else {"bias": solution.bias})
+        fit = solution.fit
+    parts, fit = ranks.hand_out(tensors, owner, linear.weight.device), ranks.agree(fit, owner)
+    bias = parts.pop("bias", None)
+    return gptq.Solution(TernaryWeight(shape=(linear.out_features, linear.in_features), **parts), bias, fit)
 
 
 def _apply(linear: nn.Module, weight: TernaryWeight, bias: Tensor | None) -> None:

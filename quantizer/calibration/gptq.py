@@ -153,7 +153,7 @@ class _Problem:
     @classmethod
     def of(cls, weight: Tensor, moments: Moments, centred: bool, damping: float) -> "_Problem":
         count = moments.count.clamp_min(1e-30)
-        hessian, mean = moments.second.div_(count), moments.mean / count
+        hessian, mean = moments.second.div_(count).float(), (moments.mean / count).float()
         cross, wanted = moments.correction(weight)
         power = hessian.diagonal().mean()
         if centred:
@@ -230,11 +230,12 @@ def error_feedback(target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
             scale = best_scale(w[:, columns], local.diagonal().square().reciprocal())
             block = w[:, columns].t().contiguous()  # inputs first: the loop then works on contiguous rows
             errors = torch.empty_like(block)
-            for i, column in enumerate(block):
-                code = nearest(column, scale)
-                torch.sub(column, scale * code, out=errors[i]).div_(local[i, i])
-                block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-                column.copy_(code)
+            pivots = local.diagonal().tolist()
+            for i, (column, error, pivot) in enumerate(zip(block, errors, pivots, strict=True)):
+                error.copy_(column)
+                nearest(column, scale, out=column)
+                error.addcmul_(column, scale, value=-1).div_(pivot)
+                block[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
             w[:, rest].addmm_(errors.t(), inverse[columns, rest], alpha=-1)
             ordered[:, columns] = block.t()
             scales[rows, group] = scale
@@ -242,9 +243,9 @@ def error_feedback(target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def nearest(weight: Tensor, scale: Tensor) -> Tensor:
+def nearest(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
     """The code in {-1, 0, +1} for which scale * code is nearest."""
-    return torch.where(weight.abs() > scale / 2, weight.sign(), 0.0)
+    return torch.div(weight, scale, out=out).nan_to_num_(0.0).clamp_(-1, 1).round_()
 
 
 def _chunks(rows: Tensor) -> list[slice]:
@@ -288,11 +289,13 @@ def descend(codes: Tensor, scales: Tensor, projected: Tensor, hessian: Tensor) -
             columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
             local, block = hessian[columns, columns], gradient[:, columns].t().contiguous()
             old = codes[rows, columns].t().contiguous()
-            new = torch.empty_like(old)
-            for i, step in enumerate(steps[columns]):
-                new[i] = nearest(torch.add(scale * old[i], block[i], alpha=step), scale)
-                block.addr_(local[i], scale * (new[i] - old[i]), alpha=-1)
-            gradient.addmm_((scale * (new - old)).t(), hessian[columns], alpha=-1)
+            new, changes = torch.empty_like(old), scale * old
+            for i, (code, change) in enumerate(zip(new, changes, strict=True)):
+                torch.add(change, block[i], alpha=steps[columns.start + i], out=code)
+                nearest(code, scale, out=code)
+                torch.sub(code, old[i], out=change).mul_(scale)
+                block[i + 1 :].addr_(local[i, i + 1 :], change, alpha=-1)
+            gradient.addmm_(changes.t(), hessian[columns], alpha=-1)
             result[rows, columns] = new.t()
     return result
 

@@ -5,50 +5,78 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from .. import ranks
+
+_SUMS = ("count", "second", "mean", "shift", "mean_shift", "cross", "mean_cross", "gates")
+
 
 class Moments:
-    """Sums over tokens of the inputs x of one Linear and of how far its outputs are from where they should be, fp32.
+    """Sums over tokens of the inputs x of one Linear and of how far its outputs are from where they should be.
 
-    `weight` of a token is how much an error of the outputs there counts.
+    `weight` of a token is how much an error of the outputs there counts. Each batch is summed in fp32, and batches in
+    fp64 until `collect`: rounded to fp32, the sum is then the same in whatever order batches come, on any rank.
     """
 
     def __init__(self, outputs: int, inputs: int, device: torch.device | str = "cpu"):
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
         self.tokens = 0
-        self.count = torch.zeros((), device=device)  # sum of weights
-        self.second = torch.zeros(inputs, inputs, device=device)  # of weight x x^T
-        self.mean = torch.zeros(inputs, device=device)  # of weight x
+        self.count = zeros()  # sum of weights
+        self.second = zeros(inputs, inputs)  # of weight x x^T
+        self.mean = zeros(inputs)  # of weight x
         self.shift: Tensor | None = None  # [K, K], of weight (teacher's x - x) x^T
         self.mean_shift: Tensor | None = None
         self.cross: Tensor | None = None  # [N, K], of gate^2 (wanted output - dense output) x^T
         self.mean_cross: Tensor | None = None
-        self.gates = torch.zeros(outputs, device=device)  # of gate^2
+        self.gates = zeros(outputs)  # of gate^2
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Inputs [B, L, K] of the ternary model's Linear, with a weight [B] for each state."""
         x, weighted = self._weighted(x, weight)
         self.tokens += len(x)
         self.count += len(x) if weight is None else weight.sum() * (len(x) // len(weight))
-        self.second.addmm_(weighted.t(), x)
+        self.second += weighted.t() @ x
         self.mean += weighted.sum(0)
+
+    def expect_drift(self) -> None:
+        """There will be a drift to add, on this rank or on another."""
+        if self.shift is None:
+            self.shift, self.mean_shift = torch.zeros_like(self.second), torch.zeros_like(self.mean)
+
+    def expect_residual(self) -> None:
+        """There will be a residual to add, on this rank or on another."""
+        if self.cross is None:
+            self.cross = self.mean.new_zeros(len(self.gates), len(self.mean))
+            self.mean_cross = torch.zeros_like(self.gates)
 
     def add_drift(self, x: Tensor, teacher: Tensor, weight: Tensor | None = None) -> None:
         """The teacher's inputs [B, L, K] at the same places: the outputs should be those that the teacher has."""
-        if self.shift is None:
-            self.shift, self.mean_shift = torch.zeros_like(self.second), torch.zeros_like(self.mean)
+        self.expect_drift()
         _, d = self._weighted(teacher.float() - x.float(), weight)
-        self.shift.addmm_(d.t(), x.flatten(0, -2).float())
+        self.shift += d.t() @ x.flatten(0, -2).float()
         self.mean_shift += d.sum(0)
 
     def add_residual(self, x: Tensor, missing: Tensor, gate: Tensor) -> None:
         """What the tokens [B, L, N] miss after gate [B, 1, N] * outputs was added to them with the dense Linear."""
-        if self.cross is None:
-            self.cross = torch.zeros(len(self.gates), len(self.mean), device=self.mean.device)
-            self.mean_cross = torch.zeros_like(self.gates)
+        self.expect_residual()
         gate = gate.float()
         wanted = (gate * missing.float()).flatten(0, -2)
-        self.cross.addmm_(wanted.t(), x.flatten(0, -2).float())
+        self.cross += wanted.t() @ x.flatten(0, -2).float()
         self.mean_cross += wanted.sum(0)
         self.gates += gate.square().sum((0, 1)) * missing.shape[1]
+
+    def collect(self, owner: int) -> None:
+        """Bring what all ranks have together on the owner, in fp32. Elsewhere it is used up."""
+        self.tokens = sum(ranks.gather(self.tokens))
+        ranks.add_up([value for name in _SUMS if (value := getattr(self, name)) is not None], owner)
+        self.round()
+
+    def round(self) -> None:
+        """To fp32: batches are complete."""
+        for name in _SUMS:
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.float())
 
     def rows(self, index: Tensor) -> "Moments":
         """Those of the outputs `index` alone, in memory of their own."""
@@ -81,7 +109,7 @@ class Moments:
         """E c x^T [N, K] and E c [N] of what the outputs of the dense weight [N, K] should have added."""
         if self.cross is not None:
             gates = self.gates.clamp_min(1e-30)
-            return self.cross / gates[:, None], self.mean_cross / gates
+            return (self.cross / gates[:, None]).float(), (self.mean_cross / gates).float()
         if self.shift is not None:
-            return dense @ (self.shift / self.count), dense @ (self.mean_shift / self.count)
+            return dense @ (self.shift / self.count).float(), dense @ (self.mean_shift / self.count).float()
         return torch.zeros_like(dense), dense.new_zeros(len(dense))

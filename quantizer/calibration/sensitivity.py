@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..files.checkpoint import Checkpoint
 from ..files.layer import LayerPlan
 from ..files.precision import PRECISIONS, int8, int8_tensors, metadata, precisions_of
@@ -44,14 +45,21 @@ def sensitivities(
     precisions: Sequence[str] = PRECISIONS,
     on_layer: Callable[[int], object] = lambda layers: None,
 ) -> list[Sensitivity]:
-    """Measure every Linear of one term in each of these precisions at these states, one after the other."""
-    results, names = [], teacher.arch.block_names
+    """Measure every Linear of one term in each of these precisions at these states, one after the other.
+
+    Every rank measures its share of the Linears, and gets all results.
+    """
+    results: list[Sensitivity] = []
+    names, count = teacher.arch.block_names, 0
     tokens = [teacher.prepare(batch.inputs) for batch in batches]
     for number, block_name in enumerate(names, 1):
         block = teacher.block(block_name)
         for name in teacher.arch.block_linears(block_name):
             full = f"{block_name}.{name}"
             if full not in file.layers or file.layers[full].terms > 1:
+                continue
+            count += 1
+            if (count - 1) % ranks.world() != ranks.rank():
                 continue
             linear, plan = linear_of(block, name), file.layers[full]
             after = _changed(block, linear, file.weight(full).dequantize(), tokens)
@@ -62,7 +70,7 @@ def sensitivities(
                 results.append(Sensitivity(full, precision, gain, _size(plan, precision) - plan.nbytes))
             on_layer(1)
         tokens = [block(each) for each in tokens]
-    return results
+    return [result for found in ranks.gather(results) for result in found]
 
 
 def _changed(block: nn.Module, linear: nn.Linear, weight: Tensor, tokens: Sequence[Tokens]) -> list[Tokens]:

@@ -1,5 +1,6 @@
 """Activations of the teacher and of the partly ternary model side by side, before the next block, in mapped files."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..files.atomic import check_space, in_bytes, reserve
 from ..files.container import size_of
 from ..model.flux import Flux, Stage, Tokens, linear_of
@@ -65,7 +67,7 @@ class TokenFile:
 
 
 class Streams:
-    """Both models' tokens at all states; `advance` takes them through one more block."""
+    """Both models' tokens at this rank's share of the states; `advance` takes them through one more block."""
 
     def __init__(
         self,
@@ -75,12 +77,16 @@ class Streams:
         folder: str | os.PathLike,
         batch: int = 8,
     ):
-        """`folder` is emptied; it needs 4 x states x tokens x hidden x (2 or 4) bytes. `batch` states run at a time."""
-        self.teacher, self.folder, self.batch = teacher, Path(folder), batch
-        shutil.rmtree(folder, ignore_errors=True)
+        """`folder` is emptied; it needs 4 x states x tokens x hidden x (2 or 4) bytes. `batch` states run at a time.
+
+        Ranks share whole batches: each is computed in the same bits whatever their number.
+        """
+        self.teacher, self.folder, self.batch = teacher, Path(folder) / str(ranks.rank()), batch
+        ranks.once(lambda: shutil.rmtree(folder, ignore_errors=True))
         self.folder.mkdir(parents=True)
         try:
-            self.groups = [self._prepare(str(i), group, conditioning) for i, group in enumerate(states)]
+            mine = my_batches(states, batch)
+            self.groups = [self._prepare(str(i), group, conditioning) for i, group in enumerate(mine)]
             self.vectors = many_vectors(teacher, states, conditioning) if teacher.arch.version == 1 else None
         except BaseException:
             self.remove()
@@ -93,16 +99,21 @@ class Streams:
         self.remove()
 
     def moments(self, dense: nn.Module, student: nn.Module, stage: Stage) -> dict[str, Moments]:
-        """Second moments of the inputs of a stage's Linears, over all states; `dense` is the teacher's block."""
+        """Moments of the inputs of a stage's Linears over this rank's states; `dense` is the teacher's block."""
         linears = stage.linears
         device = self.teacher.device
         modules = {name: linear_of(student, name) for name in linears}
         moments = {name: Moments(m.out_features, m.in_features, device) for name, m in modules.items()}
         if stage.role == "modulate":
-            for vectors in self.vectors.split(1024):
+            for vectors in ranks.share(self.vectors.split(1024)):
                 for name in linears:
                     moments[name].add(nn.functional.silu(vectors)[:, None])
             return moments
+        for collected in moments.values():
+            if stage.role == "add":
+                collected.expect_residual()
+            else:
+                collected.expect_drift()
         for group in self.groups:
             for rows in group.rows(self.batch):
                 theirs, ours = (group.tokens(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
@@ -158,6 +169,7 @@ class Streams:
                     power[i] += a.float().square().sum()
                 group.put(rows, TEACHER, theirs)
                 group.put(rows, STUDENT, ours)
+        ranks.add_up([difference, power])
         img, txt = (difference / power.clamp_min(1e-30)).sqrt().tolist()
         return img, txt
 
@@ -165,6 +177,8 @@ class Streams:
         """Delete the activations."""
         self.groups = []
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other ranks' are there
+            self.folder.parent.rmdir()
 
     def _prepare(self, name: str, states: States, conditioning: Conditioning) -> TokenFile:
         group = None
@@ -224,6 +238,15 @@ def inputs_of(block: nn.Module, linears: Sequence[str], tokens: Tokens) -> dict[
         for handle in handles:
             handle.remove()
     return captured
+
+
+def my_batches(states: Sequence[States], size: int) -> list[States]:
+    """The states of this rank's share of the batches, by size."""
+    batches = ranks.share([(number, rows) for number, group in enumerate(states) for rows in slices(len(group), size)])
+    chosen: dict[int, list[Tensor]] = {}
+    for number, rows in batches:
+        chosen.setdefault(number, []).append(torch.arange(rows.start, rows.stop))
+    return [states[number].rows(torch.cat(rows)) for number, rows in chosen.items()]
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch", type=count, help="states at a time (default: by their number of tokens)")
     options.add_packing(parser)
     options.add_work(parser)
-    parser.set_defaults(interrupted="give the same command again to go on")
+    parser.set_defaults(interrupted="give the same command again to go on", shared=True)
 
 
 def run(args: argparse.Namespace) -> None:

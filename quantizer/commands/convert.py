@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="bars",
         help="json: an object in each line of stdout, for programs (default: %(default)s)",
     )
-    parser.set_defaults(interrupted="give the same command again to go on")
+    parser.set_defaults(interrupted="give the same command again to go on", shared=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     length.add_argument("--steps", type=count, default=1000, help="of the end-to-end pass (default: %(default)s)")
     length.add_argument("--minutes", type=positive, help="of the end-to-end pass, instead of --steps")
     parser.add_argument("--batch", type=count, help="states in a batch (default: what fits the device)")
-    parser.add_argument("--accumulate", type=count, default=1, help="batches for each step (default: %(default)s)")
+    parser.add_argument("--accumulate", type=count, help="batches for each step (default: one for each process)")
     parser.add_argument("--pictures", type=count, help="that the original paints (default: by the length of the run)")
     parser.add_argument("--states", type=count, help="noisy states of them (default: 12 of each)")
     parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
@@ -62,11 +62,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     options.add_packing(parser, None)
     options.add_work(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the snapshot in the work folder")
-    parser.set_defaults(interrupted="give the same command with --resume to go on")
+    parser.set_defaults(interrupted="give the same command with --resume to go on", shared=True)
 
 
 def _decide(args: argparse.Namespace, work: "Workspace", kept: "Decisions | None") -> "Decisions":
     """Amounts as asked, else as `kept` by the run that this one resumes, else as fits the run and the machine."""
+    from .. import ranks
     from ..distillation.blockwise import BlockSettings
     from ..distillation.schedule import RATES
     from ..pipeline.budget import STATES_EACH, Budget, plan_for
@@ -75,22 +76,24 @@ def _decide(args: argparse.Namespace, work: "Workspace", kept: "Decisions | None
     amounts = None if kept is None else kept.budget
     plan = plan_for(work) if kept is None else kept.training.plan
     plan = replace(plan, batch=args.batch or plan.batch)
+    accumulate: int = args.accumulate or (ranks.world() if kept is None else kept.training.accumulate)
     pictures: int | None = args.pictures or (amounts.pictures if amounts else None)
     if pictures is None:
         # A trained state costs about four of the teacher's forwards.
-        timed = args.minutes and int(60 * args.minutes / (4 * work.time_state()))
-        pictures = work.pictures_for(timed or args.steps * plan.batch * args.accumulate)
+        timed = args.minutes and int(ranks.world() * 60 * args.minutes / (4 * work.time_state()))
+        pictures = work.pictures_for(timed or args.steps * plan.batch * accumulate)
     states = args.states or (amounts.states if amounts else STATES_EACH * pictures)
     steps, seconds = None if args.minutes else args.steps, args.minutes and 60 * args.minutes
     blocks = None
     if args.block_steps:
         rates = {group: args.rate * rate for group, rate in RATES.items()}
-        blocks = BlockSettings(args.block_steps, plan.batch, rank=args.rank, codes=args.codes, rates=rates)
-    training = Training(plan, args.codes, steps=steps, seconds=seconds, blocks=blocks)
+        blocks = BlockSettings(args.block_steps, plan.batch, accumulate, rank=args.rank, codes=args.codes, rates=rates)
+    training = Training(plan, args.codes, steps=steps, seconds=seconds, blocks=blocks, accumulate=accumulate)
     return Decisions(Budget(pictures, states, args.held_out), training=training)
 
 
 def run(args: argparse.Namespace) -> None:
+    from .. import ranks
     from ..console import Bars, say
     from ..distillation.schedule import RATES
     from ..files.ternary import open_ternary
@@ -105,8 +108,8 @@ def run(args: argparse.Namespace) -> None:
         if snapshot.exists() and not args.resume:
             raise ValueError(f"{snapshot} belongs to an unfinished run: give --resume to continue it, or delete it")
         check_rank(open_ternary(args.start), args.rank)
-        decisions = _decide(args, work, Decisions.load(kept) if args.resume else None)
-        decisions.save(kept)
+        decisions = ranks.agree(_decide(args, work, ranks.agree(Decisions.load(kept) if args.resume else None)))
+        ranks.once(lambda: decisions.save(kept))
         training, budget = decisions.training, decisions.budget
         held_out = work.hold_out(budget.held_out)
         before = work.measure(args.start, held_out)
@@ -130,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
                 training.plan,
                 steps=training.steps,
                 seconds=training.seconds,
-                accumulate=args.accumulate,
+                accumulate=training.accumulate,
                 evaluate_every=args.evaluate_every,
                 snapshot_minutes=args.snapshot_minutes,
                 seed=args.seed,
@@ -145,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
             on_step=step,
             on_block=lambda result: say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
-        for path in (snapshot, kept):
+        for path in (snapshot, kept) if ranks.first() else ():
             with contextlib.suppress(OSError):  # the file is written
                 path.unlink(missing_ok=True)
     say(f"{target}: velocity error {before.error:.4f} -> {distiller.best_error:.4f} on held-out prompts")

@@ -128,6 +128,7 @@ def open_workspace(
     `sources`: further inputs. `fields`: further ones of the workspace. A work folder in which nothing was kept is
     removed.
     """
+    from .. import ranks
     from ..files.locks import hold
     from ..pictures.sampler import parse_sizes
     from ..pipeline.workspace import Workspace, choose_device
@@ -151,9 +152,9 @@ def open_workspace(
         raise NotADirectoryError(f"{folder} is a file; give another folder with --work") from None
     try:
         with contextlib.ExitStack() as held:
-            held.enter_context(hold(folder))
-            if target is not None:
-                held.enter_context(hold(target))
+            with ranks.first_alone():
+                for place in (folder, *filter(None, [target])) if ranks.first() else ():
+                    held.enter_context(hold(place))
             yield work
     finally:
         with contextlib.suppress(OSError):

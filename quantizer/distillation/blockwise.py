@@ -8,11 +8,13 @@ of a model far larger than the device can be trained. The idea is that of BRECQ 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..files.checkpoint import Checkpoint
 from ..files.layer import LayerPlan
 from ..files.ternary import TernaryFile, create_ternary, open_ternary
@@ -31,7 +33,7 @@ from ..model.student import (
 from ..model.teacher import Teacher
 from ..model.ternary_linear import TernaryLinear
 from ..pictures.pool import Pool
-from .optimizer import Adam
+from .optimizer import Adam, sum_gradients
 from .schedule import RATES, learning_rates, schedule
 
 
@@ -39,6 +41,7 @@ from .schedule import RATES, learning_rates, schedule
 class BlockSettings:
     steps: int = 100  # of each block
     batch: int = 8
+    accumulate: int = 1  # batches of which gradients are summed for one step, by all ranks together
     states: int = 64  # that cross the model together; rounded down to whole batches
     rank: int = 0
     codes: bool = True
@@ -70,7 +73,10 @@ def train_blocks(
     on_block: Callable[[BlockResult], object] = lambda result: None,
     overwrite: bool = False,
 ) -> None:
-    """Train block after block and write a ternary file; finished blocks are kept in `folder` and not trained again."""
+    """Train block after block and write a ternary file; finished blocks are kept in `folder` and not trained again.
+
+    Every rank has all states' tokens, and ranks share the batches of a step.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ours = _prepare(load_stem(start, device), pool, settings, device)
     theirs = _prepare(teacher.stem, pool, settings, device)
@@ -78,7 +84,7 @@ def train_blocks(
     for name, dense in teacher.blocks():
         part = folder / f"{name}.safetensors"
         targets = _through(dense, theirs, settings.stream)
-        if not part.exists():
+        if ranks.agree(not part.exists()):
             block = load_block(start, name, start.architecture, device)
             layers = ternary_linears(block, f"{name}.")
             result = train_block(
@@ -92,12 +98,12 @@ def train_blocks(
                 settings=settings,
             )
             on_block(result)
-            _write_part(part, name, block, layers, start)
+            ranks.once(partial(_write_part, part, name, block, layers, start))
             del block, layers
         parts.append(open_ternary(part))
         ours = _through(load_block(parts[-1], name, start.architecture, device), ours, settings.stream)
         theirs = targets
-    _assemble(target, start, parts, overwrite)
+    ranks.once(lambda: _assemble(target, start, parts, overwrite))
 
 
 def train_block(
@@ -130,13 +136,17 @@ def train_block(
     if settings.codes:
         train_codes(layers, teacher)
     parameters = {name: p for name, p in block.named_parameters() if p.requires_grad}
+    ranks.spread(p.data for p in parameters.values())
     groups, rates = rate_groups(parameters), learning_rates(block, settings.rates)
     optimizer = Adam(parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     for step in range(settings.steps):
         for parameter in parameters.values():
             parameter.grad = None
-        loss(int(torch.randint(len(inputs), (), generator=generator))).backward()
+        indices = torch.randint(len(inputs), (settings.accumulate,), generator=generator).tolist()
+        for index in ranks.share(indices):
+            (loss(index) / settings.accumulate).backward()
+        sum_gradients(parameters.values())
         optimizer.step(schedule(groups, step, settings.steps, settings.warmup))
     for parameter in parameters.values():
         parameter.grad = None

@@ -2,7 +2,8 @@
 
 Trained are, at every level, scales, biases, norms and the layers that are not ternary; with a rank the low-rank
 factors; and, if asked, the codes themselves through a straight-through estimator. Every step depends on its number
-alone, so that an interrupted run that resumes ends in the same bits.
+alone, so that an interrupted run that resumes ends in the same bits. Ranks share the batches of a step and sum their
+gradients: with any number of them, a step is the same up to the order of sums.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..files import container
 from ..files.container import FormatError, TensorFile
 from ..files.ternary import TernaryFile
@@ -25,7 +27,7 @@ from ..model.student import as_stored, rate_groups, stored_dtypes
 from ..pictures.pool import Pool
 from ..pictures.quality import HeldOut, Quality, measure
 from ..pictures.states import Batch
-from .optimizer import Adam
+from .optimizer import Adam, sum_gradients
 from .schedule import RATES, TIMED_STEPS, learning_rates, schedule
 
 _FREE = ("snapshot_minutes", "steps", "seconds")  # settings that do not change what a step does
@@ -43,7 +45,7 @@ class DistillSettings:
     steps: int | None = None
     seconds: float | None = None
     batch: int = 32
-    accumulate: int = 1  # batches of which gradients are summed for one step
+    accumulate: int = 1  # batches of which gradients are summed for one step, by all ranks together
     warmup: int = 20
     average: float = 0.99  # of the exponential moving average that is evaluated and written
     evaluate_every: int = 100
@@ -69,6 +71,7 @@ class Distiller:
         self.model, self.pool, self.held_out, self.settings = model, pool, held_out, settings
         self.start, self.dtypes = start, stored_dtypes(model, start)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        ranks.spread(p.data for p in self.parameters.values())
         self.rate_groups, rates = rate_groups(self.parameters), learning_rates(model, settings.rates)
         self.optimizer = Adam(self.parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -94,7 +97,7 @@ class Distiller:
         started = time.perf_counter()
         device, settings = next(iter(self.parameters.values())).device, self.settings
         numbers = range(self.step * settings.accumulate, (self.step + 1) * settings.accumulate)
-        batches = (self.pool.draw(number, settings.batch, settings.seed, device) for number in numbers)
+        batches = (self.pool.draw(number, settings.batch, settings.seed, device) for number in ranks.share(numbers))
         loss = float(self.learn(batches))
         if not math.isfinite(loss):
             raise Collapse(f"the loss is {loss} at step {self.step}; lower the learning rates and start again")
@@ -105,20 +108,24 @@ class Distiller:
             each = timed + self.evaluation_seconds / settings.evaluate_every
             # Besides the regular evaluations: that of the start, of the end and of the written file.
             left = settings.seconds - 3 * self.evaluation_seconds
-            self.total = max(TIMED_STEPS + 1, int(left / each))
+            self.total = ranks.agree(max(TIMED_STEPS + 1, int(left / each)))
         return loss
 
     def learn(self, batches: Iterable[Batch]) -> Tensor:
-        """Move parameters and average by one step on these batches; returns the loss. Nothing waits for the device."""
+        """Move parameters and average by one step on these batches, this rank's, and on those of the other ranks.
+
+        Returns the loss of all. Nothing waits for the device.
+        """
         factors = schedule(self.rate_groups, self.step, self.total, self.settings.warmup)
         for name, parameter in self.parameters.items():
             # Timed steps must cost what later ones do; Adam's moments of the codes settle meanwhile.
             parameter.requires_grad_(factors[name] > 0 or self.step < TIMED_STEPS)
-        losses = []
+        total = torch.zeros((), device=self.power.device)
         for batch in batches:
             loss = self.loss(batch) / self.settings.accumulate
             loss.backward()
-            losses.append(loss.detach())
+            total += loss.detach()
+        sum_gradients(self.parameters.values(), total)
         self.optimizer.step(factors)
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -130,7 +137,7 @@ class Distiller:
             # Parameters in bf16 have averages in bf16, which would not move: those follow the parameters.
             for name in self.parameters.keys() - set(exact):
                 self.average[name].copy_(self.parameters[name])
-        return torch.stack(losses).sum()
+        return total
 
     def evaluate(self) -> Quality:
         """Quality of what would be written now; the best is kept. Raises Collapse where prompts lost influence."""
@@ -159,12 +166,13 @@ class Distiller:
                 parameter.copy_(self.best[name])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write everything a later run needs to go on, atomically."""
+        """Write everything a later run needs to go on, atomically. Any number of ranks can."""
         tensors = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"adam.{name}": value for name, value in self.optimizer.state_dict().items()}
         progress = {"step": self.step, "total": self.total, "used": self.used, "log": self.log}
+        progress["world"] = ranks.world()
         metadata = {"progress": json.dumps(progress), "settings": self.fingerprint()}
         container.save(path, tensors, metadata, overwrite=True)
 
@@ -233,11 +241,14 @@ def distill(
             if distiller.step % settings.evaluate_every == 0 or distiller.step == distiller.total:
                 row |= asdict(distiller.evaluate())
             on_step(row)
-            due = interrupted() or time.monotonic() - saved > 60 * settings.snapshot_minutes
+            stop = any(ranks.gather(interrupted()))
+            due = stop or time.monotonic() - saved > 60 * settings.snapshot_minutes
             if due and snapshot is not None and distiller.total is not None:
-                distiller.save(snapshot)
+                if ranks.first():
+                    distiller.save(snapshot)
                 saved = time.monotonic()
-            if interrupted():
+            if stop:
+                ranks.wait()
                 raise KeyboardInterrupt
     distiller.take_best()
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
+
 _BLOCK = 256  # values that share a scale in an 8-bit state
 _SMALL = 4096  # smaller tensors keep fp32 states
 _PORTION = 1 << 24  # values that are updated at a time
@@ -125,6 +127,16 @@ class Adam:
                 self.count = int(tensors[key])
             else:
                 own.copy_(tensors[key])
+
+
+def sum_gradients(parameters: Iterable[Tensor], *others: Tensor) -> None:
+    """Sum the gradients of what is trained, and other tensors, over the ranks, in place."""
+    if ranks.world() > 1:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # this rank had no batch
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.add_up([*(parameter.grad for parameter in trained), *others])
 
 
 def _portions(names: Iterable[str], parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:

@@ -3,14 +3,19 @@
 import json
 from pathlib import Path
 
+from .. import ranks
 from .atomic import write_json
 from .inputs import read_json
 
 
 def keep_settings(folder: Path, settings: dict) -> None:
     """Write `settings.json` in the folder; ValueError where it holds others: a resumed run must be the same run."""
-    path = folder / "settings.json"
-    settings = json.loads(json.dumps(settings))
+    with ranks.first_alone():
+        _keep(folder / "settings.json", json.loads(json.dumps(settings)))
+
+
+def _keep(path: Path, settings: dict) -> None:
+    folder = path.parent
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)

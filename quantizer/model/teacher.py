@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..files.architecture import Architecture
 from ..files.checkpoint import Checkpoint
 from ..files.sources.encodings import check_finite
@@ -186,7 +187,7 @@ def _build(make: Callable[..., _Module], *arguments) -> _Module:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
+    """Bytes that can still be allocated; of main memory, this rank's part."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // ranks.local()[1]

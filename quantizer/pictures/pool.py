@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..files.container import TensorFile, save
 from ..model.flux import Inputs
 from .conditioning import Conditioning
@@ -83,23 +84,29 @@ def training_pool(
     seed: int = 0,
     on_progress: Callable[[int], object] = lambda states: None,
 ) -> Pool:
-    """`count` states of these pictures with the teacher's velocities; those not known yet are kept in `folder`."""
+    """`count` states of these pictures with the teacher's velocities; those not known yet are kept in `folder`.
+
+    Every rank computes its share of what is missing, and has all of them in the end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     groups = trajectories.labelled_states(pictures, count, seed)
     on_progress(sum(int(group.known.sum()) for group in groups))
     chunks = [(group, rows) for group in groups for rows in torch.nonzero(~group.known).flatten().split(_CHUNK)]
     paths = [folder / f"{_digest(group.states, rows)}.safetensors" for group, rows in chunks]
-    missing = [chunk for chunk, path in zip(chunks, paths, strict=True) if not path.exists()]
-    parts = (
-        group.states.inputs(part, trajectories.conditioning) for group, rows in missing for part in rows.split(batch)
+    missing = ranks.agree([number for number, path in enumerate(paths) if not path.exists()])
+    on_progress(sum(len(rows) for number, (_, rows) in enumerate(chunks) if number not in missing))
+    mine = [(chunks[number], paths[number]) for number in ranks.share(missing)]
+    computed = velocities(
+        group.states.inputs(part, trajectories.conditioning) for (group, rows), _ in mine for part in rows.split(batch)
     )
-    computed = velocities(parts)
-    for (group, rows), path in zip(chunks, paths, strict=True):
-        if not path.exists():
-            velocity = torch.cat([next(computed).cpu() for _ in rows.split(batch)])
-            save(path, {"velocity": velocity}, overwrite=True)
-        group.velocity[rows] = TensorFile(path).tensor("velocity").float()
+    for (_, rows), path in mine:
+        velocity = torch.cat([next(computed).cpu() for _ in rows.split(batch)])
+        save(path, {"velocity": velocity}, overwrite=True)
         on_progress(len(rows))
+    ranks.wait()
+    on_progress(sum(len(chunks[number][1]) for number in missing) - sum(len(rows) for (_, rows), _ in mine))
+    for (group, rows), path in zip(chunks, paths, strict=True):
+        group.velocity[rows] = TensorFile(path).tensor("velocity").float()
     return Pool([LabelledStates(group.states, group.velocity) for group in groups], trajectories.conditioning)
 
 
@@ -109,40 +116,47 @@ def hold_out(
     """States on the teacher's own path to `count` pictures of held-out prompts; the velocities are kept in `folder`.
 
     Every batch has one time and, as far as there are that many, different prompts. `together` batches run at once.
+    Every rank computes its share of what is missing, and has all of them in the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = list(batches(trajectories.plan("holdout", count), batch))
-    paths = [folder / f"holdout-{count}-{batch}-{number:04d}.safetensors" for number in range(len(parts))]
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    paths = [folder / f"held-out-{count}-{batch}-{number:04d}.safetensors" for number in range(len(parts))]
+    missing = ranks.share(ranks.agree([number for number, path in enumerate(paths) if not path.exists()]))
     for start in range(0, len(missing), together):
         numbers = missing[start : start + together]
         recorded = _record(velocities, trajectories, [parts[number] for number in numbers])
         for number, tensors in zip(numbers, recorded, strict=True):
             save(paths[number], tensors, overwrite=True)
-    states: list[Batch] = []
-    levels = noise_levels(trajectories.steps, trajectories.shift).tolist()
+    ranks.wait()
+    states, swapped = [], []
     for pictures, path in zip(parts, paths, strict=True):
-        conditions, file = trajectories.conditions(pictures), TensorFile(path)
-        for step in _recorded_steps(trajectories):
-            latent, velocity = (file.tensor(f"{kind}.{step}").clone() for kind in ("latent", "velocity"))
-            t = torch.full((len(pictures),), levels[step])
-            states.append(Batch(Inputs(latent, t, *conditions), velocity))
-    path = folder / f"swapped-{count}-{batch}.safetensors"
-    if not path.exists():
-        swapped = HeldOut.of(states, velocities).swapped
-        save(path, {str(number): velocity.cpu() for number, velocity in enumerate(swapped)}, overwrite=True)
-    file = TensorFile(path)
-    return HeldOut(states, [file.tensor(str(number)).clone() for number in range(len(states))])
+        tensors = TensorFile(path)
+        for step, batch_of_step in _held_out_batches(trajectories, pictures, tensors.tensor):
+            states.append(batch_of_step)
+            swapped.append(tensors.tensor(f"swapped.{step}").clone())
+    return HeldOut(states, swapped)
 
 
 def _recorded_steps(trajectories: Trajectories) -> range:
     return range(0, trajectories.steps, -(-trajectories.steps // _HOLDOUT_TIMES))
 
 
+def _held_out_batches(
+    trajectories: Trajectories, pictures: Sequence[Picture], tensor: Callable[[str], Tensor]
+) -> Iterator[tuple[int, Batch]]:
+    """The recorded steps of some pictures, with the states there, from the tensors of these names."""
+    conditions = trajectories.conditions(pictures)
+    levels = noise_levels(trajectories.steps, trajectories.shift).tolist()
+    for step in _recorded_steps(trajectories):
+        latent, velocity = (tensor(f"{kind}.{step}").clone() for kind in ("latent", "velocity"))
+        t = torch.full((len(pictures),), levels[step])
+        yield step, Batch(Inputs(latent, t, *conditions), velocity)
+
+
 def _record(
     velocities: Velocities, trajectories: Trajectories, parts: Sequence[Sequence[Picture]]
 ) -> list[dict[str, Tensor]]:
-    """The latents and velocities of the recorded steps of the teacher's sampling, of each part."""
+    """Of each part, at the recorded steps of the teacher's sampling: latent, velocity, and that under other prompts."""
     arch, levels = trajectories.arch, noise_levels(trajectories.steps, trajectories.shift)
     noise = [initial_noise(pictures) for pictures in parts]
     recorded: list[dict[str, Tensor]] = [{} for _ in parts]
@@ -152,6 +166,14 @@ def _record(
             for tensors, latent, velocity in zip(recorded, latents, steps, strict=True):
                 tensors[f"latent.{step}"] = with_control_channels(latent, arch).cpu()
                 tensors[f"velocity.{step}"] = velocity.cpu()
+    states = [
+        (tensors, step, batch)
+        for tensors, pictures in zip(recorded, parts, strict=True)
+        for step, batch in _held_out_batches(trajectories, pictures, dict(tensors).__getitem__)
+    ]
+    swapped = HeldOut.of([batch for _, _, batch in states], velocities).swapped
+    for (tensors, step, _), velocity in zip(states, swapped, strict=True):
+        tensors[f"swapped.{step}"] = velocity.cpu()
     return recorded
 
 

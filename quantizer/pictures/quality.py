@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ranks
 from .sampler import Velocities
 from .states import Batch
 
@@ -54,10 +55,10 @@ class HeldOut:
 
 @torch.no_grad()
 def measure(model: Model, held_out: HeldOut) -> Quality:
-    """Compare a model with the teacher at held-out states."""
+    """Compare a model with the teacher at held-out states, of which every rank takes its share."""
     error, power = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
     own_square = their_square = product = 0.0
-    for batch, their_swapped in zip(held_out.batches, held_out.swapped, strict=True):
+    for batch, their_swapped in ranks.share(list(zip(held_out.batches, held_out.swapped, strict=True))):
         own, their = model(*batch.inputs).float(), batch.velocity.float()
         places = (batch.inputs.t * BINS).long().clamp_(0, BINS - 1).cpu()
         error.index_add_(0, places, (own - their).square().sum((1, 2, 3)).cpu().double())
@@ -67,6 +68,9 @@ def measure(model: Model, held_out: HeldOut) -> Quality:
         own_square += float(own_change.square().sum())
         their_square += float(their_change.square().sum())
         product += float((own_change * their_change).sum())
+    changes = torch.tensor([own_square, their_square, product], dtype=torch.float64)
+    ranks.add_up([error, power, changes])
+    own_square, their_square, product = changes.tolist()
     return Quality(
         error=float(error.sum() / power.sum()),
         by_timestep=[e / p if p else None for e, p in zip(error.tolist(), power.tolist(), strict=True)],

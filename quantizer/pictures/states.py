@@ -21,6 +21,11 @@ class States:
     def __len__(self) -> int:
         return len(self.t)
 
+    def rows(self, rows: slice | Tensor) -> "States":
+        """Some of them."""
+        guidance = None if self.guidance is None else self.guidance[rows]
+        return States(self.latent[rows], self.t[rows], self.prompt[rows], guidance)
+
     def inputs(self, rows: slice | Tensor, conditioning: Conditioning) -> Inputs:
         """The arguments of a FLUX forward for these rows, fp32."""
         context, pooled = conditioning.batch(self.prompt[rows].tolist())

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..files.architecture import Architecture
 from ..files.checkpoint import digest
 from ..files.container import TensorFile, save
@@ -129,13 +130,14 @@ class Trajectories:
     ) -> None:
         """Paint those of the pictures that are not there yet, `batch` at a time and so many batches together.
 
-        `on_progress` counts all of them. A batch that an interruption cut is painted again: among others a picture is
-        not the same to the last bit. ValueError where a picture is not finite.
+        Every rank paints its share of the batches, and waits for the others. `on_progress` counts all pictures. A batch
+        that an interruption cut is painted again: among others a picture is not the same to the last bit. ValueError
+        where a picture is not finite.
         """
-        missing = {picture for picture in pictures if not self._path(picture).exists()}
+        missing = ranks.agree({picture for picture in pictures if not self._path(picture).exists()})
         on_progress(len(pictures) - len(missing))
         levels = noise_levels(self.steps, self.shift)
-        todo = [same for same in batches(pictures, batch) if missing.intersection(same)]
+        todo = ranks.share([same for same in batches(pictures, batch) if missing.intersection(same)])
         for parts in (todo[start : start + together] for start in range(0, len(todo), together)):
             wanted = [picture for part in parts for picture in part if picture in missing]
             passed = {picture: self._passed(picture) for picture in wanted}
@@ -163,6 +165,9 @@ class Trajectories:
                     raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
                 save(self._path(picture), tensors, overwrite=True)
             on_progress(len(wanted))
+            missing.difference_update(wanted)
+        ranks.wait()
+        on_progress(len(missing))
 
     def conditions(self, pictures: Sequence[Picture]) -> Conditions:
         """Context, pooled vector and guidance of some pictures."""

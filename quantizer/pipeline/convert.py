@@ -10,10 +10,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from .. import ranks
 from ..calibration import calibrate
 from ..calibration.sensitivity import best_upgrades, sensitivities
 from ..distillation.blockwise import BlockSettings
@@ -76,14 +78,14 @@ class Run:
         settings = {"dense": work.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
         settings |= {"sizes": work.sizes, "seed": work.seed, "packing": self.packing, "growth": self.growth}
         keep_settings(folder, settings)
-        decisions = Decisions.load(self._kept) or self._decide(self._within_budget())
+        decisions = ranks.agree(Decisions.load(self._kept)) or self._decide(self._within_budget())
         budget, rounded, calibrated = (
             decisions.budget,
             folder / "rounded.safetensors",
             folder / "calibrated.safetensors",
         )
 
-        seconds = self._timed("round", rounded, lambda: round_checkpoint(work.dense, rounded, overwrite=True))
+        seconds = self._timed("round", rounded, lambda: ranks.once(partial(self._round, rounded)))
         held_out = work.hold_out(budget.held_out)
         stages = [self._finished("round", rounded, seconds, held_out)]
 
@@ -104,13 +106,16 @@ class Run:
         return self.work.folder / "decisions.json"
 
     def _decide(self, decisions: Decisions) -> Decisions:
-        decisions.save(self._kept)
+        """As rank 0 decides it."""
+        decisions = ranks.agree(decisions)
+        if ranks.first():
+            decisions.save(self._kept)
         return decisions
 
     def _timed(self, name: str, file: Path | None, make: Callable[[], object]) -> float:
         """Make the file where it is missing (None: in any case); returns the seconds that it took."""
         started = time.monotonic()
-        if file is None or not file.exists():
+        if file is None or ranks.agree(not file.exists()):
             self.on_message(f"{name} ({self._left_text()})")
             make()
         return time.monotonic() - started
@@ -127,13 +132,16 @@ class Run:
         work, state_seconds = self.work, self.work.time_state()
         budget = budget_for(
             self.budget,
-            state_seconds,
+            state_seconds / ranks.world(),
             work.trajectories.steps,
             prompts=len(work.conditioning),
             enough=calibrate.enough_states(work.arch, work.tokens),
             capacity=work.state_capacity,
         )
         return Decisions(budget, state_seconds)
+
+    def _round(self, target: Path) -> None:
+        round_checkpoint(self.work.dense, target, overwrite=True)
 
     def _precisions(self, rounded: Path, held_out: HeldOut, state_seconds: float) -> dict[str, str]:
         """The Linears in two terms or 8 bits, by name."""
@@ -183,7 +191,9 @@ class Run:
             self.target,
             pool=pool,
             held_out=held_out,
-            settings=settings_for(training.plan, steps=training.steps, seconds=training.seconds),
+            settings=settings_for(
+                training.plan, steps=training.steps, seconds=training.seconds, accumulate=training.accumulate
+            ),
             rank=self.rank,
             codes=training.codes,
             packing=self.packing,
@@ -204,9 +214,11 @@ class Run:
             states = max(plan.batch, 64 // plan.batch * plan.batch)
             stream = plan.autocast or torch.float32
             if steps >= 20:
-                blocks = BlockSettings(steps, plan.batch, states, rank=self.rank, eight_bit=True, stream=stream)
+                blocks = BlockSettings(
+                    steps, plan.batch, ranks.world(), states, rank=self.rank, eight_bit=True, stream=stream
+                )
                 seconds *= 1 - BLOCKWISE
-        return Training(plan, codes, steps=None, seconds=seconds, blocks=blocks)
+        return Training(plan, codes, steps=None, seconds=seconds, blocks=blocks, accumulate=ranks.world())
 
 
 def expectation(stages: list[Stage]) -> str:

@@ -14,13 +14,17 @@ from .budget import Budget, Plan
 
 @dataclass(frozen=True)
 class Training:
-    """What to train and for how long; `steps` is known once the first ones were timed."""
+    """What to train and for how long; `steps` is known once the first ones were timed.
+
+    accumulate   batches for each step, one for each rank where the run began
+    """
 
     plan: Plan
     codes: bool
     steps: int | None
     seconds: float | None
     blocks: BlockSettings | None = None  # of a first pass by blocks
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)

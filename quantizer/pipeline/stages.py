@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from .. import ranks
 from ..distillation.blockwise import BlockResult, BlockSettings, train_blocks
 from ..distillation.distill import Distiller, DistillSettings, distill
 from ..files import metadata
@@ -42,7 +43,7 @@ def distill_file(
     check_rank(open_ternary(start), rank)
     if block_settings is not None:
         block_file = work.folder / "blocks.safetensors"
-        if not block_file.exists():
+        if ranks.agree(not block_file.exists()):
             train_blocks(
                 open_ternary(start),
                 work.teacher,
@@ -81,7 +82,7 @@ def distill_file(
         "best_step": best["step"],
     }
     described = metadata.after_distillation(file.metadata, done)
-    save_student(target, model, file, metadata=described, packing=packing, overwrite=overwrite)
+    ranks.once(lambda: save_student(target, model, file, metadata=described, packing=packing, overwrite=overwrite))
     return distiller
 
 

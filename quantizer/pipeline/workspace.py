@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .. import ranks
 from ..files.architecture import Architecture
 from ..files.atomic import check_target
 from ..files.checkpoint import fingerprint, open_checkpoint
@@ -32,9 +33,19 @@ def _silent(what: str, done: int, total: int) -> None:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU. Raises ValueError for a device that torch does not have."""
+    """ "auto" is a CUDA device, else the CPU; of CUDA devices every rank of a machine gets its own.
+
+    Raises ValueError for a device that torch does not have.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    number, count = ranks.local()
+    if count > 1 and name != "cpu":
+        if name != "cuda" or count > torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise ValueError(f"device {name!r} for {count} processes, and this machine has {found} GPUs: one for each")
+        torch.cuda.set_device(number)
+        name = f"cuda:{number}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -126,7 +137,10 @@ class Workspace:
         return min(max(_LEAST_PICTURES, affordable), MAX_PICTURES, max(1, self.state_capacity // STATES_EACH))
 
     def time_state(self) -> float:
-        """Seconds of a teacher forward for one state: the shortest of three, or of as many as two seconds allow."""
+        """Seconds of a teacher forward for one state: the shortest of three, or of as many as two seconds allow.
+
+        Of the slowest rank.
+        """
         shape = (self.arch.in_channels, *max(self.trajectories.shapes)[1:])
         size = self.teacher_batch
         context, pooled = self.conditioning.batch([0] * size)
@@ -136,7 +150,7 @@ class Workspace:
             started = time.monotonic()
             self.teacher(torch.randn(size, *shape), torch.full((size,), 0.5), context, pooled, guidance).cpu()
             times.append((time.monotonic() - started) / size)
-        return min(times)
+        return max(ranks.gather(min(times)))
 
     @cached_property
     def trajectories(self) -> Trajectories:
