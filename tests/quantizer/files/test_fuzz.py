@@ -93,7 +93,7 @@ def read(path: Path) -> None:
             attempt(path)
         except (ValueError, OSError) as error:
             said = message(error)
-            assert path.name in said and len(said) < 2000 and said.isprintable(), said
+            assert path.name in said and len(said) < 2100 and said.isprintable(), said
 
 
 def identify_file(path: Path) -> None:
