@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def calibrate(
     settings = settings or CalibrationSettings()
     check_target(target, 0, overwrite, teacher.checkpoint.files)
     folder = Path(folder)
-    keep_settings(folder, asdict(settings) | dict(identity or {}))
+    started = keep_settings(folder, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
     with torch.inference_mode():
         with Streams(teacher, states, conditioning, folder / "activations", settings.batch) as streams:
@@ -106,7 +105,16 @@ def calibrate(
 
     def write() -> None:
         write_json(folder / "fits.json", blocks)
-        _assemble(teacher.checkpoint, folder, target, settings=settings, fits=fits, overwrite=overwrite, sha256=sha256)
+        _assemble(
+            teacher.checkpoint,
+            folder,
+            target,
+            settings=settings,
+            fits=fits,
+            started=started,
+            overwrite=overwrite,
+            sha256=sha256,
+        )
 
     ranks.once(write)
     return fits
@@ -257,6 +265,7 @@ def _assemble(
     *,
     settings: CalibrationSettings,
     fits: dict[str, BlockFit],
+    started: str,
     overwrite: bool = False,
     sha256: str | None = None,
 ) -> None:
@@ -280,8 +289,7 @@ def _assemble(
         arch, source, checkpoint.metadata, method="calibrate", settings=shown, errors=errors, sha256=sha256, lossy=lossy
     )
     header |= precision.metadata(settings.precisions)
-    started = datetime.fromtimestamp((folder / "settings.json").stat().st_mtime, UTC)
-    header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
+    header["modelspec.date"] = started  # the same after an interruption
     with create_ternary(
         target, plan, dense, header, header_room=metadata.header_room(arch), overwrite=overwrite
     ) as writer:
