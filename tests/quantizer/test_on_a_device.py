@@ -64,7 +64,8 @@ def test_a_conversion(make_device, monkeypatch, tmp_path, free, rank):
     assert way.autocast == torch.bfloat16 and way.codes == held
     assert way.packed == way.recompute == way.eight_bit == (not held)
     blocks = None if held else BlockSettings(2, batch=1, states=4, rank=rank, eight_bit=True, stream=torch.bfloat16)
-    training = Training(replace(way, batch=2), way.codes, steps=3, seconds=None, blocks=blocks)
+    way = replace(way, batch=2, recompute=True, eight_bit=True)  # with codes in bf16, rounded by chance
+    training = Training(way, way.codes, steps=3, seconds=None, blocks=blocks)
     small = Decisions(Budget(4, 24, 2, 6), 1e-3, training=training)
     small.save(tmp_path / "out.safetensors.work" / "decisions.json")
     fixed = ["--conditioning", tmp_path / "cond.safetensors", "--size", "64x64", "--sampler-steps", 2]
