@@ -163,6 +163,7 @@ def load_file(file: TernaryFile, activations: str = "auto", backend: str = "auto
         comfy.throw_exception_if_processing_interrupted()
         bar.update(1)
 
+    file.file.give_back()  # what checking it has mapped
     # ComfyUI's own reader: dynamic VRAM streams the weights of its tensors from the file.
     state_dict, metadata = comfy.load_torch_file(path, return_metadata=True)
     state_dict = {k.removeprefix(file.prefix): v for k, v in state_dict.items() if k in file.keys}

@@ -48,9 +48,10 @@ def message(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error)
+    text = printable(" ".join(text.split()))
     if len(text) > _LONGEST:
         text = f"{text[: 3 * _LONGEST // 4]} ... {text[-_LONGEST // 4 :]}"
-    return printable(" ".join(text.split())) or type(error).__name__
+    return text or type(error).__name__
 
 
 def say(*lines: str) -> None:

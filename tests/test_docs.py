@@ -99,6 +99,14 @@ def test_the_checks_on_a_gpu():
         assert all(f"{number:.4f}" in page for number in numbers)
 
 
+def test_what_the_file_commands_take():
+    files = [results(f"files-{model}.json")["models"][0]["rows"] for model in ("FLUX.1-dev", "FLUX.2-klein-4B")]
+    page = text("docs", "convert.md")
+    for rows in zip(*files, strict=True):
+        cells = [f"{row['seconds']:.0f} s, {row['peak'] / 1e9:.1f} GB" for row in rows]
+        assert f"| {rows[0]['command']} | {' | '.join(cells)} |\n" in page
+
+
 @pytest.mark.parametrize(
     "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (_pack.ROOT / "docs").glob("*.md"))]
 )

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from ternary_flux.benchmarks import miniature
+from ternary_flux.quantizer.cli import run
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
+from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.tests.nodes import adapters
+from ternary_flux.tests.quantizer.pictures import narrow
 
 NAME = "double_blocks.0.img_attn.proj"
 
@@ -14,6 +17,48 @@ def quantize(comfy):
     from ternary_flux.nodes import quantize
 
     return quantize
+
+
+@pytest.fixture
+def display(quantize):
+    return quantize.Display(None)
+
+
+def test_prompts_are_encoded_by_the_clip_of_the_graph(comfy, quantize, display, tmp_path):
+    """The same file as the command `embed` writes with the same text encoders; once for the same prompts."""
+    prompts = ["a red fox", "two blue cubes on a table"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    words = quantize._words("\n".join(["", *prompts, " "]), object(), None, "")
+    assert words == prompts and len(quantize._words("", object(), None, "")) > 2000
+    with narrow.encoders(tmp_path) as paths:
+        files = [str(path) for path in paths]
+        clip = comfy.sd.load_clip(files, clip_type=comfy.sd.CLIPType.FLUX)
+        path = quantize._conditioning(tmp_path, words, clip, None, "", display)
+        command = ["embed", "-o", str(tmp_path / "embedded.safetensors"), "--prompts", str(tmp_path / "prompts.txt")]
+        assert run([*command, "--text-encoders", *files]) == 0
+    written = path.read_bytes()
+    ours, theirs = conditioning.read(path), conditioning.read(tmp_path / "embedded.safetensors")
+    assert ours.prompts == theirs.prompts == tuple(prompts)
+    torch.testing.assert_close(ours.context, theirs.context)
+    torch.testing.assert_close(ours.pooled, theirs.pooled)
+    assert quantize._conditioning(tmp_path, words, None, None, "", display).read_bytes() == written
+
+
+def test_conditionings_of_the_graph_become_a_file(quantize, display, tmp_path):
+    """Several that were put into one, with and without a pooled vector."""
+    for width in (7, None):
+        entries = [
+            [torch.randn(1, 5, 12), {} if width is None else {"pooled_output": torch.randn(1, width)}] for _ in range(3)
+        ]
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        read = conditioning.read(quantize._conditioning(folder, None, None, entries, "", display))
+        torch.testing.assert_close(read.context, torch.cat([context for context, _ in entries]).bfloat16())
+        assert (read.pooled is None) == (width is None) and len(read.prompts) == 3
+    one, other = ([[torch.full((1, 2, 4), value), {}]] for value in (1.0, 2.0))
+    assert quantize._words("", None, one, "") != quantize._words("", None, other, "")
+    with pytest.raises(ValueError, match="connect clip"):
+        quantize._words("a prompt", None, None, "")
 
 
 def test_a_model_is_written_with_its_lora(comfy, quantize, tmp_path):
@@ -42,9 +87,11 @@ def test_a_ternary_model_is_refused(comfy, quantize, tmp_path, path):
 
 
 @pytest.mark.parametrize("channels", [16, 128])
-def test_previews_without_a_vae(quantize, channels):
+def test_previews_without_a_vae(comfy, channels):
+    from ternary_flux.nodes import conversion
+
     side = 8 if channels == 16 else 16
-    assert quantize.picture(torch.randn(channels, 8, 8)).size == (side, side)
+    assert conversion.picture(torch.randn(channels, 8, 8)).size == (side, side)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a\\b"])

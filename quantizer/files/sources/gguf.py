@@ -198,7 +198,8 @@ def decode(data: np.ndarray, kind: str, path: Path, key: str) -> Tensor:
         problem = f"{kind} values are decoded by the Python package gguf, which is not installed: pip install gguf"
         raise FormatError(path, problem, key) from None
     try:
-        values = gguf.dequantize(data, gguf.GGMLQuantizationType(TYPES[kind].number))
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by those who need numbers
+            values = gguf.dequantize(data, gguf.GGMLQuantizationType(TYPES[kind].number))
     except (NotImplementedError, ValueError):
         problem = f"the installed gguf package does not decode {kind}; update it (pip install -U gguf)"
         raise FormatError(path, f"{problem} or give another version of the model", key) from None

@@ -1,45 +1,17 @@
 """`embed` with ComfyUI's own tokenizers and text encoder classes: T5-XXL and CLIP-L with few channels."""
 
-import functools
-
 import pytest
-import safetensors.torch
 import torch
-from ternary_flux.benchmarks import comfyui
 from ternary_flux.quantizer.cli import run
 from ternary_flux.quantizer.pictures import conditioning
+from ternary_flux.tests.quantizer.pictures import narrow
 
-NARROW = {
-    "t5xxl_model_config": {"d_model": 32, "num_heads": 2, "d_kv": 16},
-    "clip_l_model_config": {
-        "hidden_size": 48,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "intermediate_size": 64,
-    },
-}
 PROMPTS = ["a red fox", "two blue cubes on a table", " ".join(["many"] * 300)]
 
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """The two files, and ComfyUI set up to load them in their narrow sizes."""
-    comfyui.make_importable()
-    import comfy.sd
-    import comfy.text_encoders.flux as flux
-    import comfy.text_encoders.long_clipl as long_clipl
-
-    torch.manual_seed(0)
-    model = flux.flux_clip(dtype_t5=torch.float32)(dtype=torch.float32, model_options=NARROW)
-    folder = tmp_path_factory.mktemp("text_encoders")
-    paths = [folder / "t5xxl.safetensors", folder / "clip_l.safetensors"]
-    for path, part in zip(paths, (model.t5xxl, model.clip_l), strict=True):
-        state = {name: 0.1 * torch.randn(tensor.shape) for name, tensor in part.transformer.state_dict().items()}
-        safetensors.torch.save_file(state, path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comfy.sd, "load_clip", functools.partial(comfy.sd.load_clip, model_options=NARROW))
-        # CLIP-L's length is read from the file, and would put its full width back
-        patch.setattr(long_clipl, "model_options_long_clip", lambda state, tokenizer, options: (tokenizer, options))
+    with narrow.encoders(tmp_path_factory.mktemp("text_encoders")) as paths:
         yield paths
 
 
