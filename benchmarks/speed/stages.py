@@ -46,7 +46,9 @@ def steps(run: Distiller, count: int) -> None:
         run.advance()
 
 
-def measure(folder: Path, width: int, side: int, states: int, tokens: int) -> dict[str, dict[str, float]]:
+def measure(
+    folder: Path, width: int, side: int, states: int, tokens: int, settings: CalibrationSettings
+) -> dict[str, dict[str, float]]:
     """By stage: states per second, and forwards that a state costs."""
     arch = replace(architecture(width), context_dim=256)
     write_checkpoint(folder / "dense.safetensors", arch)
@@ -76,7 +78,7 @@ def measure(folder: Path, width: int, side: int, states: int, tokens: int) -> di
     for name, many in (("calibrate", states), ("calibrate, 4 times the states", 4 * states)):
         given = work.trajectories.states(pictures, many, 1)
         run = partial(calibrate, work.teacher, given, work.conditioning, target=target, folder=folder / name)
-        found[name] = many, seconds(partial(run, settings=CalibrationSettings(batch=BATCH), overwrite=True))
+        found[name] = many, seconds(partial(run, settings=settings, overwrite=True))
 
     evaluated = sum(len(batch.inputs.t) for batch in held_out.batches)
     found["measure"] = evaluated, seconds(lambda: work.measure(target, held_out))
@@ -104,9 +106,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    size = (128, 32, 4, 8) if args.dry else (args.width, args.side, args.states, 128)
+    size = (128, 32, 2, 8) if args.dry else (args.width, args.side, args.states, 128)
+    settings = CalibrationSettings(batch=BATCH)
+    if args.dry:
+        settings = replace(settings, sweeps=0, exponents=())
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), *size)
+        rows = measure(Path(folder), *size, settings)
     for name, row in rows.items():
         print(f"{name:<32}{row['states per second']:10.2f} states/s{row['forwards']:10.2f} forwards")
     if not args.dry:
