@@ -106,12 +106,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    size = (128, 32, 2, 8) if args.dry else (args.width, args.side, args.states, 128)
-    settings = CalibrationSettings(batch=BATCH)
+    width, side, states, tokens, settings = args.width, args.side, args.states, 128, CalibrationSettings(batch=BATCH)
     if args.dry:
-        settings = replace(settings, sweeps=0, exponents=())
+        width, side, states, tokens, settings = 128, 32, 2, 8, replace(settings, sweeps=0, exponents=())
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), *size, settings)
+        rows = measure(Path(folder), width, side, states, tokens, settings)
     for name, row in rows.items():
         print(f"{name:<32}{row['states per second']:10.2f} states/s{row['forwards']:10.2f} forwards")
     if not args.dry:
