@@ -11,6 +11,7 @@ hands out packed codes.
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -27,6 +28,7 @@ from ..files.architecture import Architecture
 from ..files.atomic import check_target, write_json
 from ..files.checkpoint import Checkpoint
 from ..files.container import FormatError, TensorFile, save
+from ..files.hashing import hashing
 from ..files.layer import LayerPlan
 from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary
@@ -96,15 +98,9 @@ def calibrate(
     folder = Path(folder)
     started = keep_settings(folder, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
-    with torch.inference_mode():
-        with Streams(teacher, states, conditioning, folder / "activations", settings.batch) as streams:
-            for name, block in teacher.blocks():
-                fits[name] = _calibrate_block(name, block, streams, folder / f"{name}.safetensors", settings)
-                on_block(name, fits[name])
-    blocks = {name: asdict(block) for name, block in fits.items()}
 
     def write() -> None:
-        write_json(folder / "fits.json", blocks)
+        write_json(folder / "fits.json", {name: asdict(block) for name, block in fits.items()})
         _assemble(
             teacher.checkpoint,
             folder,
@@ -113,10 +109,17 @@ def calibrate(
             fits=fits,
             started=started,
             overwrite=overwrite,
-            sha256=sha256,
+            sha256=digest(),
         )
 
-    ranks.once(write)
+    hashed = hashing(teacher.checkpoint.files) if ranks.first() and sha256 is None else nullcontext(lambda: sha256)
+    with hashed as digest:
+        with torch.inference_mode():
+            with Streams(teacher, states, conditioning, folder / "activations", settings.batch) as streams:
+                for name, block in teacher.blocks():
+                    fits[name] = _calibrate_block(name, block, streams, folder / f"{name}.safetensors", settings)
+                    on_block(name, fits[name])
+        ranks.once(write)
     return fits
 
 
@@ -265,9 +268,12 @@ def _assemble(
     *,
     settings: CalibrationSettings,
     fits: dict[str, BlockFit],
+<<<<<<< HEAD
     started: str,
+=======
+    sha256: str,
+>>>>>>> ranks
     overwrite: bool = False,
-    sha256: str | None = None,
 ) -> None:
     """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
     arch = checkpoint.architecture
@@ -283,7 +289,6 @@ def _assemble(
     dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
     errors = {f"{block}.{name}": r.weight_error for block, b in fits.items() for name, r in b.layers.items()}
     shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
-    sha256 = sha256 or checkpoint.sha256()
     source, lossy = Path(checkpoint.name), checkpoint.lossy
     header = metadata.build(
         arch, source, checkpoint.metadata, method="calibrate", settings=shown, errors=errors, sha256=sha256, lossy=lossy

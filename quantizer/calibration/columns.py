@@ -22,6 +22,8 @@ def choose(
 
     `fit`: (some rows [n, K] of the weight, their moments, column scales [K] or None) -> error of what it is rounded to.
     """
+    if not exponents:
+        return None, None
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight)), device=weight.device).round().long()
     rms = (moments.second.diagonal() / moments.count.clamp_min(1e-30)).clamp_min(0).sqrt()
     best, column, chosen = fit(weight[rows], moments.rows(rows), None), None, None

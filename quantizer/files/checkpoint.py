@@ -161,15 +161,6 @@ class Checkpoint:
         for file in self.source.files:
             file.check_unchanged()
 
-    def sha256(self) -> str:
-        """Of the files, one after another, in one pass over them."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            with open(path, "rb") as file:
-                while data := file.read(_PIECE):
-                    digest.update(data)
-        return digest.hexdigest()
-
     @cached_property
     def _stored(self) -> dict[str, list[tuple[str, Rows]]]:
         """Key in a file -> the parameters' parts that it holds, in the order of its rows."""

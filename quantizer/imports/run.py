@@ -1,13 +1,10 @@
 """Import a ternary model made elsewhere: one Linear at a time, nothing rounded."""
 
-import contextlib
-import hashlib
 import os
 import re
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -21,6 +18,7 @@ from ..files import metadata
 from ..files.architecture import Architecture, detect
 from ..files.atomic import check_target
 from ..files.container import FormatError
+from ..files.hashing import hashing
 from ..files.identity import find_prefix, identify, layout
 from ..files.layer import SCALES, LayerPlan
 from ..files.sources.encodings import FLOATS, check_finite
@@ -157,7 +155,7 @@ def import_model(
         len(dense),
         sum(path.stat().st_size for path in source.files),
     )
-    with _hashing(source.files) as digest:
+    with hashing(source.files) as digest:
         with create_ternary(
             target, layers, dense, _metadata(source, packing), header_room=0, overwrite=overwrite
         ) as writer:
@@ -179,29 +177,6 @@ def _metadata(source: Source, packing: str) -> dict[str, str]:
     theirs = {"modelspec.title": source.title} | dict(source.packaging.tensors.metadata)
     settings = {"packaging": source.packaging.name, "packing": packing}
     return metadata.build(source.architecture, source.path, theirs, method=METHOD, settings=settings, errors={})
-
-
-@contextlib.contextmanager
-def _hashing(files: Iterable[Path]) -> Iterator[Callable[[], str]]:
-    """Computes the sha256 of the files' bytes, one after another, meanwhile; what it gives waits for the result.
-
-    The thread ends with the block, whether it is done or not.
-    """
-    ended = threading.Event()
-
-    def compute() -> str:
-        digest = hashlib.sha256()
-        for path in files:
-            with open(path, "rb") as file:
-                while not ended.is_set() and (data := file.read(1 << 20)):
-                    digest.update(data)
-        return digest.hexdigest()
-
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool.submit(compute).result
-        finally:
-            ended.set()
 
 
 def _common(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -119,3 +119,11 @@ def test_the_gpu_run_keeps_what_a_part_wrote_before_it_failed(tmp_path):
     script.write_text("import sys; open(sys.argv[2], 'w').write('[1]'); sys.exit(3)")
     found = gpu.run((str(script),), 60, dict(os.environ))
     assert found["result"] == [1] and found["problem"] == "ended with code 3"
+
+
+@pytest.mark.slow
+def test_stages():
+    printed = run("speed.stages", "--dry")
+    rows = [line.rsplit(maxsplit=4)[0] for line in printed.splitlines() if line.endswith("forwards")]
+    trained = ["measure", "train", "train, with codes"]
+    assert rows == ["sample", "label", "forward", "calibrate", "calibrate, 4 times the states", *trained]

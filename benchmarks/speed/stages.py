@@ -1,0 +1,124 @@
+"""The stages of a conversion beside a plain fp32 forward of the same model: states per second, in one run.
+
+    python -m benchmarks.speed.stages               a narrow FLUX.1 on the CPU; JSON in benchmarks/results
+    python -m benchmarks.speed.stages --dry         a tiny one, nothing written
+
+A row's ratio is what a state costs there in forwards of a state: `sample` counts a state for each step of each picture,
+`calibrate` counts a state once for all blocks, `train` a state for each time it is learned from. On one CPU thread the
+seconds are CPU seconds, which do not depend on other programs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from ternary_flux.benchmarks.speed.calibration_memory import architecture, write_checkpoint
+from ternary_flux.quantizer.calibration.calibrate import CalibrationSettings, calibrate
+from ternary_flux.quantizer.distillation.distill import Distiller, DistillSettings
+from ternary_flux.quantizer.files.checkpoint import open_checkpoint
+from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.model.student import load_student, ternary_linears, train_codes
+from ternary_flux.quantizer.pictures import conditioning
+from ternary_flux.quantizer.pipeline.workspace import Workspace
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+PICTURES, STEPS, BATCH = 4, 4, 4
+
+
+def seconds(call: Callable[[], object]) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    call()
+    return clock() - start
+
+
+def steps(run: Distiller, count: int) -> None:
+    for _ in range(count):
+        run.advance()
+
+
+def measure(
+    folder: Path, width: int, side: int, states: int, tokens: int, settings: CalibrationSettings
+) -> dict[str, dict[str, float]]:
+    """By stage: states per second, and forwards that a state costs."""
+    arch = replace(architecture(width), context_dim=256)
+    write_checkpoint(folder / "dense.safetensors", arch)
+    context = torch.randn(40, tokens, arch.context_dim)
+    conditioning.write(
+        folder / "cond.safetensors", [f"prompt {i}" for i in range(40)], context, torch.randn(40, arch.vec_dim)
+    )
+    work = Workspace(
+        folder / "dense.safetensors", folder / "cond.safetensors", folder / "work", ((side, side),), STEPS, seed=0
+    )
+    work.trajectories, work.teacher  # noqa: B018  read before anything is timed
+    found: dict[str, tuple[int, float]] = {}
+
+    plain = Flux(arch)
+    plain.load_state_dict({name: open_checkpoint(work.dense).tensor(name).float() for name in arch.shapes})
+    plain.requires_grad_(False)
+    found["sample"] = PICTURES * STEPS, seconds(lambda: work.sample_pictures(PICTURES))
+    count, pools = 8 * PICTURES, []
+    found["label"] = count, seconds(lambda: pools.append(work.label_states(PICTURES, count)))
+    pool, held_out = pools[0], work.hold_out(2)
+    inputs = [pool.draw(number, BATCH, 0).inputs for number in range(4)]
+    plain(*inputs[0])
+    found["forward"] = 4 * BATCH, seconds(lambda: [plain(*batch) for batch in inputs])
+
+    pictures = work.trajectories.plan("train", PICTURES)
+    target = folder / "calibrated.safetensors"
+    for name, many in (("calibrate", states), ("calibrate, 4 times the states", 4 * states)):
+        given = work.trajectories.states(pictures, many, 1)
+        run = partial(calibrate, work.teacher, given, work.conditioning, target=target, folder=folder / name)
+        found[name] = many, seconds(partial(run, settings=settings, overwrite=True))
+
+    evaluated = sum(len(batch.inputs.t) for batch in held_out.batches)
+    found["measure"] = evaluated, seconds(lambda: work.measure(target, held_out))
+    for name, codes in (("train", False), ("train, with codes", True)):
+        student = load_student(open_ternary(target))
+        if codes:
+            train_codes(ternary_linears(student), work.teacher.checkpoint)
+        run_of = Distiller(student, open_ternary(target), pool, held_out, DistillSettings(steps=100, batch=BATCH))
+        steps(run_of, 1)
+        found[name] = 4 * BATCH, seconds(partial(steps, run_of, 4))
+    forward = found["forward"][1] / found["forward"][0]
+    return {
+        name: {"states per second": round(count / taken, 3), "forwards": round(taken / count / forward, 2)}
+        for name, (count, taken) in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=512, help="hidden size (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=256, help="of the pictures, in pixels (default: %(default)s)")
+    parser.add_argument("--states", type=int, default=16, help="to calibrate on (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--dry", action="store_true", help="a tiny model; write nothing")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    width, side, states, tokens, settings = args.width, args.side, args.states, 128, CalibrationSettings(batch=BATCH)
+    if args.dry:
+        width, side, states, tokens, settings = 128, 32, 2, 8, replace(settings, sweeps=0, exponents=())
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(Path(folder), width, side, states, tokens, settings)
+    for name, row in rows.items():
+        print(f"{name:<32}{row['states per second']:10.2f} states/s{row['forwards']:10.2f} forwards")
+    if not args.dry:
+        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        machine |= {"threads": args.threads, "torch": torch.__version__}
+        found = {"machine": machine, "width": args.width, "side": args.side, "rows": rows}
+        (RESULTS / f"stages-cpu-{args.threads}-threads.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
