@@ -3,9 +3,11 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 _ENDING = ("SIGTERM", "SIGHUP", "SIGBREAK")  # of which a system has some
+_came: list[int] | None = None  # signals that came while they are held back; None where they are not
 
 
 class Terminated(KeyboardInterrupt):
@@ -59,12 +61,10 @@ def terminable():
 
 
 @contextlib.contextmanager
-def whole_steps() -> Iterator[Callable[[], bool]]:
-    """Hold back Ctrl-C, SIGTERM and SIGHUP, so that no step is half done; the function given says whether one came.
-
-    A second signal acts at once.
-    """
-    came = []
+def _holding() -> Iterator[list[int]]:
+    """Collects the signals that come, of which a second one acts at once."""
+    global _came
+    came: list[int] = []
 
     def note(number: int, _) -> None:
         if came:
@@ -72,4 +72,38 @@ def whole_steps() -> Iterator[Callable[[], bool]]:
         came.append(number)
 
     with _handled(("SIGINT", *_ENDING), note):
+        _came = came
+        try:
+            yield came
+        finally:
+            _came = None
+
+
+@contextlib.contextmanager
+def whole_steps() -> Iterator[Callable[[], bool]]:
+    """Hold back Ctrl-C, SIGTERM and SIGHUP, so that no step is half done; the function given says whether one came.
+
+    A second signal acts at once.
+    """
+    with _holding() as came:
         yield lambda: bool(came)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[Callable[[], None]]:
+    """Hold back Ctrl-C, SIGTERM and SIGHUP until the block ends, or the function given is called, which raises them.
+
+    Wherever threads are given work and waited for: an exception out of a signal can leave a lock of the standard
+    library's pools locked, and then everything waits for ever. Inside another such block, that one decides.
+    """
+    if _came is not None or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    with _holding() as came:
+
+        def let_through() -> None:
+            if came:
+                raise KeyboardInterrupt if came[0] == signal.SIGINT else Terminated(came[0])
+
+        yield let_through
+        let_through()

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from ..interrupts import held_back
 from .container import Entry, FormatError, checksums_of, header_checksum, read_header
 
 HEADER = "the header"
@@ -27,12 +28,16 @@ def verify(path: str | os.PathLike, on_progress: Callable[[int], object] = lambd
     if header_checksum(header.metadata, header.entries) != checksums.header:
         damaged.append(HEADER)
     damaged += [key for key in checksums.tensors if key not in header.entries]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # crc32 and reading let other threads run
+    with (
+        held_back() as let_through,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):  # crc32 and reading let other threads run
         found = pool.map(lambda entry: _checksum(path, entry), header.entries.values())
         for (key, entry), value in zip(header.entries.items(), found, strict=True):
             if value != checksums.tensors.get(key):
                 damaged.append(key)
             on_progress(entry.nbytes)
+            let_through()
     return damaged
 
 

@@ -25,6 +25,7 @@ from ..files.sources.encodings import FLOATS, check_finite
 from ..files.sources.locate import PICKLES
 from ..files.sources.names import Part, parts_shape
 from ..files.ternary import create_ternary
+from ..interrupts import held_back
 from ..threads import single_threaded_pool
 from .locate import configuration, locate
 from .packagings import Packaging, packaging_of
@@ -155,19 +156,21 @@ def import_model(
         len(dense),
         sum(path.stat().st_size for path in source.files),
     )
-    with hashing(source.files) as digest:
+    with held_back() as let_through, hashing(source.files) as digest:
         with create_ternary(
             target, layers, dense, _metadata(source, packing), header_room=0, overwrite=overwrite
         ) as writer:
             for name in dense:
                 writer.dense(name, _dense(source, name))
                 tensors.release()
+                let_through()
             with single_threaded_pool() as pool:
                 for name, plan in layers.items():
                     weight = _weight(source, name, plan, pool, on_progress)
                     summary.scale_errors[name] = weight.with_integer_groups()[1]
                     writer.layer(name, weight)
                     tensors.release()
+                    let_through()
             writer.metadata["ternary.source_sha256"] = digest()
     summary.target_bytes, summary.seconds = os.path.getsize(target), time.monotonic() - started
     return summary

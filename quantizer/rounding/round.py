@@ -19,6 +19,7 @@ from ..files.container import FormatError
 from ..files.layer import LayerPlan
 from ..files.sources.encodings import NOT_FINITE, check_finite
 from ..files.ternary import TernaryWriter, create_ternary
+from ..interrupts import held_back
 from ..threads import single_threaded_pool
 from .columns import column_scales
 from .one_term import Matrix, Rows, round_rows
@@ -121,7 +122,7 @@ class _Pass:
     def run(self) -> None:
         waiting: deque[tuple[Piece, Future, Future]] = deque()
         order = iter([layer for name in self.checkpoint.order if (layer := self._layer(name)) is not None])
-        with ThreadPoolExecutor(1) as hasher, single_threaded_pool() as rounders:
+        with held_back() as let_through, ThreadPoolExecutor(1) as hasher, single_threaded_pool() as rounders:
             self._find_columns(next(order, None), rounders)
             begun = set()
             for piece in self.checkpoint.pieces():
@@ -133,6 +134,7 @@ class _Pass:
                 waiting.append((piece, rounders.submit(self._convert, piece), hashed))
                 if len(waiting) > _IN_FLIGHT:
                     self._finish(*waiting.popleft())
+                let_through()
             while waiting:
                 self._finish(*waiting.popleft())
 

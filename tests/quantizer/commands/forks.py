@@ -91,7 +91,7 @@ def tensors(path: Path) -> dict[str, bytes] | list[str]:
 
 
 def killed(folder: Path, name: str, times: str) -> None:
-    """Kill a command at so many random moments: no file or a whole one, and no leftovers after an undisturbed run."""
+    """Kill or interrupt a command at so many moments: no file or a whole one, no leftovers after an undisturbed run."""
     inputs(folder)
     places = [folder / place / "out.safetensors" for place in ("whole", "killed")]
     whole, target = (path.with_suffix("") if name == "report" else path for path in places)
@@ -106,10 +106,12 @@ def killed(folder: Path, name: str, times: str) -> None:
         took = time.monotonic() - started
     again = commands(folder, places[1])[name]
     for number in range(int(times)):
-        child = fork([*again, "--force"] if target.exists() else again, log=log)
-        time.sleep(rng.uniform(0, 1.1 * took))
-        os.kill(child, signal.SIGKILL)
-        if wait(child) not in (0, -signal.SIGKILL):
+        child, moment = fork([*again, "--force"] if target.exists() else again, log=log), rng.uniform(0, 1.1 * took)
+        time.sleep(moment)
+        # Asked to end, it may not wait for ever for a thread; before it has begun it cannot be asked.
+        end = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[number % 3 if moment > 0.05 else 0]
+        os.kill(child, end)
+        if wait(child) not in (0, -signal.SIGKILL, cli.INTERRUPTED, cli.TERMINATED):
             print(f"run {number} failed:", log.read_text()[-2000:])
         if target.is_file():
             TensorFile(target)
