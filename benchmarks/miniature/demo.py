@@ -1,6 +1,6 @@
 """`make demo`: the miniature FLUX, dense and ternary, painting the same prompts from the same noise in a real ComfyUI.
 
-Converts the miniature twice, from its weights alone with `round` and within a few minutes with `convert`, runs
+Converts the miniature twice, from its weights alone with `round` and in a few minutes with `convert`, runs
 workflow.json through a headless server for every model and prompt, judges every picture with the exact checker, and
 writes demo.png and demo.json. A second run uses the converted file of the first.
 """
@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 PACK = HERE.parents[1]
 BATCH = 4  # pictures of a prompt
 SEED = 1_580
+PICTURES, STATES, STEPS = 512, 512, 250  # of the conversion: what three minutes pay for on two cores
 
 
 @dataclass
@@ -47,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=PACK / "output", help="folder of demo.png (default: output)")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of each category (default: 4)")
-    parser.add_argument("--minutes", type=float, default=3, help="for the conversion; 0: only round (default: 3)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training; 0: only round (default: %(default)s)")
     parser.add_argument("--converted", type=Path, help="show this ternary file instead of converting")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -57,8 +58,8 @@ def main() -> None:
     rounded = args.output / "flux-miniature-rounded.safetensors"
     quantizer("round", miniature.TRANSFORMER, "-o", rounded, "--force")
     rows = [row("FLUX miniature, bf16", miniature.TRANSFORMER), row("1.58-bit, rounded only", rounded)]
-    if args.converted or args.minutes:
-        rows.append(row("1.58-bit, converted", args.converted or convert(args.output, args.minutes)))
+    if args.converted or args.steps:
+        rows.append(row("1.58-bit, converted", args.converted or convert(args.output, args.steps)))
 
     print("3/4  starting ComfyUI (20 s)")
     prompts = [
@@ -92,17 +93,18 @@ def quantizer(*arguments: object) -> None:
         sys.exit(process.returncode)
 
 
-def convert(folder: Path, minutes: float) -> Path:
-    """The miniature converted in this time; kept, and made again where the miniature or the time are others."""
-    output = folder / f"flux-miniature-{minutes:g}-minutes.safetensors"
+def convert(folder: Path, steps: int) -> Path:
+    """The miniature converted, in amounts that are the same on every machine; kept, and made again where it changed."""
+    output = folder / f"flux-miniature-{steps}-steps.safetensors"
     if output.exists() and output.stat().st_mtime > miniature.TRANSFORMER.stat().st_mtime:
         print(f"2/4  using {output} of an earlier run")
         return output
-    print(f"2/4  converting the miniature with its own pictures ({minutes:g} minutes)")
+    print("2/4  converting the miniature with its own pictures (3 minutes on two cores)")
     conditioning, work = folder / "conditioning.safetensors", output.with_suffix(".work")
     miniature.write_conditioning(conditioning, overwrite=True)
     fixed = ["--conditioning", conditioning, "--size", "64x64", "--sampler-steps", 20, "--device", "cpu"]
-    fixed += ["--budget", minutes, "--packing", "base3", "--work", work, "--force"]
+    fixed += ["--pictures", PICTURES, "--calibration-states", STATES, "--steps", steps]
+    fixed += ["--packing", "base3", "--work", work, "--force"]
     quantizer("convert", miniature.TRANSFORMER, "-o", output, *fixed)
     shutil.rmtree(work)
     return output

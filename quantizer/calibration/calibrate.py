@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -97,13 +96,20 @@ def calibrate(
     settings = settings or CalibrationSettings()
     check_target(target, 0, overwrite, teacher.checkpoint.files)
     folder = Path(folder)
-    keep_settings(folder, asdict(settings) | dict(identity or {}))
+    started = keep_settings(folder, asdict(settings) | dict(identity or {}))
     fits: dict[str, BlockFit] = {}
 
     def write() -> None:
         write_json(folder / "fits.json", {name: asdict(block) for name, block in fits.items()})
         _assemble(
-            teacher.checkpoint, folder, target, settings=settings, fits=fits, sha256=digest(), overwrite=overwrite
+            teacher.checkpoint,
+            folder,
+            target,
+            settings=settings,
+            fits=fits,
+            started=started,
+            overwrite=overwrite,
+            sha256=digest(),
         )
 
     hashed = hashing(teacher.checkpoint.files) if ranks.first() and sha256 is None else nullcontext(lambda: sha256)
@@ -262,7 +268,11 @@ def _assemble(
     *,
     settings: CalibrationSettings,
     fits: dict[str, BlockFit],
+<<<<<<< HEAD
+    started: str,
+=======
     sha256: str,
+>>>>>>> ranks
     overwrite: bool = False,
 ) -> None:
     """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
@@ -284,8 +294,7 @@ def _assemble(
         arch, source, checkpoint.metadata, method="calibrate", settings=shown, errors=errors, sha256=sha256, lossy=lossy
     )
     header |= precision.metadata(settings.precisions)
-    started = datetime.fromtimestamp((folder / "settings.json").stat().st_mtime, UTC)
-    header["modelspec.date"] = started.strftime("%Y-%m-%dT%H:%M:%SZ")  # the same after an interruption
+    header["modelspec.date"] = started  # the same after an interruption
     with create_ternary(
         target, plan, dense, header, header_room=metadata.header_room(arch), overwrite=overwrite
     ) as writer:

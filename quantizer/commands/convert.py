@@ -3,7 +3,7 @@
 import argparse
 
 from . import options
-from .options import natural, positive
+from .options import count, natural, positive
 
 EXAMPLE = "flux1-dev.safetensors --conditioning prompts.safetensors --budget 240 -o flux1-dev-1.58bit.safetensors"
 
@@ -35,6 +35,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=0.0,
         help="part by which the file may grow for the most sensitive Linears in two terms or 8 bits (default: none)",
     )
+    fixed = "in the place of what the budget pays for"
+    parser.add_argument("--pictures", type=count, help=f"that the original paints, {fixed}")
+    parser.add_argument("--calibration-states", type=count, metavar="STATES", help=f"noisy states, {fixed}")
+    parser.add_argument("--steps", type=count, help=f"of training, {fixed}; repeatable with all three")
     options.add_packing(parser)
     options.add_work(parser)
     parser.add_argument(
@@ -48,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..console import Bars, Events
-    from ..pipeline.convert import Run, expectation
+    from ..pipeline.convert import Amounts, Run, expectation
 
     target = options.choose_output(args, args.source)
     report = Events() if args.progress == "json" else Bars()
@@ -64,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
             codes=codes,
             packing=args.packing,
             growth=args.growth,
+            amounts=Amounts(args.pictures, args.calibration_states, args.steps),
             overwrite=args.force,
             on_message=report.say,
         )

@@ -33,6 +33,7 @@ from ..model.student import (
 from ..model.teacher import Teacher
 from ..model.ternary_linear import TernaryLinear
 from ..pictures.pool import Pool
+from .course import Course
 from .optimizer import Adam, sum_gradients
 from .schedule import RATES, learning_rates, schedule
 
@@ -139,7 +140,7 @@ def train_block(
     ranks.spread(p.data for p in parameters.values())
     groups, rates = rate_groups(parameters), learning_rates(block, settings.rates)
     optimizer = Adam(parameters, rates, eight_bit=settings.eight_bit, seed=settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator, course = torch.Generator().manual_seed(settings.seed), Course([(0, 0.0, settings.steps)])
     for step in range(settings.steps):
         for parameter in parameters.values():
             parameter.grad = None
@@ -147,7 +148,7 @@ def train_block(
         for index in ranks.share(indices):
             (loss(index) / settings.accumulate).backward()
         sum_gradients(parameters.values())
-        optimizer.step(schedule(groups, step, settings.steps, settings.warmup))
+        optimizer.step(schedule(groups, step, course, settings.warmup))
     for parameter in parameters.values():
         parameter.grad = None
     return BlockResult(name, first, mean_loss())

@@ -27,11 +27,13 @@ from ..model.student import as_stored, rate_groups, stored_dtypes
 from ..pictures.pool import Pool
 from ..pictures.quality import HeldOut, Quality, measure
 from ..pictures.states import Batch
+from .course import Course
 from .optimizer import Adam, sum_gradients
 from .schedule import RATES, TIMED_STEPS, learning_rates, schedule
 
-_FREE = ("snapshot_minutes", "steps", "seconds")  # settings that do not change what a step does
+_FREE = ("snapshot_minutes", "steps", "seconds", "course")  # settings that do not change what a step does
 _COLLAPSED = 0.5  # of the best following seen
+_LOOK = 20  # steps at most after which a run of so many seconds looks at the clock again
 
 
 class Collapse(ValueError):
@@ -40,10 +42,14 @@ class Collapse(ValueError):
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """How long and how to train; `steps` or `seconds` (with evaluations) ends the run."""
+    """How long and how to train; `steps` or `seconds` (with evaluations) ends the run.
+
+    `course`: the turns that a run of so many seconds made before; with `steps` too, all of them.
+    """
 
     steps: int | None = None
     seconds: float | None = None
+    course: tuple[tuple[int, float, int], ...] = ()
     batch: int = 32
     accumulate: int = 1  # batches of which gradients are summed for one step, by all ranks together
     warmup: int = 20
@@ -67,7 +73,9 @@ class Distiller:
         pool: Pool,
         held_out: HeldOut,
         settings: DistillSettings,
+        clock: Callable[[], float] = time.monotonic,
     ):
+        self.clock, self.seconds = clock, settings.seconds
         self.model, self.pool, self.held_out, self.settings = model, pool, held_out, settings
         self.start, self.dtypes = start, stored_dtypes(model, start)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -77,8 +85,16 @@ class Distiller:
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.best = {name: p.to("cpu", copy=True) for name, p in self.average.items()}  # main memory: rarely used
         self.power = pool.power().to(next(model.parameters()).device)
-        self.step, self.total, self.used, self.evaluation_seconds = 0, settings.steps, 0.0, 0.0
+        self.step, self.used, self.evaluation_seconds = 0, 0.0, 0.0
+        self.course = Course(settings.course or ([] if settings.steps is None else [(0, 0.0, settings.steps)]))
+        self._recent: list[float] = []  # seconds of steps since the course was looked at
+        self._begun: float | None = None  # when the step began, or what is between two
         self.log: list[dict] = []
+
+    @property
+    def total(self) -> int | None:
+        """Steps of the run, as it is known now."""
+        return self.course.total(self.step)
 
     @property
     def best_error(self) -> float:
@@ -94,7 +110,7 @@ class Distiller:
 
     def advance(self) -> float:
         """One step; returns its loss. Raises Collapse where it is not finite."""
-        started = time.perf_counter()
+        self._begun = self.clock() if self._begun is None else self._begun
         device, settings = next(iter(self.parameters.values())).device, self.settings
         numbers = range(self.step * settings.accumulate, (self.step + 1) * settings.accumulate)
         batches = (self.pool.draw(number, settings.batch, settings.seed, device) for number in ranks.share(numbers))
@@ -102,21 +118,36 @@ class Distiller:
         if not math.isfinite(loss):
             raise Collapse(f"the loss is {loss} at step {self.step}; lower the learning rates and start again")
         self.step += 1
-        self.used += time.perf_counter() - started
-        if self.total is None and self.step == TIMED_STEPS:
-            timed = self.used / TIMED_STEPS
-            each = timed + self.evaluation_seconds / settings.evaluate_every
-            # Besides the regular evaluations: that of the start, of the end and of the written file.
-            left = settings.seconds - 3 * self.evaluation_seconds
-            self.total = ranks.agree(max(TIMED_STEPS + 1, int(left / each)))
+        self._recent.append(self._pass_time())
+        self._mind_the_time()
         return loss
+
+    def _pass_time(self) -> float:
+        """Seconds since the last call, which count as used; what lies between two steps belongs to the second one."""
+        now = self.clock()
+        seconds, self._begun = now - (now if self._begun is None else self._begun), now
+        self.used += seconds
+        return seconds
+
+    def _mind_the_time(self) -> None:
+        """Count the steps that fit what is left of the seconds, after the first ones and again and again."""
+        if self.settings.steps is not None or self.course.knows(self.step):
+            self._recent.clear()
+            return
+        enough = max(1, min(_LOOK, (self.total - self.step) // 4)) if self.course.legs else TIMED_STEPS
+        if len(self._recent) >= enough:
+            each = sum(self._recent) / len(self._recent) + self.evaluation_seconds / self.settings.evaluate_every
+            # Besides the regular evaluations: that of the end and of the written file.
+            left = self.seconds - self.used - 2 * self.evaluation_seconds
+            self.course.head_for(ranks.agree(self.step + max(1, int(left / max(each, 1e-9)))), self.step)
+            self._recent.clear()
 
     def learn(self, batches: Iterable[Batch]) -> Tensor:
         """Move parameters and average by one step on these batches, this rank's, and on those of the other ranks.
 
         Returns the loss of all. Nothing waits for the device.
         """
-        factors = schedule(self.rate_groups, self.step, self.total, self.settings.warmup)
+        factors = schedule(self.rate_groups, self.step, self.course, self.settings.warmup)
         for name, parameter in self.parameters.items():
             # Timed steps must cost what later ones do; Adam's moments of the codes settle meanwhile.
             parameter.requires_grad_(factors[name] > 0 or self.step < TIMED_STEPS)
@@ -141,10 +172,10 @@ class Distiller:
 
     def evaluate(self) -> Quality:
         """Quality of what would be written now; the best is kept. Raises Collapse where prompts lost influence."""
-        started = time.perf_counter()
+        self._pass_time()
         with as_stored(self.model, self.dtypes, self.average):
             quality = measure(self.model, self.held_out)
-        self.evaluation_seconds = time.perf_counter() - started
+        self.evaluation_seconds = self._pass_time()
         best = self.best_error
         self.log.append({"step": self.step, **asdict(quality)})
         if quality.error < best:
@@ -171,7 +202,7 @@ class Distiller:
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"adam.{name}": value for name, value in self.optimizer.state_dict().items()}
-        progress = {"step": self.step, "total": self.total, "used": self.used, "log": self.log}
+        progress = {"step": self.step, "course": self.course.legs, "used": self.used, "log": self.log}
         progress["world"] = ranks.world()
         metadata = {"progress": json.dumps(progress), "settings": self.fingerprint()}
         container.save(path, tensors, metadata, overwrite=True)
@@ -186,14 +217,18 @@ class Distiller:
         damaged = FormatError(path, "its progress is damaged; delete the file and start again")
         try:
             progress = json.loads(file.header.metadata["progress"])
-            step, total, used, log = (progress[key] for key in ("step", "total", "used", "log"))
+            step, legs, used, log = (progress[key] for key in ("step", "course", "used", "log"))
+            course = Course(legs)
         except (KeyError, TypeError, ValueError, RecursionError):
             raise damaged from None
-        if not (isinstance(step, int) and isinstance(total, int) and isinstance(used, float) and isinstance(log, list)):
+        if not (isinstance(step, int) and course.legs and isinstance(used, float) and isinstance(log, list)):
             raise damaged
-        if self.settings.steps not in (None, total):
+        total = course.total(step)
+        if self.settings.steps is not None and not self.settings.course and self.course.legs != course.legs:
             raise ValueError(f"{path} comes from a run of {total} steps; delete it, or give that number")
-        self.step, self.total, self.used, self.log = step, total, used, log
+        if len(course.legs) > len(self.course.legs):
+            self.course = course
+        self.step, self.used, self.log = step, used, log
         adam = {}
         with torch.no_grad():
             for key in file.entries:
@@ -223,30 +258,35 @@ def distill(
     distiller: Distiller,
     snapshot: str | os.PathLike | None = None,
     on_step: Callable[[dict], object] = lambda row: None,
+    left: Callable[[], float] | None = None,
 ) -> None:
     """Run to the end, from `snapshot` if it exists, and leave the best student in the model.
 
-    `on_step` gets a dict with step, total, loss, seconds, and after an evaluation the fields of `Quality`.
+    `on_step` gets a dict with step, total, course, loss, seconds, and after an evaluation the fields of `Quality`.
+    `left`: seconds that there are for it, asked when it begins, in the place of those of the settings.
     """
     settings = distiller.settings
     if snapshot is not None:
         distiller.resume(snapshot)
+    if left is not None:
+        distiller.seconds = distiller.used + left()
     if not distiller.log:  # the start is a candidate too: training never makes a file worse
         distiller.evaluate()
-    saved = time.monotonic()
+    saved = distiller.clock()
     with whole_steps() as interrupted:
         while distiller.total is None or distiller.step < distiller.total:
             loss = distiller.advance()
-            row = {"step": distiller.step, "total": distiller.total, "loss": loss, "seconds": distiller.used}
+            row: dict = {"step": distiller.step, "total": distiller.total, "loss": loss, "seconds": distiller.used}
+            row["course"] = tuple(map(tuple, distiller.course.legs))
             if distiller.step % settings.evaluate_every == 0 or distiller.step == distiller.total:
                 row |= asdict(distiller.evaluate())
             on_step(row)
             stop = any(ranks.gather(interrupted()))
-            due = stop or time.monotonic() - saved > 60 * settings.snapshot_minutes
+            due = stop or distiller.clock() - saved > 60 * settings.snapshot_minutes
             if due and snapshot is not None and distiller.total is not None:
                 if ranks.first():
                     distiller.save(snapshot)
-                saved = time.monotonic()
+                saved = distiller.clock()
             if stop:
                 ranks.wait()
                 raise KeyboardInterrupt

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..model.student import rate_groups
+from .course import Course
 
 # Step sizes at the peak of the schedule. Scales move by this factor, codes by this part of their scale, everything else
 # by this part of its own typical size: the same numbers mean the same in every layer and model.
@@ -20,21 +21,21 @@ _FLOOR = 0.02  # of the peak: where the cosine ends
 TIMED_STEPS = 12  # steps that are timed before a budget in seconds is turned into a number of steps
 
 
-def schedule(groups: Mapping[str, str], step: int, total: int | None, warmup: int) -> dict[str, float]:
+def schedule(groups: Mapping[str, str], step: int, course: Course, warmup: int) -> dict[str, float]:
     """Part of the learning rate of every parameter: linear warm-up, then a cosine; that of codes ends early.
 
     `groups` comes from `rate_groups`. The first steps do not depend on the length of the run, which may not be known
     yet (see `TIMED_STEPS`): the codes, whose rate does, rest until then.
     """
-    start = min(1.0, (step + 1) / warmup)
-    factor = start * (_FLOOR + (1 - _FLOOR) * _cosine(0.0 if step < TIMED_STEPS else step / total))
+    start, total, progress = min(1.0, (step + 1) / warmup), course.total(step), course.progress(step)
+    factor = start * (_FLOOR + (1 - _FLOOR) * _cosine(0.0 if step < TIMED_STEPS else progress))
     if total is None or step < TIMED_STEPS < total:
         of_codes = 0.0
     else:
         part = max(_CODES_PART * total, min(_CODES_LEAST, total))
         if "rank" in groups.values():
             part = min(part, _CODES_BESIDE_FACTORS)
-        of_codes = start * _cosine(step / part) * min(1.0, math.sqrt(_CODES_FULL / part))
+        of_codes = start * _cosine(progress * total / part) * min(1.0, math.sqrt(_CODES_FULL / part))
     return {name: of_codes if group == "code" else factor for name, group in groups.items()}
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .workspace import Workspace
 
 _PICTURES, _CALIBRATION, CHOICE = 0.2, 0.2, 0.1  # shares of the budget; pictures with their states
+LEAST_PICTURES = 16
 _SMALL_MODEL = 100e6  # weights
 BLOCKWISE = 0.4  # of the training time, where the codes cannot be trained all at once
 STATES_EACH = 12  # states of each picture; the teacher's velocities are known already at half of them
@@ -21,12 +22,12 @@ MAX_PICTURES = 4096
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything the time pays for."""
+    """How much of everything the time pays for; None: not decided yet."""
 
-    pictures: int
-    states: int
+    pictures: int | None
+    states: int | None
     held_out: int  # pictures
-    calibration_states: int = 0
+    calibration_states: int | None = None
 
 
 def default_minutes(weights: int) -> float:
@@ -34,22 +35,28 @@ def default_minutes(weights: int) -> float:
     return 15 if weights < _SMALL_MODEL else 240
 
 
-def budget_for(seconds: float, state_seconds: float, steps: int, *, prompts: int, enough: int, capacity: int) -> Budget:
-    """What so many seconds pay for.
+def sampling_seconds(seconds: float, steps: int) -> float:
+    """The part of a budget for pictures of so many sampler steps; velocities of their states take more beside it."""
+    return _PICTURES * seconds * steps / (steps + STATES_EACH / 2)
 
-    `state_seconds`: of a teacher forward of one state; `steps` of its sampler; `enough` states for calibration;
-    `capacity`: states that main memory holds.
+
+def most_pictures(capacity: int) -> int:
+    """`capacity`: states that main memory holds."""
+    return max(LEAST_PICTURES, min(MAX_PICTURES, capacity // STATES_EACH))
+
+
+def held_out_pictures(pictures: int, prompts: int) -> int:
+    """How many to measure on, beside about so many to learn from."""
+    return max(2, min(32, pictures // 8, max(1, prompts // 10)))
+
+
+def calibration_states(seconds: float, left: float, state_seconds: float, enough: int) -> int:
+    """States to calibrate on, of a budget of which so many seconds are left.
+
+    `state_seconds`: of a teacher forward of one state. Calibration runs the block's Linears about eight times for each.
     """
-
-    def affordable(share: float, each: float, least: int, most: int) -> int:
-        return int(min(most, max(least, share * seconds / each)))
-
-    most = max(16, min(MAX_PICTURES, capacity // STATES_EACH))
-    pictures = affordable(_PICTURES, state_seconds * (steps + STATES_EACH / 2), 16, most)
-    held_out = max(2, min(32, pictures // 8, max(1, prompts // 10)))
-    # Calibration runs the block's Linears about eight times for each state.
-    calibration = affordable(_CALIBRATION, 16 * state_seconds, 32, enough)
-    return Budget(pictures, STATES_EACH * pictures, held_out, calibration)
+    share = min(_CALIBRATION * seconds, left / 2)
+    return int(min(enough, max(32, share / (16 * state_seconds))))
 
 
 @dataclass(frozen=True)

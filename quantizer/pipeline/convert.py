@@ -2,14 +2,15 @@
 
 With a growth the most sensitive Linears are found before calibration, and get more bits.
 
-What depends on the machine's speed is decided once and kept in the work folder, so that a run that was interrupted goes
-on with the same decisions and writes the same file.
+Amounts follow the clock: pictures are sampled for their share of the time, calibration gets what its share pays for at
+the speed that the machine has then, and training takes what is left, and looks at the clock again and again. What was
+decided is kept in the work folder: a run that goes on decides the same, and writes the same file.
 """
 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,16 +20,40 @@ from .. import ranks
 from ..calibration import calibrate
 from ..calibration.sensitivity import best_upgrades, sensitivities
 from ..distillation.blockwise import BlockSettings
-from ..distillation.schedule import TIMED_STEPS
 from ..files.ternary import open_ternary
 from ..files.work_folder import keep_settings
 from ..pictures.pool import Pool, subset
 from ..pictures.quality import HeldOut, Quality
 from ..rounding.round import round_checkpoint
-from .budget import BLOCKWISE, CHOICE, Plan, budget_for, default_minutes, plan_for, settings_for
+from .budget import (
+    BLOCKWISE,
+    CHOICE,
+    LEAST_PICTURES,
+    STATES_EACH,
+    Budget,
+    Plan,
+    calibration_states,
+    default_minutes,
+    held_out_pictures,
+    most_pictures,
+    plan_for,
+    sampling_seconds,
+    settings_for,
+)
 from .decisions import Decisions, Training
 from .stages import distill_file
 from .workspace import Workspace
+
+_LEAST_TRAINING, _RESERVE = 0.05, 0.02  # of the budget: where nothing is left; for the last measurement and the file
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """What to use in the place of what the time pays for; with all three, files are the same on every machine."""
+
+    pictures: int | None = None
+    calibration_states: int | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,62 +80,76 @@ class Run:
         codes: bool | None = None,
         packing: str = "planes32",
         growth: float = 0.0,
+        amounts: Amounts | None = None,
         overwrite: bool = False,
+        clock: Callable[[], float] = time.monotonic,
         on_message: Callable[[str], object] = print,
     ):
         """`codes`: whether to train them; None: where the device's memory allows it, at once or block by block.
         `growth`: part by which the file may grow for Linears in two terms or 8 bits (see `mixed`).
+        `amounts`: what not to decide by the clock.
         """
         self.work, self.target, self.rank, self.codes, self.packing = work, target, rank, codes, packing
         self.growth, self.overwrite, self.on_message = growth, overwrite, on_message
+        self.amounts = amounts or Amounts()
         weights = sum(n * k for n, k in work.arch.linear_shapes.values())
         self.budget = 60 * (default_minutes(weights) if minutes is None else minutes)
-        self.started = time.monotonic()
+        self.clock, self.started, self.spent = clock, clock(), 0.0
+
+    @property
+    def used(self) -> float:
+        """Seconds of the budget, in this process and in earlier ones."""
+        return self.spent + self.clock() - self.started
 
     @property
     def left(self) -> float:
         """Seconds of the budget."""
-        return self.budget - (time.monotonic() - self.started)
+        return self.budget - self.used
 
     def run(self) -> list[Stage]:
         work, folder = self.work, self.work.folder
         work.check(self.target, self.overwrite)
         settings = {"dense": work.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
         settings |= {"sizes": work.sizes, "seed": work.seed, "packing": self.packing, "growth": self.growth}
-        keep_settings(folder, settings)
-        decisions = ranks.agree(Decisions.load(self._kept)) or self._decide(self._within_budget())
-        budget, rounded, calibrated = (
-            decisions.budget,
-            folder / "rounded.safetensors",
-            folder / "calibrated.safetensors",
-        )
+        keep_settings(folder, settings | {key: value for key, value in asdict(self.amounts).items() if value})
+        kept = ranks.agree(Decisions.load(self._kept))
+        self.spent = kept.spent if kept else 0.0
+        self.decisions = kept or Decisions(self._first_budget())
+        try:
+            return self._stages()
+        finally:
+            if ranks.first():
+                replace(self.decisions, spent=self.used).save(self._kept)
 
+    def _stages(self) -> list[Stage]:
+        work, folder = self.work, self.work.folder
+        rounded, calibrated = folder / "rounded.safetensors", folder / "calibrated.safetensors"
         seconds = self._timed("round", rounded, lambda: ranks.once(partial(self._round, rounded)))
-        held_out = work.hold_out(budget.held_out)
+        held_out = work.hold_out(self.decisions.budget.held_out)
         stages = [self._finished("round", rounded, seconds, held_out)]
 
-        counts = f"{budget.pictures} pictures and {budget.states} states"
-        self.on_message(f"sampling {counts} with the original model ({self._left_text()})")
-        pool = work.label_states(budget.pictures, budget.states)
-        if decisions.precisions is None:
-            precisions = self._precisions(rounded, held_out, decisions.state_seconds) if self.growth else {}
-            decisions = self._decide(replace(decisions, precisions=precisions))
-        seconds = self._timed("calibrate", calibrated, lambda: self._calibrate(rounded, calibrated, decisions))
+        pool = self._sample()
+        if self.decisions.precisions is None:
+            self._decide(precisions=self._precisions(rounded, held_out) if self.growth else {})
+        seconds = self._timed("calibrate", calibrated, lambda: self._calibrate(rounded, calibrated))
         stages.append(self._finished("calibrate", calibrated, seconds, held_out))
 
-        seconds = self._timed("distill", None, lambda: self._distill(calibrated, decisions, pool, held_out))
+        seconds = self._timed("distill", None, lambda: self._distill(calibrated, pool, held_out))
         return [*stages, self._finished("distill", self.target, seconds, held_out)]
 
     @property
     def _kept(self) -> Path:
         return self.work.folder / "decisions.json"
 
-    def _decide(self, decisions: Decisions) -> Decisions:
+    def _decide(self, **changes) -> None:
         """As rank 0 decides it."""
-        decisions = ranks.agree(decisions)
+        self.decisions = ranks.agree(replace(self.decisions, spent=self.used, **changes))
         if ranks.first():
-            decisions.save(self._kept)
-        return decisions
+            self.decisions.save(self._kept)
+
+    def _decide_amounts(self, **changes) -> Budget:
+        self._decide(budget=replace(self.decisions.budget, **changes))
+        return self.decisions.budget
 
     def _timed(self, name: str, file: Path | None, make: Callable[[], object]) -> float:
         """Make the file where it is missing (None: in any case); returns the seconds that it took."""
@@ -128,34 +167,55 @@ class Run:
     def _left_text(self) -> str:
         return f"about {max(0, round(self.left / 60))} min left" if self.left > 90 else "less than 2 min left"
 
-    def _within_budget(self) -> Decisions:
-        work, state_seconds = self.work, self.work.time_state()
-        budget = budget_for(
-            self.budget,
-            state_seconds / ranks.world(),
-            work.trajectories.steps,
-            prompts=len(work.conditioning),
-            enough=calibrate.enough_states(work.arch, work.tokens),
-            capacity=work.state_capacity,
-        )
-        return Decisions(budget, state_seconds)
+    def _first_budget(self) -> Budget:
+        """Only how many to measure on, for about as many pictures as the machine seems to be fast enough for."""
+        pictures, steps = self.amounts.pictures, self.work.trajectories.steps
+        if pictures is None:
+            each = steps * self.work.time_state(self.clock) / ranks.world()
+            expected = int(sampling_seconds(self.budget, steps) / each)
+            pictures = max(LEAST_PICTURES, min(most_pictures(self.work.state_capacity), expected))
+        return Budget(None, None, held_out_pictures(pictures, len(self.work.conditioning)))
+
+    def _sample(self) -> Pool:
+        """Pictures for their share of the time, and the teacher's velocities at states of them."""
+        work, budget = self.work, self.decisions.budget
+        if budget.pictures is None:
+            if self.decisions.began is None:
+                self._decide(began=self.used)
+            self.on_message(f"sampling pictures with the original model ({self._left_text()})")
+            pictures = self.amounts.pictures
+            if pictures is None:
+                end = self.decisions.began + sampling_seconds(self.budget, work.trajectories.steps)
+                most = most_pictures(work.state_capacity)
+                pictures = work.sample_within(end - self.used, most, self.clock)
+            budget = self._decide_amounts(pictures=pictures, states=STATES_EACH * pictures)
+        self.on_message(f"  {budget.pictures} pictures, {budget.states} states ({self._left_text()})")
+        return work.label_states(budget.pictures, budget.states)
 
     def _round(self, target: Path) -> None:
         round_checkpoint(self.work.dense, target, overwrite=True)
 
-    def _precisions(self, rounded: Path, held_out: HeldOut, state_seconds: float) -> dict[str, str]:
+    def _precisions(self, rounded: Path, held_out: HeldOut) -> dict[str, str]:
         """The Linears in two terms or 8 bits, by name."""
         self.on_message(f"looking for the most sensitive Linears ({self._left_text()})")
         file = open_ternary(rounded)
         # Three forms of each, and half of the blocks come after it.
+        state_seconds = self.work.time_state(self.clock)
         states = int(CHOICE * self.budget / (1.5 * len(file.layers) * state_seconds))
         batches, count = subset(held_out.batches, states), self.work.counter("measured layers", len(file.layers))
         measured = sensitivities(file, self.work.teacher, batches, on_layer=count)
         chosen = best_upgrades(measured, int(self.growth * rounded.stat().st_size))
         return {name: option.precision for name, option in chosen.items()}
 
-    def _calibrate(self, rounded: Path, target: Path, decisions: Decisions) -> None:
-        work, budget = self.work, decisions.budget
+    def _calibrate(self, rounded: Path, target: Path) -> None:
+        work, budget = self.work, self.decisions.budget
+        if budget.calibration_states is None:
+            states = self.amounts.calibration_states
+            if states is None:
+                each = work.time_state(self.clock) / ranks.world()
+                enough = calibrate.enough_states(work.arch, work.tokens)
+                states = calibration_states(self.budget, self.left, each, enough)
+            budget = self._decide_amounts(calibration_states=states)
         pictures = work.trajectories.plan("train", budget.pictures)
         count = work.counter("calibrated blocks", len(work.arch.block_names))
         calibrate.calibrate(
@@ -165,43 +225,49 @@ class Run:
             target=target,
             folder=work.folder / "calibrate",
             settings=calibrate.CalibrationSettings(
-                rank=self.rank, batch=work.teacher_batch, precisions=decisions.precisions
+                rank=self.rank, batch=work.teacher_batch, precisions=self.decisions.precisions
             ),
             overwrite=True,
             on_block=lambda name, fit: count(1),
             sha256=open_ternary(rounded).metadata["ternary.source_sha256"],
         )
 
-    def _distill(self, start: Path, decisions: Decisions, pool: Pool, held_out: HeldOut) -> None:
-        if decisions.training is None:
+    def _distill(self, start: Path, pool: Pool, held_out: HeldOut) -> None:
+        if self.decisions.training is None:
+            state_seconds = self.work.time_state(self.clock)
             self.work.release_teacher()
-            seconds = max(0.3 * self.budget, self.left - 0.03 * self.budget)
-            training = self._training(plan_for(self.work), seconds, decisions.state_seconds)
-            decisions = self._decide(replace(decisions, training=training))
-        training = decisions.training
+            self._decide(training=self._training(plan_for(self.work), self._to_train(), state_seconds))
+        training = self.decisions.training
 
         def step(row: dict) -> None:
-            if training.steps is None and row["step"] == TIMED_STEPS:
-                self._decide(replace(decisions, training=replace(training, steps=row["total"])))
+            if row["course"] != self.decisions.training.course:
+                self._decide(training=replace(training, course=row["course"]))
             self.work.on_progress("training steps", row["step"], row["total"] or 0)
 
-        distill_file(
+        distiller = distill_file(
             self.work,
             start,
             self.target,
             pool=pool,
             held_out=held_out,
             settings=settings_for(
-                training.plan, steps=training.steps, seconds=training.seconds, accumulate=training.accumulate
+                training.plan, steps=training.steps, course=training.course, accumulate=training.accumulate
             ),
             rank=self.rank,
             codes=training.codes,
             packing=self.packing,
             block_settings=training.blocks,
             overwrite=self.overwrite,
+            left=self._to_train,
+            clock=self.clock,
             on_step=step,
             on_block=lambda result: self.on_message(f"  {result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
+        self._decide(training=replace(self.decisions.training, steps=distiller.total))
+
+    def _to_train(self) -> float:
+        """Seconds for training: what is left, and some where nothing is."""
+        return max(_LEAST_TRAINING * self.budget, self.left - _RESERVE * self.budget)
 
     def _training(self, plan: Plan, seconds: float, state_seconds: float) -> Training:
         """What to train and for how long."""
@@ -217,8 +283,7 @@ class Run:
                 blocks = BlockSettings(
                     steps, plan.batch, ranks.world(), states, rank=self.rank, eight_bit=True, stream=stream
                 )
-                seconds *= 1 - BLOCKWISE
-        return Training(plan, codes, steps=None, seconds=seconds, blocks=blocks, accumulate=ranks.world())
+        return Training(plan, codes, self.amounts.steps, seconds=None, blocks=blocks, accumulate=ranks.world())
 
 
 def expectation(stages: list[Stage]) -> str:

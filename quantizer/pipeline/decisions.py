@@ -14,8 +14,9 @@ from .budget import Budget, Plan
 
 @dataclass(frozen=True)
 class Training:
-    """What to train and for how long; `steps` is known once the first ones were timed.
+    """What to train and for how long: so many steps, or seconds.
 
+    course       how the steps followed the time so far (see `Course`); with `steps` all of it
     accumulate   batches for each step, one for each rank where the run began
     """
 
@@ -25,18 +26,21 @@ class Training:
     seconds: float | None
     blocks: BlockSettings | None = None  # of a first pass by blocks
     accumulate: int = 1
+    course: tuple[tuple[int, float, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Decisions:
     """None: not decided yet.
 
-    state_seconds   of a teacher forward of one state
+    began           seconds of the budget that were used when sampling began
+    spent           seconds of the budget that earlier processes used
     precisions      Linears in two terms or 8 bits, by name
     """
 
     budget: Budget
-    state_seconds: float | None = None
+    began: float | None = None
+    spent: float = 0.0
     precisions: Mapping[str, str] | None = None
     training: Training | None = None
 
@@ -52,7 +56,7 @@ class Decisions:
             return None
         try:
             return cls._of(read_json(path, dict))
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{path} is damaged; delete it") from None
 
     @classmethod
@@ -63,7 +67,8 @@ class Decisions:
             plan = Plan(**plan | {"autocast": _dtype(plan["autocast"])})
             if blocks is not None:
                 blocks = BlockSettings(**blocks | {"stream": _dtype(blocks["stream"])})
-            training = Training(plan=plan, blocks=blocks, **training)
+            course = tuple((int(step), float(progress), int(total)) for step, progress, total in training.pop("course"))
+            training = Training(plan=plan, blocks=blocks, course=course, **training)
         return cls(budget, training=training, **values)
 
 

@@ -1,5 +1,6 @@
 """Distilling a file: the last stage, from a ternary file to a better one."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,13 +32,15 @@ def distill_file(
     block_settings: BlockSettings | None = None,
     overwrite: bool = False,
     snapshot: Path | None = None,
+    left: Callable[[], float] | None = None,
+    clock: Callable[[], float] = time.monotonic,
     on_step: Callable[[dict], object] = lambda row: None,
     on_block: Callable[[BlockResult], object] = lambda result: None,
 ) -> Distiller:
     """Distill a ternary file into another one, from a `snapshot` (default: in the work folder) if there is one.
 
-    The block-wise pass runs first if it has settings. Raises ValueError for a rank that the start cannot be given, and
-    (Collapse) where the training went wrong.
+    The block-wise pass runs first if it has settings; `left` is asked for the seconds of what comes after it. Raises
+    ValueError for a rank that the start cannot be given, and (Collapse) where the training went wrong.
     """
     work.check(target, overwrite, start)
     check_rank(open_ternary(start), rank)
@@ -67,8 +70,8 @@ def distill_file(
         add_low_rank(layers, dense, rank, power)
     if codes:
         train_codes(layers, dense, torch.bfloat16 if settings.eight_bit else torch.float32)
-    distiller = Distiller(model, file, pool, held_out, settings)
-    distill(distiller, snapshot or work.folder / "distill.safetensors", on_step)
+    distiller = Distiller(model, file, pool, held_out, settings, clock)
+    distill(distiller, snapshot or work.folder / "distill.safetensors", on_step, left)
     dense.check_unchanged()
     file.file.check_unchanged()
     best = min(distiller.log, key=lambda row: row["error"])

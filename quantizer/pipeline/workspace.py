@@ -21,11 +21,12 @@ from ..pictures.pool import Pool, hold_out, training_pool
 from ..pictures.quality import HeldOut, Quality, measure
 from ..pictures.sampler import latent_shape
 from ..pictures.trajectories import Picture, PictureSettings, Trajectories
-from .budget import MAX_PICTURES, STATES_EACH
+from .budget import LEAST_PICTURES, MAX_PICTURES, STATES_EACH
 
 Progress = Callable[[str, int, int], object]  # (what, done, total)
 _LEAST_PICTURES = 64
 _MEMORY = 0.2  # of the free main memory, for states
+_LOT = 0.1  # of the time for sampling, after which the clock is looked at
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -136,8 +137,8 @@ class Workspace:
         affordable = seen // (self.trajectories.steps + STATES_EACH // 2)
         return min(max(_LEAST_PICTURES, affordable), MAX_PICTURES, max(1, self.state_capacity // STATES_EACH))
 
-    def time_state(self) -> float:
-        """Seconds of a teacher forward for one state: the shortest of three, or of as many as two seconds allow.
+    def time_state(self, clock: Callable[[], float] = time.monotonic) -> float:
+        """Seconds of a teacher forward for one state now: the mean of three, or of as many as two seconds allow.
 
         Of the slowest rank.
         """
@@ -147,10 +148,10 @@ class Workspace:
         guidance = torch.full((size,), 3.5) if self.arch.guidance else None
         times: list[float] = []
         while len(times) < 3 or sum(times) * size < 2:
-            started = time.monotonic()
+            started = clock()
             self.teacher(torch.randn(size, *shape), torch.full((size,), 0.5), context, pooled, guidance).cpu()
-            times.append((time.monotonic() - started) / size)
-        return max(ranks.gather(min(times)))
+            times.append((clock() - started) / size)
+        return max(ranks.gather(sum(times) / len(times)))
 
     @cached_property
     def trajectories(self) -> Trajectories:
@@ -165,6 +166,33 @@ class Workspace:
         batch, together = self.teacher_batch, self._together(self.teacher_batch)
         self.trajectories.generate(self.teacher.velocities, pictures, batch, together, progress)
         return pictures
+
+    def sample_within(self, seconds: float, most: int, clock: Callable[[], float] = time.monotonic) -> int:
+        """Let the teacher sample training pictures for so long, some at least and `most` at most; returns how many.
+
+        What is there already counts, and takes no time.
+        """
+        batch, together = self.teacher_batch, self._together(self.teacher_batch)
+        pictures, done, expected = self.trajectories.plan("train", most), 0, 0
+        lot, largest = LEAST_PICTURES, batch * together * len(self.sizes) * ranks.world()
+        started = clock()
+
+        def progress(more: int) -> None:
+            nonlocal done
+            done += more
+            self.on_progress("pictures", done, expected and max(expected, done))
+
+        while done < most:
+            before = clock()
+            self.trajectories.generate(self.teacher.velocities, pictures[done : done + lot], batch, together, progress)
+            now = clock()
+            expected = min(most, int(done * seconds / max(now - started, 1e-9)))
+            stop = done >= LEAST_PICTURES and now - started + (now - before) / 2 > seconds
+            several = int(_LOT * seconds * lot / max(now - before, 1e-9))
+            stop, lot = ranks.agree((stop, min(max(several, LEAST_PICTURES), largest)))
+            if stop:
+                break
+        return done
 
     def label_states(self, pictures: int, count: int) -> Pool:
         """`count` states of so many pictures with the teacher's velocities, in main memory."""

@@ -107,11 +107,11 @@ def test_a_resumed_run_keeps_its_pictures(folder, monkeypatch):
         if what == "training steps" and done == 13:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Workspace, "time_state", lambda work: 0.05 * 60 / 4 / (8 * 70))
+    monkeypatch.setattr(Workspace, "time_state", lambda *_: 0.05 * 60 / 4 / (8 * 70))
     with monkeypatch.context() as context:
         context.setattr(console.Bars, "show", interrupting)
         assert run("distill", folder / "calibrated.safetensors", "-o", output, *more) == cli.INTERRUPTED
-    monkeypatch.setattr(Workspace, "time_state", lambda work: 0.05 * 60 / 4 / (8 * 90))
+    monkeypatch.setattr(Workspace, "time_state", lambda *_: 0.05 * 60 / 4 / (8 * 90))
     assert run("distill", folder / "calibrated.safetensors", "-o", output, *more, "--resume") == 0
     settings = json.loads(open_ternary(output).metadata["ternary.settings"])
     assert settings["distill"]["states"] == 12 * 70

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
+from ternary_flux.quantizer.distillation.course import Course
 from ternary_flux.quantizer.distillation.distill import Collapse, Distiller, DistillSettings, distill
 from ternary_flux.quantizer.distillation.schedule import RATES, learning_rates, schedule
 from ternary_flux.quantizer.files.architecture import Architecture
@@ -53,7 +55,7 @@ def data(files):
     return teacher, pool, HeldOut.of([held.batch(0, torch.arange(8))], one_by_one(teacher))
 
 
-def make(files, data, rank=0, codes=False, **settings):
+def make(files, data, rank=0, codes=False, clock=time.monotonic, **settings):
     start, teacher = open_ternary(files / "start.safetensors"), open_checkpoint(files / "teacher.safetensors")
     model = load_student(start)
     if rank:
@@ -62,14 +64,19 @@ def make(files, data, rank=0, codes=False, **settings):
         train_codes(ternary_linears(model), teacher)
     settings = {"steps": 24, "batch": 8, "evaluate_every": 6, "warmup": 4, "average": 0.9} | settings
     settings["rates"] = RATES | {"code": 1e-2}  # so that codes change within so few steps
-    return Distiller(model, start, *data[1:], DistillSettings(**settings)), start
+    return Distiller(model, start, *data[1:], DistillSettings(**settings), clock), start
+
+
+def rates_of(groups, step, total):
+    """In an even run of so many steps."""
+    return schedule(groups, step, Course() if total is None else Course([(0, 0.0, total)]), 20)
 
 
 def test_chance_moves_codes_as_far_in_a_long_run_as_in_a_short_one():
     groups = {"w.log_scale": "scale", "w.latent": "code"}
 
     def distance(name, total):
-        return sum(schedule(groups, step, total, 20)[name] ** 2 for step in range(total)) ** 0.5
+        return sum(rates_of(groups, step, total)[name] ** 2 for step in range(total)) ** 0.5
 
     assert distance("w.latent", 3000) == pytest.approx(distance("w.latent", 500), rel=0.1)
     assert distance("w.log_scale", 3000) > 2 * distance("w.log_scale", 500)
@@ -80,7 +87,7 @@ def test_codes_rest_earlier_beside_low_rank_factors():
     beside = alone | {"w.up": "rank"}
 
     def last(groups, total):
-        return max(step for step in range(total) if schedule(groups, step, total, 20)["w.latent"] > 0)
+        return max(step for step in range(total) if rates_of(groups, step, total)["w.latent"] > 0)
 
     assert last(alone, 2000) == 1199 and last(beside, 2000) == 299
     assert last(alone, 300) == last(beside, 300) == 179
@@ -91,8 +98,8 @@ def test_codes_rest_earlier_beside_low_rank_factors():
 def test_the_first_steps_do_not_depend_on_the_length_of_the_run():
     groups = {"w.log_scale": "scale", "w.latent": "code"}
     for step in range(12):
-        assert schedule(groups, step, None, 20) == schedule(groups, step, 100, 20) == schedule(groups, step, 5000, 20)
-    assert schedule(groups, 12, 200, 20)["w.latent"] > schedule(groups, 12, 5000, 20)["w.latent"] > 0
+        assert rates_of(groups, step, None) == rates_of(groups, step, 100) == rates_of(groups, step, 5000)
+    assert rates_of(groups, 12, 200)["w.latent"] > rates_of(groups, 12, 5000)["w.latent"] > 0
 
 
 def test_codes_rest_in_the_last_part_of_a_run(files, data, monkeypatch):
@@ -177,10 +184,60 @@ def test_a_budget_in_seconds_becomes_a_number_of_steps(files, data):
 
 def test_a_budget_in_seconds_pays_for_evaluations_too(files, data):
     distiller, _ = make(files, data, steps=None, seconds=100.0, evaluate_every=10)
-    distiller.evaluation_seconds = 20.0
+    distiller.evaluation_seconds = distiller.used = 20.0  # as after that of the start
     for _ in range(12):
         distiller.advance()
-    assert distiller.total <= (100 - 3 * 20) / (20 / 10), "thousands of these steps alone would fit"
+    assert distiller.total <= 12 + (100 - 3 * 20) / (20 / 10), "thousands of these steps alone would fit"
+
+
+class Clock:
+    """Time that passes where the test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, 3.0, 1 / 3])
+def test_a_run_ends_in_time_on_a_machine_that_changes_its_speed(files, data, factor):
+    """Steps take a second each in the first half of the time, and three times as long or a third from there on."""
+    clock, seconds = Clock(), 120.0
+    distiller, _ = make(files, data, clock=clock, steps=None, seconds=seconds, evaluate_every=1000, batch=2)
+    learn = distiller.learn
+
+    def timed(batches):
+        clock.now += 1.0 if clock.now < seconds / 2 else factor
+        return learn(batches)
+
+    distiller.learn = timed
+    rows = []
+    distill(distiller, on_step=rows.append)
+    assert clock.now == pytest.approx(seconds, rel=0.05 if factor == 1 else 0.1)
+    assert distiller.total == pytest.approx(seconds / 2 + seconds / 2 / factor, rel=0.1)
+    assert len(distiller.course.legs) == (1 if factor == 1 else pytest.approx(3, abs=1))
+    assert distiller.course.progress(distiller.step) == 1
+    again, _ = make(files, data, steps=distiller.total, course=rows[-1]["course"], evaluate_every=1000, batch=2)
+    distill(again)
+    assert again.step == distiller.step and [row["error"] for row in again.log] == [
+        row["error"] for row in distiller.log
+    ]
+
+
+def test_the_course_of_a_run():
+    even = Course([(0, 0.0, 8)])
+    assert [even.progress(step) for step in (0, 4, 8)] == [0, 0.5, 1] and even.total(3) == 8
+    timed = Course()
+    assert timed.total(5) is None and timed.progress(5) == 0 and not timed.knows(0)
+    timed.head_for(100, 12)
+    timed.head_for(105, 40)  # not worth a turn
+    assert timed.legs == [(0, 0.0, 100)]
+    timed.head_for(60, 50)
+    assert timed.legs[1] == (50, 0.5, 60) and timed.progress(55) == pytest.approx(0.75) and timed.progress(60) == 1
+    assert timed.total(49) == 100 and timed.total(50) == 60 and timed.knows(50) and not timed.knows(51)
+    assert Course(tuple(leg) for leg in timed.legs).legs == timed.legs
 
 
 def test_timed_steps_cost_what_steps_with_trained_codes_do(files, data):

@@ -18,7 +18,15 @@ from ternary_flux.quantizer.model.flux import Inputs
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import subset
 from ternary_flux.quantizer.pictures.states import Batch
-from ternary_flux.quantizer.pipeline.budget import Budget, budget_for, plan
+from ternary_flux.quantizer.pipeline.budget import (
+    Budget,
+    calibration_states,
+    held_out_pictures,
+    most_pictures,
+    plan,
+    sampling_seconds,
+)
+from ternary_flux.quantizer.pipeline.convert import Run
 from ternary_flux.quantizer.pipeline.decisions import Decisions, Training
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.tests import builders
@@ -41,7 +49,7 @@ def source(tmp_path_factory):
 def steady_clock():
     """The amounts that a budget pays for must not depend on what else the machine does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workspace, "time_state", lambda work: 1e-3)
+        patch.setattr(Workspace, "time_state", lambda *_: 1e-3)
         yield
 
 
@@ -168,27 +176,87 @@ def test_a_small_model_trains_everything_in_full_precision():
 
 
 def test_amounts_follow_the_budget_and_stay_within_bounds():
-    small, large = (budget_for(seconds, 0.01, 20, prompts=1000, enough=500, capacity=10**6) for seconds in (60, 6000))
-    assert small.pictures < large.pictures and small.states < large.states
-    assert 0.9 * 0.2 * 60 < 0.01 * (20 * small.pictures + small.states / 2) <= 0.2 * 60
-    tiny = budget_for(1, 10.0, 50, prompts=4, enough=500, capacity=10**6)
-    assert tiny.pictures >= 16 and tiny.states >= 64 and tiny.held_out == 2
-    assert tiny.calibration_states == 32 and large.calibration_states == 500
+    assert sampling_seconds(60, 20) + sampling_seconds(60, 20) * 6 / 20 == pytest.approx(0.2 * 60)
+    assert [held_out_pictures(*amounts) for amounts in ((16, 4), (100, 1000), (4096, 1000), (4096, 50))] == [
+        2,
+        12,
+        32,
+        5,
+    ]
+    assert calibration_states(600, 500, 1e-3, enough=500) == 500
+    assert calibration_states(60, 50, 0.01, enough=500) == int(0.2 * 60 / 0.16)
+    assert calibration_states(60, 10, 0.01, enough=500) == 32 == calibration_states(1, -5, 10.0, enough=500)
 
 
 def test_states_stay_within_the_memory():
-    assert (
-        budget_for(6000, 0.01, 20, prompts=1000, enough=500, capacity=3000).states
-        <= 3000
-        < budget_for(6000, 0.01, 20, prompts=1000, enough=500, capacity=10**6).states
-    )
+    assert most_pictures(3000) * 12 <= 3000 < 12 * most_pictures(10**6) and most_pictures(5) == 16
+
+
+class Machine:
+    """A clock that goes by what was done, as on a machine that changes its speed when half of its budget is used."""
+
+    EACH = {"pictures": 2.0, "teacher velocities": 0.1, "calibrated blocks": 40.0, "training steps": 8.0}
+
+    def __init__(self, budget: float, factor: float):
+        self.budget, self.factor, self.now, self.before = budget, factor, 0.0, ("", 0)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def show(self, what: str, done: int, total: int) -> None:
+        last, count = self.before
+        more = done - count if what == last else done
+        self.before = what, done
+        self.now += self.EACH.get(what, 0.0) * more * (1.0 if self.now < self.budget / 2 else self.factor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, 3.0, 1 / 3])
+def test_a_conversion_takes_its_budget_on_a_machine_that_changes_its_speed(source, tmp_path, factor):
+    machine, target = Machine(600.0, factor), tmp_path / "out.safetensors"
+    said: list[str] = []
+
+    def convert(clock=machine, minutes=10.0) -> Run:
+        files = source / "tiny.safetensors", source / "cond.safetensors", tmp_path / "work"
+        work = Workspace(*files, ((64, 64),), sampler_steps=4, on_progress=clock.show)
+        run = Run(work, target, minutes, clock=clock, overwrite=True, on_message=said.append)
+        run.run()
+        return run
+
+    decisions = convert().decisions
+    assert machine.now == pytest.approx(600, rel=0.1), said
+    pictures = decisions.budget.pictures
+    assert 2 * pictures == pytest.approx(sampling_seconds(600, 4), rel=0.35)
+    assert decisions.training.steps == decisions.training.course[-1][2]
+    written = open_ternary(target)
+    first = {key: written.file.bytes(key).tobytes() for key in written.file.entries}
+    if factor != 3:
+        return
+    slower = Machine(600.0, 5.0)
+    slower.now = 300.0
+    (tmp_path / "work" / "distill.safetensors").unlink()
+    assert convert(slower).decisions.training == decisions.training
+    again = open_ternary(target)
+    assert {key: again.file.bytes(key).tobytes() for key in again.file.entries} == first
+
+
+def test_amounts_that_are_given_are_not_decided_by_the_clock(source, capsys):
+    output = source / "fixed.safetensors"
+    fixed = ["--pictures", "17", "--calibration-states", "33", "--steps", "14"]
+    assert cli.run(command(source, output, *fixed)) == 0
+    decisions = Decisions.load(source / "fixed.safetensors.work" / "decisions.json")
+    assert decisions.budget == Budget(17, 12 * 17, 2, 33)
+    assert decisions.training.steps == 14 and decisions.training.course == ((0, 0.0, 14),)
+    fixed[1] = "18"
+    assert cli.run(command(source, output, "--force", *fixed)) == 2
+    assert "its pictures is 17, not 18" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("blocks", [None, BlockSettings(7, stream=torch.bfloat16)])
 def test_decisions_are_read_as_they_were_made(tmp_path, blocks):
     chosen = plan(DEV, TOKENS, 24 * GB, torch.device("cuda"))
-    training = Training(chosen, codes=False, steps=None, seconds=12.5, blocks=blocks)
-    decisions = Decisions(Budget(16, 192, 2, 32), 0.25, {"a": "int8"}, training)
+    training = Training(chosen, codes=False, steps=None, seconds=12.5, blocks=blocks, course=((0, 0.0, 9), (5, 0.4, 7)))
+    decisions = Decisions(Budget(16, 192, 2, 32), 3.5, 7.25, {"a": "int8"}, training)
     for made in (decisions, replace(decisions, precisions=None, training=None)):
         made.save(tmp_path / "decisions.json")
         assert Decisions.load(tmp_path / "decisions.json") == made
