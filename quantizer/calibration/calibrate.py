@@ -268,11 +268,8 @@ def _assemble(
     *,
     settings: CalibrationSettings,
     fits: dict[str, BlockFit],
-<<<<<<< HEAD
     started: str,
-=======
     sha256: str,
->>>>>>> ranks
     overwrite: bool = False,
 ) -> None:
     """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""

@@ -59,7 +59,7 @@ def test_two_processes_write_the_file_of_one(source, monkeypatch):
     works = [Path(f"{path}.work") for path in (two, one)]
     training = Training(plan(ARCH, 21, 1 << 30, torch.device("cpu")), True, steps=4, seconds=None, accumulate=2)
     for work in works:
-        Decisions(Budget(8, 48, 2, 130), 1e-3, training=training).save(work / "decisions.json")
+        Decisions(Budget(8, 48, 2, 130), training=training).save(work / "decisions.json")
     run = together(*command(source, two))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("written;") == 1 and run.stdout.count("calibrate: velocity error") == 1
