@@ -66,7 +66,7 @@ def test_a_conversion(make_device, monkeypatch, tmp_path, free, rank):
     blocks = None if held else BlockSettings(2, batch=1, states=4, rank=rank, eight_bit=True, stream=torch.bfloat16)
     way = replace(way, batch=2, recompute=True, eight_bit=True)  # with codes in bf16, rounded by chance
     training = Training(way, way.codes, steps=3, seconds=None, blocks=blocks)
-    small = Decisions(Budget(4, 24, 2, 6), 1e-3, training=training)
+    small = Decisions(Budget(4, 24, 2, 6), training=training)
     small.save(tmp_path / "out.safetensors.work" / "decisions.json")
     fixed = ["--conditioning", tmp_path / "cond.safetensors", "--size", "64x64", "--sampler-steps", 2]
     command = ["convert", tmp_path / "tiny.safetensors", "-o", output, *fixed, "--device", "cuda", "--rank", rank]

@@ -1,6 +1,5 @@
 """Several processes on one conversion, as torchrun starts them: on CPUs, over gloo."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +10,15 @@ from ternary_flux.quantizer import cli, ranks
 from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.container import TensorFile
-from ternary_flux.quantizer.pipeline.decisions import Decisions
+from ternary_flux.quantizer.pipeline.budget import Budget, plan
+from ternary_flux.quantizer.pipeline.decisions import Decisions, Training
 from ternary_flux.tests import builders
 
 from . import as_rank
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
+
+SIZES = "64x64,32x64"  # every rank gets a batch of pictures
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def source(tmp_path_factory):
 
 
 def command(source: Path, output: Path, *more: str) -> list[str]:
-    fixed = ["--conditioning", source / "cond.safetensors", "--size", "64x64", "--sampler-steps", 2, "--device", "cpu"]
+    fixed = ["--conditioning", source / "cond.safetensors", "--size", SIZES, "--sampler-steps", 2, "--device", "cpu"]
     return [str(x) for x in ["convert", source / "tiny.safetensors", "-o", output, *fixed, "--budget", 0.01, *more]]
 
 
@@ -54,14 +56,13 @@ def test_a_process_that_is_alone():
 def test_two_processes_write_the_file_of_one(source, monkeypatch):
     """Pictures, velocities and codes in the same bits; what is trained up to the order of sums."""
     two, one = source / "two.safetensors", source / "one.safetensors"
+    works = [Path(f"{path}.work") for path in (two, one)]
+    training = Training(plan(ARCH, 21, 1 << 30, torch.device("cpu")), True, steps=4, seconds=None, accumulate=2)
+    for work in works:
+        Decisions(Budget(8, 48, 2, 130), training=training).save(work / "decisions.json")
     run = together(*command(source, two))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("written;") == 1 and run.stdout.count("calibrate: velocity error") == 1
-    works = [Path(f"{path}.work") for path in (two, one)]
-    assert Decisions.load(works[0] / "decisions.json").training.accumulate == 2
-    works[1].mkdir()
-    for name in ("decisions.json", "settings.json"):
-        shutil.copy(works[0] / name, works[1] / name)
     monkeypatch.setattr(calibrate, "CalibrationSettings", as_rank.QUICK)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun lets its processes have: products are sums too
