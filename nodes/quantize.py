@@ -15,6 +15,7 @@ from ..quantizer.files.atomic import write_json
 from ..quantizer.files.checkpoint import fingerprint, open_checkpoint
 from ..quantizer.files.container import save
 from ..quantizer.files.identity import identify
+from ..quantizer.pictures import SIZES
 from ..quantizer.pictures.conditioning import create_conditioning
 from ..quantizer.pictures.encode import PROMPTS, encode
 from . import files
@@ -85,7 +86,7 @@ class QuantizeFlux(io.ComfyNode):
                 ),
                 io.String.Input(
                     "size",
-                    default="1024x1024",
+                    default=SIZES,
                     optional=True,
                     tooltip="Sizes of the pictures that it learns from, in pixels, as 1024x1024,832x1216.",
                     **text,
@@ -265,7 +266,7 @@ def _written(model, folder: Path) -> Iterator[Path]:
 
 def _options(
     minutes: float,
-    size: str = "1024x1024",
+    size: str = SIZES,
     rank: int = 0,
     growth: float = 0.0,
     codes: str = "auto",

@@ -39,6 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--pictures", type=count, help=f"that the original paints, {fixed}")
     parser.add_argument("--calibration-states", type=count, metavar="STATES", help=f"noisy states, {fixed}")
     parser.add_argument("--steps", type=count, help=f"of training, {fixed}; repeatable with all three")
+    parser.add_argument("--plan", action="store_true", help="only print what would be done here, computed from sizes")
+    parser.add_argument(
+        "--device-memory", type=size, metavar="SIZE", help="for --plan: free memory of another GPU, as 22GB"
+    )
+    parser.add_argument("--tflops", type=positive, help="for --plan: of a large bf16 product on another GPU")
     options.add_packing(parser)
     options.add_work(parser)
     parser.add_argument(
@@ -50,7 +55,51 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(interrupted="give the same command again to go on", shared=True)
 
 
+def size(text: str) -> int:
+    """Bytes, from a number with GB, MB or nothing behind it."""
+    number, unit = text.upper().removesuffix("B"), 1.0
+    for letter, factor in (("G", 1e9), ("M", 1e6)):
+        if number.endswith(letter):
+            number, unit = number[:-1], factor
+    return int(positive(number) * unit)
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """Print what a conversion with these arguments would do, here or on the GPU that they describe."""
+    from dataclasses import replace
+
+    from ..console import say
+    from ..files.checkpoint import open_checkpoint
+    from ..pictures import conditioning
+    from ..pictures.sampler import default_steps, parse_sizes
+    from ..pipeline.budget import default_minutes
+    from ..pipeline.forecast import Machine, described, forecast, this_machine
+    from ..pipeline.workspace import choose_device
+
+    arch = open_checkpoint(args.source).architecture
+    encoded = conditioning.read(args.conditioning, arch)
+    if args.tflops and args.device_memory:
+        machine = Machine("cuda", args.device_memory, 1e12 * args.tflops)
+    else:
+        machine = this_machine(choose_device(args.device))
+        given = {"speed": args.tflops and 1e12 * args.tflops, "memory": args.device_memory}
+        machine = replace(machine, **{name: value for name, value in given.items() if value})
+    minutes = args.budget or default_minutes(sum(n * k for n, k in arch.linear_shapes.values()))
+    found = forecast(
+        arch,
+        machine,
+        text=encoded.context.shape[1],
+        sizes=parse_sizes(args.size),
+        steps=args.sampler_steps or default_steps(arch),
+        prompts=len(encoded),
+        seconds=60 * minutes,
+    )
+    say(f"{args.source.name}: {arch.name}, within {minutes:g} minutes", *described(found, machine))
+
+
 def run(args: argparse.Namespace) -> None:
+    if args.plan:
+        return show_plan(args)
     from ..console import Bars, Events
     from ..pipeline.convert import Amounts, Run, expectation
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..pictures import SIZES
+
 DENSE = "FLUX.1 or FLUX.2: .safetensors or .gguf, or a folder of diffusers; 16 or 32 bits, fp8, int8 or GGUF"
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def choose_output(args: argparse.Namespace, source: Path) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
-    parser.add_argument("--size", default="1024x1024", help="picture sizes in pixels: WxH,... (default: %(default)s)")
+    parser.add_argument("--size", default=SIZES, help="picture sizes in pixels: WxH,... (default: %(default)s)")
     parser.add_argument("--sampler-steps", type=count, help="of the original's pictures (default: the model's own)")
     parser.add_argument("--guidance", type=float, nargs="+", help="values for models with a guidance embedding")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
