@@ -6,11 +6,13 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..quantizer.files.container import save
+from ..quantizer.files.layer import LayerPlan
 from ..quantizer.files.summary import in_bytes, sizes
-from ..quantizer.files.ternary import open_ternary
+from ..quantizer.files.ternary import create_ternary, open_ternary
 from . import lora
 from .compat import accepted, core
+from .layout import is_ternary
+from .linear import take_weight
 from .saving import SavesWeights, is_quantized
 
 comfy = core()
@@ -90,16 +92,30 @@ def check(model) -> None:
 
 
 def write(model, path: Path, packing: str | None = None) -> None:
-    """Write a ternary model as a file, atomically; `packing` None keeps each layer's own. Raises OSError."""
+    """Write a ternary model as a file, atomically; `packing` None keeps each layer's own. Raises OSError.
+
+    Layers are packed piece by piece while they are written: no packed copy of the model is in memory.
+    """
     comfy.load_models_gpu([model])
-    linears = [module for module in model.quantized_linears().values() if hasattr(module, "packing")]
-    own = [module.packing for module in linears]
+    linears = {
+        key.removeprefix("diffusion_model.").removesuffix("weight"): module
+        for key, module in model.quantized_linears().items()
+        if is_ternary(module.weight)
+    }
+    own = {prefix: module.packing for prefix, module in linears.items()}
     try:
-        for module in linears:
-            module.packing = packing or module.packing
+        for module in linears.values():
+            module.packing = "planes32"  # as in memory
         tensors = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
     finally:
-        for module, before in zip(linears, own, strict=True):
-            module.packing = before
+        for prefix, module in linears.items():
+            module.packing = own[prefix]
+    weights = {prefix.removesuffix("."): take_weight(tensors, prefix) for prefix in linears}
+    plans = {name: LayerPlan.of(weight, packing or own[f"{name}."]) for name, weight in weights.items()}
+    dense = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, tensors, model.origin().metadata if model.origin() else None)
+    with create_ternary(path, plans, dense, model.origin().metadata if model.origin() else {}) as file:
+        for name, weight in weights.items():
+            file.layer(name, weight)
+        for name, tensor in tensors.items():
+            file.dense(name, tensor)
