@@ -49,7 +49,7 @@ def _linear(x, trits, scale, group, down, up, column, bias, n, k, activations, b
     return _run(x, TernaryWeight(trits, scale, (n, k), group, down, up, column), bias, activations, backend)
 
 
-def _linear_fake(x, trits, scale, group, down, up, column, bias, n, k, activations, backend):
+def _linear_meta(x, trits, scale, group, down, up, column, bias, n, k, activations, backend):
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -61,4 +61,5 @@ if not hasattr(torch.ops.ternary_flux, "linear"):
         "SymInt n, SymInt k, str activations, str backend) -> Tensor",
     )
     torch.library.impl("ternary_flux::linear", "default", _linear)
-    torch.library.register_fake("ternary_flux::linear", _linear_fake)
+    # Not register_fake: it looks for its caller's source in every module there is, most of the time a start would take.
+    torch.library.impl("ternary_flux::linear", "meta", _linear_meta)

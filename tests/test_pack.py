@@ -96,6 +96,13 @@ def test_importing_the_pack_is_light():
     assert after_loading(f"sorted({heavy} & set(sys.modules))") == "[]"
 
 
+def test_importing_the_operator_searches_no_sources():
+    """Python's inspect, where something asks it for a frame's source, looks for the files of all modules there are."""
+    code = "import inspect, torch, _pack; _pack.load(); inspect.modulesbyfile.clear(); "
+    code += "import ternary_flux.ops; print(len(inspect.modulesbyfile))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=_pack.ROOT, text=True).strip() == "0"
+
+
 def test_the_folder_leaves_sys_path():
     assert after_loading("importlib.util.find_spec('nodes'), importlib.util.find_spec('ops')") == "None None"
 
