@@ -201,7 +201,7 @@ class Clock:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [1.0, 3.0, 1 / 3])
+@pytest.mark.parametrize("factor", [3.0, 1 / 3])
 def test_a_run_ends_in_time_on_a_machine_that_changes_its_speed(files, data, factor):
     """Steps take a second each in the first half of the time, and three times as long or a third from there on."""
     clock, seconds = Clock(), 120.0
@@ -215,9 +215,9 @@ def test_a_run_ends_in_time_on_a_machine_that_changes_its_speed(files, data, fac
     distiller.learn = timed
     rows = []
     distill(distiller, on_step=rows.append)
-    assert clock.now == pytest.approx(seconds, rel=0.05 if factor == 1 else 0.1)
+    assert clock.now == pytest.approx(seconds, rel=0.1)
     assert distiller.total == pytest.approx(seconds / 2 + seconds / 2 / factor, rel=0.1)
-    assert len(distiller.course.legs) == (1 if factor == 1 else pytest.approx(3, abs=1))
+    assert 2 <= len(distiller.course.legs) <= 4
     assert distiller.course.progress(distiller.step) == 1
     again, _ = make(files, data, steps=distiller.total, course=rows[-1]["course"], evaluate_every=1000, batch=2)
     distill(again)

@@ -211,7 +211,7 @@ class Machine:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [1.0, 3.0, 1 / 3])
+@pytest.mark.parametrize("factor", [3.0, 1 / 3])
 def test_a_conversion_takes_its_budget_on_a_machine_that_changes_its_speed(source, tmp_path, factor):
     machine, target = Machine(600.0, factor), tmp_path / "out.safetensors"
     said: list[str] = []
