@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": (".commands.convert", "round, calibrate and distill in one go"),
     "mixed": (".commands.mixed", "give the most sensitive Linears of a ternary file two ternary terms or 8 bits"),
     "report": (".commands.report", "write a page that compares ternary files with the original"),
+    "compare": (
+        ".commands.compare",
+        "paint with a ternary model and its original in ComfyUI, and measure the pictures",
+    ),
     "import": (".commands.import_", "bring in a ternary FLUX made elsewhere, such as Bonsai Image 4B"),
     "inspect": (".commands.inspect", "say what a file is: layers, bits per weight, sizes"),
     "export": (".commands.export", "write a ternary file back as a dense checkpoint"),
