@@ -239,11 +239,11 @@ def _page(work: Workspace, measured: Sequence[Measured], images: Mapping[str, by
 <h2>In numbers</h2>
 <div class="wide"><table>{_row(*head, cell="th")}{rows}</table></div>
 <p class="note">Velocity error: squared, relative to the original's velocities, on its own trajectories; also over
-prompts with lettering and with counting, where quantized models fail first. Fine detail: energy of high frequencies in the
-pictures that the velocities lead to, relative to the original's; a model that blurs is below 1. Divergence: distance of
-the finished latents from the original's, relative to their length, when each model paints on its own. Response: how
-much another prompt changes the velocities, relative to the original, and the cosine of both changes. Bits count the
-ternary layers with their scales and low-rank factors.</p>
+prompts with lettering and with counting, where quantized models fail first. Fine detail: energy of high frequencies
+in the pictures that the velocities lead to, relative to the original's; a model that blurs is below 1. Divergence:
+distance of the finished latents from the original's, relative to their length, when each model paints on its own.
+Response: how much another prompt changes the velocities, relative to the original, and the cosine of both changes.
+Bits count the ternary layers with their scales and low-rank factors.</p>
 <h2>Where the error is in time</h2>
 {figure("velocity", "velocity error by timestep")}
 {figure("detail", "fine detail by timestep")}
