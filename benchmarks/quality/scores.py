@@ -128,10 +128,11 @@ def evaluate(
     for index, category in enumerate(scenes.CATEGORIES):
         accuracy[category] = interval(correct, stage.categories, lambda rows: correct[rows].mean(), index)
     ratio = interval(correct, stage.categories, lambda rows: correct[rows].mean() / max(their[rows].mean(), 1e-9))
+    quality = measure(model, stage.held_out(teacher))
     summary = {
         "accuracy": accuracy,
         "of_the_original": ratio,
-        "velocity": asdict(measure(model, stage.held_out(teacher))),
+        "velocity": asdict(quality) | {"detail": quality.detail},
     }
     if reference is not None:
         noise = np.square(pictures - reference.pictures).mean((2, 3, 4))

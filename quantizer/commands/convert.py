@@ -29,6 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="auto",
         help="train the ternary codes too, where memory allows it (default: %(default)s)",
     )
+    options.add_freeze_dense(parser)
     parser.add_argument(
         "--growth",
         type=positive,
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
             codes=codes,
             packing=args.packing,
             growth=args.growth,
+            freeze_dense=args.freeze_dense,
             amounts=Amounts(args.pictures, args.calibration_states, args.steps),
             overwrite=args.force,
             on_message=report.say,

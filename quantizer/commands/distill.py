@@ -45,6 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="of low-rank factors; a START of `calibrate` must have them (default: none)",
     )
     parser.add_argument("--codes", action="store_true", help="train the ternary codes too")
+    options.add_freeze_dense(parser)
     parser.add_argument("--block-steps", type=natural, default=0, help="of a first pass by blocks (default: none)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, default=1000, help="of the end-to-end pass (default: %(default)s)")
@@ -120,7 +121,8 @@ def run(args: argparse.Namespace) -> None:
             if "error" in row:
                 say(
                     f"step {row['step']}: loss {row['loss']:.4f}, velocity error {row['error']:.4f}, "
-                    f"response to prompts {row['response']:.2f}, alignment {row['alignment']:.2f}"
+                    f"fine detail {row['detail']:.2f}, response to prompts {row['response']:.2f}, "
+                    f"alignment {row['alignment']:.2f}"
                 )
 
         distiller = distill_file(
@@ -137,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
                 evaluate_every=args.evaluate_every,
                 snapshot_minutes=args.snapshot_minutes,
                 seed=args.seed,
+                freeze_dense=args.freeze_dense,
                 rates={group: args.rate * rate for group, rate in RATES.items()},
             ),
             rank=args.rank,

@@ -112,6 +112,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of noise and choices by chance (default: %(default)s)")
 
 
+def add_freeze_dense(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--freeze-dense", action="store_true", help="leave the layers that are not ternary as they are")
+
+
 def add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: OUT.work)")
 

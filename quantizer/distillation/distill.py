@@ -23,7 +23,7 @@ from ..files.container import FormatError, TensorFile
 from ..files.ternary import TernaryFile
 from ..interrupts import whole_steps
 from ..model.flux import Flux
-from ..model.student import as_stored, rate_groups, stored_dtypes
+from ..model.student import as_stored, freeze_dense, rate_groups, stored_dtypes
 from ..pictures.pool import Pool
 from ..pictures.quality import HeldOut, Quality, measure
 from ..pictures.states import Batch
@@ -60,6 +60,7 @@ class DistillSettings:
     eight_bit: bool = False
     autocast: torch.dtype | None = None
     seed: int = 0
+    freeze_dense: bool = False  # the layers that are not ternary stay as they are
     rates: Mapping[str, float] = field(default_factory=lambda: dict(RATES))
 
 
@@ -78,6 +79,8 @@ class Distiller:
         self.clock, self.seconds = clock, settings.seconds
         self.model, self.pool, self.held_out, self.settings = model, pool, held_out, settings
         self.start, self.dtypes = start, stored_dtypes(model, start)
+        if settings.freeze_dense:
+            freeze_dense(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         ranks.spread(p.data for p in self.parameters.values())
         self.rate_groups, rates = rate_groups(self.parameters), learning_rates(model, settings.rates)
@@ -262,7 +265,8 @@ def distill(
 ) -> None:
     """Run to the end, from `snapshot` if it exists, and leave the best student in the model.
 
-    `on_step` gets a dict with step, total, course, loss, seconds, and after an evaluation the fields of `Quality`.
+    `on_step` gets a dict with step, total, course, loss, seconds, and after an evaluation the fields of `Quality`
+    and its `detail`.
     `left`: seconds that there are for it, asked when it begins, in the place of those of the settings.
     """
     settings = distiller.settings
@@ -279,7 +283,8 @@ def distill(
             row: dict = {"step": distiller.step, "total": distiller.total, "loss": loss, "seconds": distiller.used}
             row["course"] = tuple(map(tuple, distiller.course.legs))
             if distiller.step % settings.evaluate_every == 0 or distiller.step == distiller.total:
-                row |= asdict(distiller.evaluate())
+                quality = distiller.evaluate()
+                row |= asdict(quality) | {"detail": quality.detail}
             on_step(row)
             stop = any(ranks.gather(interrupted()))
             due = stop or distiller.clock() - saved > 60 * settings.snapshot_minutes

@@ -91,6 +91,13 @@ def train_codes(layers: Mapping[str, TernaryLinear], teacher: Checkpoint, dtype:
         layer.train_codes(teacher.tensor(f"{name}.weight").to(layer.log_scale.device, torch.float32), dtype)
 
 
+def freeze_dense(model: nn.Module) -> None:
+    """Leave the layers that are not ternary as they are: weights and biases of the Linears outside the blocks."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
+            layer.requires_grad_(False)
+
+
 @contextlib.contextmanager
 def input_power(layers: Mapping[str, TernaryLinear]) -> Iterator[dict[str, Tensor]]:
     """Collect the mean square of every input [K] of the layers from the forwards within the block."""

@@ -14,6 +14,7 @@ from .. import ranks
 from ..files.container import TensorFile, save
 from ..model.flux import Inputs
 from .conditioning import Conditioning
+from .kinds import kind_of
 from .quality import BINS, HeldOut
 from .sampler import Velocities, noise_levels, sample_together, with_control_channels
 from .states import Batch, LabelledStates, States
@@ -128,13 +129,14 @@ def hold_out(
         for number, tensors in zip(numbers, recorded, strict=True):
             save(paths[number], tensors, overwrite=True)
     ranks.wait()
-    states, swapped = [], []
+    states, swapped, kinds = [], [], []
     for pictures, path in zip(parts, paths, strict=True):
         tensors = TensorFile(path)
         for step, batch_of_step in _held_out_batches(trajectories, pictures, tensors.tensor):
             states.append(batch_of_step)
             swapped.append(tensors.tensor(f"swapped.{step}").clone())
-    return HeldOut(states, swapped)
+            kinds.append([kind_of(trajectories.conditioning.prompts[picture.prompt]) for picture in pictures])
+    return HeldOut(states, swapped, kinds)
 
 
 def _recorded_steps(trajectories: Trajectories) -> range:

@@ -24,6 +24,7 @@ from ..files.container import TensorFile, save
 from ..files.work_folder import keep_settings
 from ..model.flux import Conditions
 from .conditioning import Conditioning
+from .kinds import in_turn
 from .sampler import (
     Velocities,
     default_shift,
@@ -93,6 +94,7 @@ class Trajectories:
         self.shapes = [latent_shape(arch, size) for size in settings.sizes]
         held = min(max(1, round(settings.holdout * len(conditioning))), len(conditioning) // 2)
         order = torch.randperm(len(conditioning), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        order[:held] = in_turn(order[:held], conditioning.prompts)
         self.rows = {"train": order[held:], "holdout": order[:held] or [0]}
         self.kept = min(_KEPT, self.steps)
         values = asdict(settings) | {"steps": self.steps, "shift": self.shift}
@@ -109,7 +111,8 @@ class Trajectories:
     def plan(self, split: str, count: int) -> list[Picture]:
         """The first `count` pictures of the `train` or the `holdout` prompts, shuffled.
 
-        A file of prompts is often sorted by topic: few pictures would show its first topics alone.
+        A file of prompts is often sorted by topic: few pictures would show its first topics alone. A quarter of
+        held-out prompts is lettering and a quarter counting, as far as there are such.
         """
         rows, pictures = self.rows[split], []
         for i in range(count):

@@ -80,17 +80,20 @@ class Run:
         codes: bool | None = None,
         packing: str = "planes32",
         growth: float = 0.0,
+        freeze_dense: bool = False,
         amounts: Amounts | None = None,
         overwrite: bool = False,
         clock: Callable[[], float] = time.monotonic,
         on_message: Callable[[str], object] = print,
     ):
         """`codes`: whether to train them; None: where the device's memory allows it, at once or block by block.
+        `freeze_dense`: whether the layers that are not ternary stay as they are.
         `growth`: part by which the file may grow for Linears in two terms or 8 bits (see `mixed`).
         `amounts`: what not to decide by the clock.
         """
         self.work, self.target, self.rank, self.codes, self.packing = work, target, rank, codes, packing
         self.growth, self.overwrite, self.on_message = growth, overwrite, on_message
+        self.freeze_dense = freeze_dense
         self.amounts = amounts or Amounts()
         weights = sum(n * k for n, k in work.arch.linear_shapes.values())
         self.budget = 60 * (default_minutes(weights) if minutes is None else minutes)
@@ -111,6 +114,7 @@ class Run:
         work.check(self.target, self.overwrite)
         settings = {"dense": work.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
         settings |= {"sizes": work.sizes, "seed": work.seed, "packing": self.packing, "growth": self.growth}
+        settings |= {"freeze_dense": True} if self.freeze_dense else {}
         keep_settings(folder, settings | {key: value for key, value in asdict(self.amounts).items() if value})
         kept = ranks.agree(Decisions.load(self._kept))
         self.spent = kept.spent if kept else 0.0
@@ -251,7 +255,11 @@ class Run:
             pool=pool,
             held_out=held_out,
             settings=settings_for(
-                training.plan, steps=training.steps, course=training.course, accumulate=training.accumulate
+                training.plan,
+                steps=training.steps,
+                course=training.course,
+                accumulate=training.accumulate,
+                freeze_dense=self.freeze_dense,
             ),
             rank=self.rank,
             codes=training.codes,

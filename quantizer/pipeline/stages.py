@@ -80,6 +80,7 @@ def distill_file(
         "batch": settings.batch * settings.accumulate,
         "rank": rank,
         "codes": codes,
+        "freeze_dense": settings.freeze_dense,
         "states": len(pool),
         "velocity_error": round(best["error"], 5),
         "best_step": best["step"],

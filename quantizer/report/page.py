@@ -17,6 +17,7 @@ from ..files.summary import sizes
 from ..files.ternary import TernaryFile, open_ternary
 from ..model.flux import Inputs
 from ..model.student import load_student
+from ..pictures.kinds import KINDS
 from ..pictures.quality import BINS, HeldOut, Quality, measure
 from ..pictures.sampler import noise_levels, sample
 from ..pictures.trajectories import Picture, initial_noise
@@ -25,7 +26,7 @@ from . import charts
 from .decoders import Decode, preview
 
 PAGE = "report.html"
-_CHARTS = ("pictures", "velocity", "divergence")  # and one of weights for each stage
+_CHARTS = ("pictures", "velocity", "detail", "divergence")  # and one of weights for each stage
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1100px; margin: 2rem auto; }
 body { padding: 0 1rem; }
@@ -163,16 +164,18 @@ def _charts(
     columns = [decode(theirs)] + [decode(m.latents) for m in measured]
     rows = [list(row) for row in zip(*columns, strict=True)]
     prompts = [_short(work.conditioning.prompts[picture.prompt]) for picture in pictures]
-    by_time = {
-        m.name: [((i + 0.5) / BINS, e) for i, e in enumerate(m.quality.by_timestep) if e is not None] for m in measured
-    }
+    by_time = {m.name: _points(m.quality.by_timestep) for m in measured}
+    details = {m.name: _points(m.quality.detail_by_timestep) for m in measured}
     apart = {m.name: [(i + 1, d) for i, d in enumerate(m.divergence)] for m in measured}
     sheet = charts.figure(1.6 * (len(columns) + 1), 1.6 * len(rows) + 0.4)
     charts.grid(sheet, rows, prompts, ["original", *(m.name for m in measured)])
-    velocity, divergence = charts.figure(), charts.figure()
+    velocity, detail, divergence = charts.figure(), charts.figure(), charts.figure()
     charts.lines(velocity.subplots(), "Velocity error by timestep", "t (0: picture, 1: noise)", by_time, log=True)
+    axes = detail.subplots()
+    charts.lines(axes, "Fine detail, relative to the original's", "t (0: picture, 1: noise)", details)
+    axes.axhline(1, color="#8a8a8a", linewidth=0.8)
     charts.lines(divergence.subplots(), "Distance from the original's trajectory", "sampler step", apart)
-    figures = {"pictures": sheet, "velocity": velocity, "divergence": divergence}
+    figures = {"pictures": sheet, "velocity": velocity, "detail": detail, "divergence": divergence}
     for m in measured:
         blocks = list(work.arch.block_names)
         names = list(dict.fromkeys(name for block in blocks for name in work.arch.block_linears(block)))
@@ -186,6 +189,11 @@ def _charts(
     return {name: charts.png(drawn) for name, drawn in figures.items()}
 
 
+def _points(values: Sequence[float | None]) -> list[tuple[float, float]]:
+    """The middles of timestep ranges, with the values there are."""
+    return [((i + 0.5) / BINS, value) for i, value in enumerate(values) if value is not None]
+
+
 def _short(prompt: str, length: int = 36) -> str:
     return prompt if len(prompt) <= length else f"{prompt[: length - 1]}…"
 
@@ -196,12 +204,21 @@ def _page(work: Workspace, measured: Sequence[Measured], images: Mapping[str, by
         return f'<div class="wide"><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></div>'
 
     dense = os.path.getsize(work.dense)
-    rows = "".join(
-        f"<tr><td>{html.escape(m.name)}</td><td>{m.quality.error:.4f}</td><td>{m.divergence[-1]:.3f}</td>"
-        f"<td>{m.quality.response:.2f}</td><td>{m.quality.alignment:.2f}</td><td>{m.bits:.2f}</td>"
-        f"<td>{os.path.getsize(m.path) / 1e6:,.1f} MB</td><td>{dense / os.path.getsize(m.path):.1f}</td></tr>"
-        for m in measured
-    )
+    kinds = [kind for kind in KINDS if any(kind in m.quality.by_kind for m in measured)]
+    kinds = kinds if len(kinds) > 1 else []
+
+    def line(m: Measured) -> str:
+        quality, size = m.quality, os.path.getsize(m.path)
+        cells = [f"{quality.error:.4f}", *(f"{quality.by_kind[kind]:.4f}" for kind in kinds), f"{quality.detail:.2f}"]
+        cells += [f"{m.divergence[-1]:.3f}", f"{quality.response:.2f}", f"{quality.alignment:.2f}", f"{m.bits:.2f}"]
+        cells += [f"{size / 1e6:,.1f} MB", f"{dense / size:.1f}"]
+        return _row(html.escape(m.name), *cells)
+
+    dense_bits = f"{_dense_bits(work):.0f}"
+    original = ["0", *("0" for _ in kinds), "1", "0", "1", "1", dense_bits, f"{dense / 1e6:,.1f} MB", "1"]
+    rows = _row("original", *original) + "".join(map(line, measured))
+    head = ["stage", "velocity error", *(f"of {kind}" for kind in kinds), "fine detail", "divergence"]
+    head += ["response to prompts", "its alignment", "bits per weight", "size", "times smaller"]
     kind = "Latents in false colours (give --vae for pictures)" if previews else "Pictures"
     maps = "".join(figure(name, name) for name in images if name.startswith("weights-"))
     return f"""<!doctype html>
@@ -211,22 +228,26 @@ def _page(work: Workspace, measured: Sequence[Measured], images: Mapping[str, by
 <p>{kind} of held-out prompts, from the same noise: the original, then every stage.</p>
 {figure("pictures", "pictures of the original and of every stage")}
 <h2>In numbers</h2>
-<div class="wide"><table><tr><th>stage</th><th>velocity error</th><th>divergence</th><th>response to prompts</th>
-<th>its alignment</th><th>bits per weight</th><th>size</th><th>times smaller</th></tr>
-<tr><td>original</td><td>0</td><td>0</td><td>1</td><td>1</td><td>{_dense_bits(work):.0f}</td>
-<td>{dense / 1e6:,.1f} MB</td><td>1</td></tr>{rows}</table></div>
-<p class="note">Velocity error: squared, relative to the original's velocities, on its own trajectories. Divergence:
+<div class="wide"><table>{_row(*head, cell="th")}{rows}</table></div>
+<p class="note">Velocity error: squared, relative to the original's velocities, on its own trajectories; also over
+prompts with lettering and with counting, where quantized models fail first. Fine detail: energy of high frequencies
+in the pictures that the velocities lead to, relative to the original's; a model that blurs is below 1. Divergence:
 distance of the finished latents from the original's, relative to their length, when each model paints on its own.
 Response: how much another prompt changes the velocities, relative to the original, and the cosine of both changes.
 Bits count the ternary layers with their scales and low-rank factors.</p>
 <h2>Where the error is in time</h2>
 {figure("velocity", "velocity error by timestep")}
+{figure("detail", "fine detail by timestep")}
 {figure("divergence", "divergence by sampler step")}
 <h2>Where the weights changed</h2>
 <p>Training moves weights away from the original's on purpose: compare maps, not stages, with this number.</p>
 {maps}
 </html>
 """
+
+
+def _row(*cells: str, cell: str = "td") -> str:
+    return f"<tr>{''.join(f'<{cell}>{text}</{cell}>' for text in cells)}</tr>"
 
 
 def _dense_bits(work: Workspace) -> float:

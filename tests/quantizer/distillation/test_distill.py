@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,6 +267,46 @@ def test_quality_of_the_teacher_itself(data):
     assert quality.error == 0
     assert quality.response == pytest.approx(1) and quality.alignment == pytest.approx(1)
     assert all(error in (0, None) for error in quality.by_timestep)
+    assert quality.detail == pytest.approx(1) and quality.by_kind == {}
+
+
+def test_detail_shows_what_blurs_and_the_error_hardly_does(data):
+    """A model whose predicted pictures are blurred, by time, beside one with as much noise."""
+    teacher, _, held_out = data
+    blurred_t = 0.4
+
+    def blurring(latent, t, *conditions):
+        velocity, times = teacher(latent, t, *conditions), t.view(-1, 1, 1, 1)
+        picture = latent - times * velocity
+        smooth = torch.nn.functional.avg_pool2d(picture, 3, 1, 1)
+        return torch.where(times < blurred_t, velocity, (latent - smooth) / times)
+
+    quality = measure(blurring, held_out)
+    for number, ratio in enumerate(quality.detail_by_timestep):
+        assert ratio is None or (ratio < 0.2 if number >= 10 * blurred_t else ratio == pytest.approx(1))
+    assert 0 < quality.detail < 0.8
+
+
+def test_errors_by_kind_of_prompt(data):
+    """Rows of a batch count for the kinds of their prompts."""
+    teacher, _, held_out = data
+    kinds = [["lettering", "other"] * 4]
+    quiet = torch.tensor([0.9, 0.5] * 4).view(-1, 1, 1, 1)
+    quality = measure(lambda *inputs: quiet * teacher(*inputs), replace(held_out, kinds=kinds))
+    assert quality.by_kind == pytest.approx({"lettering": 0.01, "other": 0.25}, rel=1e-4)
+
+
+def test_frozen_dense_layers_stay(files, data, tmp_path):
+    distiller, start = make(files, data, steps=12, freeze_dense=True)
+    before = measure(distiller.model, data[2]).error
+    distill(distiller)
+    assert distiller.best_error < before
+    save_student(tmp_path / "out.safetensors", distiller.model, start, metadata=start.metadata)
+    written = open_ternary(tmp_path / "out.safetensors")
+    outside = [name for name in start.dense if not name.startswith(("double_blocks", "single_blocks"))]
+    assert outside and all(torch.equal(written.tensor(name), start.tensor(name)) for name in outside)
+    inside = [name for name in start.dense if name.endswith("img_attn.qkv.bias")]
+    assert inside and not any(torch.equal(written.tensor(name), start.tensor(name)) for name in inside)
 
 
 def test_quality_of_silence(data):

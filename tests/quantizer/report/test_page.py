@@ -41,7 +41,7 @@ def test_a_page_with_everything(tmp_path, capsys):
     text = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
     assert "my round" in text and "1.58-bit" in text
     assert not re.search(r'(src|href)="(?!data:)', text)  # self-contained
-    names = {"pictures", "velocity", "divergence", "weights-my-round"}
+    names = {"pictures", "velocity", "detail", "divergence", "weights-my-round"}
     assert {path.stem for path in (tmp_path / "page").glob("*.png")} == names
     for name in names:
         with Image.open(tmp_path / "page" / f"{name}.png") as image:
