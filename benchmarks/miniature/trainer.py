@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from ...quantizer.files.atomic import atomic_file
 from .muon import Muon
 
+_SLOW = 0.2
+
 
 class Trainer:
     """Muon for the parameters `muon` and AdamW for the others, a moving average of the weights, and checkpoints.
 
-    The learning rate rises over `warmup` steps and falls as a cosine over the last part `decay` of `steps`.
+    `slow` parameters of the others get a fifth of the learning rate.
+
+    The learning rate rises over `warmup` steps and falls as a cosine over the last part `decay` of `steps`. `mixed`:
+    products are computed in bf16, weights and their updates stay in fp32.
 
     `loss(generator) -> Tensor` draws its batch from a generator that is seeded with the step's number.
     """
@@ -30,14 +35,17 @@ class Trainer:
         decay: float = 0.3,
         average: float = 0.999,
         muon: Iterable[nn.Parameter] = (),
+        slow: Iterable[nn.Parameter] = (),
+        mixed: bool = False,
         seed: int = 0,
     ):
-        self.model, self.steps, self.rate, self.seed = model, steps, rate, seed
+        self.model, self.steps, self.rate, self.mixed, self.seed = model, steps, rate, mixed, seed
         self.warmup, self.decay, self.average = warmup, decay, average
-        muon = list(muon)
-        others = [p for p in model.parameters() if not any(p is other for other in muon)]
+        muon, slow = list(muon), list(slow)
+        others = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in (*muon, *slow))]
+        groups = [{"params": others, "part": 1.0}] + ([{"params": slow, "part": _SLOW}] if slow else [])
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+            torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         ]
         if muon:
             self.optimizers.append(Muon(muon, rate))
@@ -54,13 +62,16 @@ class Trainer:
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         self.model.zero_grad(set_to_none=True)
-        value = loss(generator)
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.mixed):
+            value = loss(generator)
         value.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
-            optimizer.step()
+        with torch.autocast(device, torch.bfloat16, enabled=self.mixed):  # for the products of Muon
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate() * group.get("part", 1.0)
+                optimizer.step()
         # A young average follows quickly.
         average = min(self.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
