@@ -22,7 +22,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         product = polynomial if product is None else polynomial @ product
         if step < steps - 1:
             gram = polynomial @ gram @ polynomial
-    x = (product @ x).to(matrices.dtype)
+    x = product @ x
     return x.mT if tall else x
 
 

@@ -29,9 +29,9 @@ ARCHITECTURES = {
     ),
 }  # fmt: skip
 
-# Mean and deviation of the logit of t. Objects are large and stand out from a flat background, so that what they are and
-# where is decided at high noise; the usual mean of 0 puts only 14 % of the steps beyond t = 0.75. FLUX.2's sampler stays
-# there for longer still, and what it leaves out is visited by other schedules.
+# Mean and deviation of the logit of t. Objects are large and stand out from a flat background, so that what they are
+# and where is decided at high noise; the usual mean of 0 puts only 14 % of the steps beyond t = 0.75. FLUX.2's sampler
+# stays there for longer still, and other schedules visit what it leaves out.
 NOISINESS = {1: (1.0, 1.0), 2: (1.0, 1.4)}
 
 # FLUX.1 is guidance-distilled: it paints guided pictures without a second, unconditional forward. The last part of the
@@ -110,10 +110,7 @@ def train(
     blocks = [*model.flux.double_blocks.named_parameters(), *model.flux.single_blocks.named_parameters()]
     modulation = ("mod.lin.weight", "modulation.lin.weight")
     matrices = [p for name, p in blocks if p.ndim == 2 and not name.endswith(modulation)]
-    # FLUX.2's modulation is that of all blocks: at the full rate the training fell apart within 250 steps.
-    slow = [p for name, p in model.flux.named_parameters() if "stream_modulation" in name or "time_in" in name]
-    slow = slow if arch.version == 2 else []
-    trainer = Trainer(model, steps, 1.5e-3, decay=0.35, average=0.99, muon=matrices, slow=slow, mixed=mixed, seed=seed)
+    trainer = Trainer(model, steps, 1.5e-3, decay=0.35, average=0.99, muon=matrices, mixed=mixed, seed=seed)
     checkpoint = work / "transformer.pt"
     trainer.resume(checkpoint)
     vae = output / "autoencoder.safetensors"

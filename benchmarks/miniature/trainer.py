@@ -11,16 +11,12 @@ from torch import Tensor, nn
 from ...quantizer.files.atomic import atomic_file
 from .muon import Muon
 
-_SLOW = 0.2
-
 
 class Trainer:
     """Muon for the parameters `muon` and AdamW for the others, a moving average of the weights, and checkpoints.
 
-    `slow` parameters of the others get a fifth of the learning rate.
-
     The learning rate rises over `warmup` steps and falls as a cosine over the last part `decay` of `steps`. `mixed`:
-    products are computed in bf16, weights and their updates stay in fp32.
+    forwards and backwards multiply in bf16. Muon does not: its iteration falls apart there.
 
     `loss(generator) -> Tensor` draws its batch from a generator that is seeded with the step's number.
     """
@@ -35,17 +31,15 @@ class Trainer:
         decay: float = 0.3,
         average: float = 0.999,
         muon: Iterable[nn.Parameter] = (),
-        slow: Iterable[nn.Parameter] = (),
         mixed: bool = False,
         seed: int = 0,
     ):
         self.model, self.steps, self.rate, self.mixed, self.seed = model, steps, rate, mixed, seed
         self.warmup, self.decay, self.average = warmup, decay, average
-        muon, slow = list(muon), list(slow)
-        others = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in (*muon, *slow))]
-        groups = [{"params": others, "part": 1.0}] + ([{"params": slow, "part": _SLOW}] if slow else [])
+        muon = list(muon)
+        others = [p for p in model.parameters() if p.requires_grad and not any(p is other for other in muon)]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         ]
         if muon:
             self.optimizers.append(Muon(muon, rate))
@@ -67,11 +61,10 @@ class Trainer:
             value = loss(generator)
         value.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        with torch.autocast(device, torch.bfloat16, enabled=self.mixed):  # for the products of Muon
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate() * group.get("part", 1.0)
-                optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            optimizer.step()
         # A young average follows quickly.
         average = min(self.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
