@@ -1,11 +1,11 @@
 """The node "Compare Models": two models from the same noise, and how far their velocities are apart at each step."""
 
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from .charts import curve
 from .compat import accepted, core
+from .replay import Question, Recorded, replayer
 
 comfy = core()
 
@@ -93,7 +93,7 @@ class CompareModels(io.ComfyNode):
         sigmas = comfy.calculate_sigmas(sampling, scheduler, int(steps / denoise))[-(steps + 1) :]
         latent = comfy.fix_empty_latent_channels(model, latent_image["samples"])
         noise = comfy.prepare_noise(latent, seed, latent_image.get("batch_index"))
-        path: list[tuple[Tensor, Tensor, Tensor]] = []
+        path: list[Question] = []
 
         def sample(patcher, sampler, callback):
             return comfy.sample_custom(
@@ -102,9 +102,14 @@ class CompareModels(io.ComfyNode):
             )  # fmt: skip
 
         show = comfy.prepare_callback(model, steps)
-        results = [sample(model, _Recorded(comfy.sampler_object(sampler_name), path), show)]
+        results = [sample(model, Recorded(comfy.sampler_object(sampler_name), path), show)]
         errors: list[float] = []
-        sample(other, comfy.KSAMPLER(_replay, {"path": path, "errors": errors}), None)
+
+        def meet(asked: Question, denoised: Tensor) -> None:
+            # Velocities are (x - denoised) / sigma; the sigmas cancel.
+            errors.append(_relative((asked.x - asked.denoised).float(), (asked.x - denoised).float()))
+
+        sample(other, replayer(path, meet), None)
         path.clear()
         results.append(sample(other, comfy.sampler_object(sampler_name), comfy.prepare_callback(other, steps)))
         first, second = (_decode(vae, samples) for samples in results)
@@ -118,55 +123,6 @@ class CompareModels(io.ComfyNode):
         report = "\n".join(lines)
         chart = curve(errors, "velocity error at each step", "step of the first model's path")
         return io.NodeOutput(first, second, difference, chart, report, ui=ui.PreviewText(report))
-
-
-class _Recorded:
-    """A sampler that keeps what its model was asked and what it answered."""
-
-    def __init__(self, sampler, path: list[tuple[Tensor, Tensor, Tensor]]):
-        self.sampler, self.path = sampler, path
-
-    def __getattr__(self, name: str):
-        return getattr(self.sampler, name)
-
-    def sample(self, model_wrap, *args, **kwargs):
-        function = self.sampler.sampler_function
-        path = self.path
-
-        def recorded(model, *args, **kwargs):
-            return function(_Recorder(model, path), *args, **kwargs)
-
-        return comfy.KSAMPLER(recorded, self.sampler.extra_options, self.sampler.inpaint_options).sample(
-            model_wrap, *args, **kwargs
-        )
-
-
-class _Recorder:
-    """The model that a sampler calls."""
-
-    def __init__(self, model, path: list[tuple[Tensor, Tensor, Tensor]]):
-        self.model, self.path = model, path
-
-    def __getattr__(self, name: str):
-        return getattr(self.model, name)
-
-    def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
-        denoised = self.model(x, sigma, **kwargs)
-        self.path.append((x.cpu(), sigma.cpu(), denoised.cpu()))
-        return denoised
-
-
-@torch.no_grad()
-def _replay(model, x, sigmas, extra_args=None, callback=None, disable=None, path=(), errors=None):
-    """A "sampler" that asks a model what another one was asked along its path."""
-    for number, (x_, sigma, theirs) in enumerate(path):
-        x_, sigma, theirs = (tensor.to(x.device) for tensor in (x_, sigma, theirs))
-        ours = model(x_, sigma, **(extra_args or {}))
-        # Velocities are (x - denoised) / sigma; the sigmas cancel.
-        errors.append(_relative((x_ - theirs).float(), (x_ - ours).float()))
-        if callback is not None:
-            callback({"x": x_, "i": number, "sigma": sigma, "sigma_hat": sigma, "denoised": ours})
-    return x
 
 
 def _relative(reference: Tensor, other: Tensor) -> float:

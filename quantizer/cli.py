@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": (".commands.convert", "round, calibrate and distill in one go"),
     "mixed": (".commands.mixed", "give the most sensitive Linears of a ternary file two ternary terms or 8 bits"),
     "report": (".commands.report", "write a page that compares ternary files with the original"),
+    "compare": (
+        ".commands.compare",
+        "paint with a ternary model and its original in ComfyUI, and measure the pictures",
+    ),
     "import": (".commands.import_", "bring in a ternary FLUX made elsewhere, such as Bonsai Image 4B"),
     "inspect": (".commands.inspect", "say what a file is: layers, bits per weight, sizes"),
     "export": (".commands.export", "write a ternary file back as a dense checkpoint"),
@@ -57,39 +61,46 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code: 0, 2 for a mistake, 130 for Ctrl-C, 143 for SIGTERM."""
+    try:
+        with lenient():
+            return _run(argv)
+    except KeyboardInterrupt:  # while the last lines are printed
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
     name, interrupted = _chosen(argv) or program(), ""
-    with lenient():
-        try:
-            with at_once(f"{name}: stopped; nothing was written"):
-                args = parse(argv)
-                if args is None:
-                    return 0
-                interrupted = args.interrupted
-                for module in () if args.light else _HEAVY:
-                    importlib.import_module(module)
-            with terminable():
-                if args.shared:
-                    ranks.join()
-                elif ranks.launched():
-                    raise ValueError("one process does this: start it without torchrun")
-                return args.run(args) or 0
-        except KeyboardInterrupt as interrupt:
-            _tell(f"\n{name}: stopped; {interrupted}")
-            return 128 + interrupt.number if isinstance(interrupt, Terminated) else INTERRUPTED
-        except (ValueError, OSError, OverflowError, RecursionError, MemoryError) as error:
-            _tell(f"{name}: {message(error)}")
-            return MISTAKE
-        except ModuleNotFoundError as error:
-            remedy = f"use the Python that ComfyUI runs in ({program()} doctor says more)"
-            _tell(f"{name}: {error.name} is not installed in {sys.executable}; {remedy}")
-            return MISTAKE
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            _tell(f"{name}: not enough memory: {message(error).split('. ')[0]}")
-            return MISTAKE
-        finally:
-            ranks.leave()
+    try:
+        with at_once(f"{name}: stopped; nothing was written"):
+            args = parse(argv)
+            if args is None:
+                return 0
+            interrupted = args.interrupted
+            for module in () if args.light else _HEAVY:
+                importlib.import_module(module)
+        with terminable():
+            if args.shared:
+                ranks.join()
+            elif ranks.launched():
+                raise ValueError("one process does this: start it without torchrun")
+            return args.run(args) or 0
+    except KeyboardInterrupt as interrupt:
+        _tell(f"\n{name}: stopped; {interrupted}")
+        return 128 + interrupt.number if isinstance(interrupt, Terminated) else INTERRUPTED
+    except (ValueError, OSError, OverflowError, RecursionError, MemoryError) as error:
+        _tell(f"{name}: {message(error)}")
+        return MISTAKE
+    except ModuleNotFoundError as error:
+        remedy = f"use the Python that ComfyUI runs in ({program()} doctor says more)"
+        _tell(f"{name}: {error.name} is not installed in {sys.executable}; {remedy}")
+        return MISTAKE
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        _tell(f"{name}: not enough memory: {message(error).split('. ')[0]}")
+        return MISTAKE
+    finally:
+        ranks.leave()
 
 
 def _tell(text: str) -> None:

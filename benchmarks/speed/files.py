@@ -3,7 +3,7 @@
     python -m benchmarks.speed.files                    FLUX.2 [klein] 4B with a fifth of its blocks
     python -m benchmarks.speed.files --full             FLUX.1 [dev], FLUX.2 [klein] 4B and FLUX.2 [dev], one by one
     python -m benchmarks.speed.files --full --models FLUX.2-dev --share 0.5     half of its blocks, on a smaller disk
-    python -m benchmarks.speed.files --dry              a tiny model: every command runs, nothing is written in results
+    python -m benchmarks.speed.files --dry              a tiny model, without ComfyUI: nothing is written in results
 
 Checkpoints with a model's names and shapes and random weights are written as a stream to `--folder`. Every command
 that reads or writes whole files runs on them, each in a process of its own, with its input out of the system's cache.
@@ -145,7 +145,7 @@ def measure(name: str, command: Sequence[object], reads: Path, writes: Path | No
     return row
 
 
-def measure_model(arch: Architecture, folder: Path, disk: dict[str, float]) -> list[dict]:
+def measure_model(arch: Architecture, folder: Path, disk: dict[str, float], host: bool = True) -> list[dict]:
     """Every command on one model; what is no longer needed is deleted, so that one dense file lies there at a time."""
     dense, rounded, shared, unpacked, imported = (
         folder / f"{name}.safetensors" for name in ("dense", "rounded", "shared", "unpacked", "imported")
@@ -164,13 +164,13 @@ def measure_model(arch: Architecture, folder: Path, disk: dict[str, float]) -> l
         measure("inspect", [*command, "inspect", rounded], rounded, None, disk),
         measure("verify", [*command, "verify", rounded], rounded, None, disk),
         measure("pack to base3", to_share, rounded, shared, disk),
-        measure("load in ComfyUI", ["-c", LOAD, rounded], rounded, None, disk),
+        *([measure("load in ComfyUI", ["-c", LOAD, rounded], rounded, None, disk)] if host else []),
     ]
     rounded.unlink()
     to_load = [*command, "pack", shared, "--packing", "planes32", "-o", rounded]
     rows += [
         measure("pack to planes32", to_load, shared, rounded, disk),
-        measure("load in ComfyUI, base3", ["-c", LOAD, shared], shared, None, disk),
+        *([measure("load in ComfyUI, base3", ["-c", LOAD, shared], shared, None, disk)] if host else []),
     ]
     rounded.unlink()
     shared.unlink()
@@ -212,7 +212,9 @@ def main() -> None:
         for name, arch in known.items():
             blocks = {"double": arch.depth, "single": arch.depth_single}
             print(f"{name}, {arch.depth} double and {arch.depth_single} single blocks", flush=True)
-            report["models"].append({"model": name, "blocks": blocks, "rows": measure_model(arch, folder, disk)})
+            report["models"].append(
+                {"model": name, "blocks": blocks, "rows": measure_model(arch, folder, disk, not args.dry)}
+            )
             for file in folder.iterdir():
                 file.unlink()
             if out is not None:

@@ -59,6 +59,11 @@ def vae(text: str) -> Path:
     return _find(text, "vae", "vae_approx")
 
 
+def clip_vision(text: str) -> Path:
+    """As `model`, in ComfyUI's folder for CLIP vision models."""
+    return _find(text, "clip_vision")
+
+
 def _find(text: str, *kinds: str) -> Path:
     from ..comfyui import find_model
 

@@ -184,7 +184,7 @@ def planes32(packed: Tensor, layer: LayerPlan) -> Tensor:
     trits = np.empty(packed_shape(layer.shape, "planes32", layer.terms), np.uint8)
 
     def convert(rows: slice) -> None:
-        trits[:, rows] = pack_planes32(unpack_base3(packed[rows], layer.shape[1]), layer.terms).numpy()
+        trits[:, rows] = pack_planes32(unpack_base3(packed[rows], layer.shape[1]), layer.terms).cpu().numpy()
 
     with single_threaded_pool() as pool:
         for _ in pool.map(convert, chunks(layer.shape)):

@@ -28,10 +28,8 @@ def verify(path: str | os.PathLike, on_progress: Callable[[int], object] = lambd
     if header_checksum(header.metadata, header.entries) != checksums.header:
         damaged.append(HEADER)
     damaged += [key for key in checksums.tensors if key not in header.entries]
-    with (
-        held_back() as let_through,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):  # crc32 and reading let other threads run
+    threads = os.cpu_count()  # crc32 and reading let other ones run
+    with held_back() as let_through, ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda entry: _checksum(path, entry), header.entries.values())
         for (key, entry), value in zip(header.entries.items(), found, strict=True):
             if value != checksums.tensors.get(key):

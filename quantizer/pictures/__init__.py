@@ -1,3 +1,4 @@
 """What the original makes: encoded prompts, pictures, noisy states, velocities."""
 
-SIZES = "512x512,768x512,512x768,1024x1024"  # in pixels, by default: most states cost a third of the largest or less
+# In pixels, by default: three of four states cost less than half of the largest.
+SIZES = "512x512,768x512,512x768,1024x1024"

@@ -30,18 +30,30 @@ def preview(latents: Tensor) -> Decode:
 
 
 def vae_decoder(path: str | os.PathLike, arch: Architecture) -> Decode:
-    """The decoder of a VAE file that ComfyUI's "Load VAE" reads, for latents of this FLUX.
+    """The decoder of `load_vae`, for latents in this FLUX's own space."""
+    vae = load_vae(path, arch)
+    import comfy.latent_formats
+
+    latent_format = comfy.latent_formats.Flux() if arch.version == 1 else comfy.latent_formats.Flux2()
+
+    @torch.inference_mode()
+    def decode(latents: Tensor) -> np.ndarray:
+        return vae.decode(latent_format.process_out(latents.float())).float().clamp(0, 1).cpu().numpy()
+
+    return decode
+
+
+def load_vae(path: str | os.PathLike, arch: Architecture):
+    """ComfyUI's VAE of a file that "Load VAE" reads, for this FLUX.
 
     Raises FileNotFoundError without the file or without ComfyUI, ValueError for files of another kind.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such VAE file")
     import_comfyui()
-    import comfy.latent_formats
     import comfy.sd
     import comfy.utils
 
-    latent_format = comfy.latent_formats.Flux() if arch.version == 1 else comfy.latent_formats.Flux2()
     try:
         state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
         vae = comfy.sd.VAE(sd=state, metadata=metadata)
@@ -49,14 +61,10 @@ def vae_decoder(path: str | os.PathLike, arch: Architecture) -> Decode:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: ComfyUI cannot load this as a VAE: {reason}") from error
-    if vae.latent_channels != latent_format.latent_channels:
+    channels = 16 if arch.version == 1 else 128
+    if vae.latent_channels != channels:
         raise ValueError(
             f"{path}: this VAE has {vae.latent_channels} latent channels, "
-            f"and {arch.name} paints {latent_format.latent_channels}: give the VAE you use with it"
+            f"and {arch.name} paints {channels}: give the VAE you use with it"
         )
-
-    @torch.inference_mode()
-    def decode(latents: Tensor) -> np.ndarray:
-        return vae.decode(latent_format.process_out(latents.float())).float().clamp(0, 1).cpu().numpy()
-
-    return decode
+    return vae

@@ -50,7 +50,7 @@ def test_files(tmp_path):
     report = json.loads(out.read_text())
     (model,) = report["models"]
     rows = {row["command"]: row for row in model["rows"]}
-    assert {"round", "verify", "import", "load in ComfyUI", "pack to base3"} < set(rows)
+    assert {"round", "verify", "import", "inspect", "pack to base3"} < set(rows)
     assert rows["round"]["read"] > 3 * rows["round"]["written"] > 0 == rows["verify"]["written"]
     assert rows["pack to base3"]["written"] < rows["pack to planes32"]["written"]
     assert rows["pack to planes32"]["written"] == pytest.approx(rows["round"]["written"], rel=1e-3)  # but for blanks

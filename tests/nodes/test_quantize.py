@@ -24,6 +24,7 @@ def display(quantize):
     return quantize.Display(None)
 
 
+@pytest.mark.slow
 def test_prompts_are_encoded_by_the_clip_of_the_graph(comfy, quantize, display, tmp_path):
     """The same file as the command `embed` writes with the same text encoders; once for the same prompts."""
     prompts = ["a red fox", "two blue cubes on a table"]

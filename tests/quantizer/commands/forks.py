@@ -66,6 +66,8 @@ def fork(arguments: Iterable, prepare: Callable[[], object] = lambda: None, log:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         prepare()
         os._exit(cli.run([str(argument) for argument in arguments]))
+    except KeyboardInterrupt:  # before or after the run
+        os._exit(cli.INTERRUPTED)
     except BaseException:  # what a person would see
         import traceback
 
@@ -111,7 +113,7 @@ def killed(folder: Path, name: str, times: str) -> None:
         # Asked to end, it may not wait for ever for a thread; before it has begun it cannot be asked.
         end = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[number % 3 if moment > 0.05 else 0]
         os.kill(child, end)
-        if wait(child) not in (0, -signal.SIGKILL, cli.INTERRUPTED, cli.TERMINATED):
+        if wait(child) not in (0, -end, cli.INTERRUPTED, cli.TERMINATED):
             print(f"run {number} failed:", log.read_text()[-2000:])
         if target.is_file():
             TensorFile(target)

@@ -211,9 +211,9 @@ class Machine:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [3.0, 1 / 3])
-def test_a_conversion_takes_its_budget_on_a_machine_that_changes_its_speed(source, tmp_path, factor):
-    machine, target = Machine(600.0, factor), tmp_path / "out.safetensors"
+def test_a_conversion_takes_its_budget_on_a_machine_that_slows_down(source, tmp_path):
+    """And makes the same file again from what it decided, whatever the machine's speed is then."""
+    machine, target = Machine(600.0, 3.0), tmp_path / "out.safetensors"
     said: list[str] = []
 
     def convert(clock=machine, minutes=10.0) -> Run:
@@ -230,8 +230,6 @@ def test_a_conversion_takes_its_budget_on_a_machine_that_changes_its_speed(sourc
     assert decisions.training.steps == decisions.training.course[-1][2]
     written = open_ternary(target)
     first = {key: written.file.bytes(key).tobytes() for key in written.file.entries}
-    if factor != 3:
-        return
     slower = Machine(600.0, 5.0)
     slower.now = 300.0
     (tmp_path / "work" / "distill.safetensors").unlink()
@@ -240,6 +238,7 @@ def test_a_conversion_takes_its_budget_on_a_machine_that_changes_its_speed(sourc
     assert {key: again.file.bytes(key).tobytes() for key in again.file.entries} == first
 
 
+@pytest.mark.slow
 def test_amounts_that_are_given_are_not_decided_by_the_clock(source, capsys):
     output = source / "fixed.safetensors"
     fixed = ["--pictures", "17", "--calibration-states", "33", "--steps", "14"]
