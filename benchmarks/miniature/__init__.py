@@ -1,10 +1,11 @@
-"""The miniature: a complete small FLUX system with trained weights, to test claims about pictures on pictures.
+"""The miniatures: complete small FLUX systems with trained weights, to test claims about pictures on pictures.
 
     context, pooled = encode_prompts(["a red circle and a blue square"])
     latents = sample(load_transformer(), context, pooled, torch.randn(1, 16, 8, 8))
     correct = check(decode(latents)[0], "a red circle and a blue square")
 
-It shows that the pipeline works and ranks recipes; it does not measure FLUX's own quality. See MODEL_CARD.md.
+FLUX.2's lie in a folder of their own, `FLUX2`, in files of the same names; it has FLUX.1's text encoder. They show that
+the pipeline works and rank recipes; they do not measure FLUX's own quality. See MODEL_CARD.md.
 """
 
 from collections.abc import Sequence
@@ -27,17 +28,18 @@ if TYPE_CHECKING:
     from .text import TextEncoder
 
 __all__ = [
-    "AUTOENCODER", "CATEGORIES", "LATENT_SHAPE", "STOCK_AUTOENCODER", "TERNARY", "TEXT_ENCODER", "TRANSFORMER",
-    "Found", "Result", "check", "decode", "encode_prompts", "load_autoencoder", "load_text_encoder", "load_transformer",
-    "prompts", "sample", "write_conditioning", "write_stock_autoencoder",
+    "AUTOENCODER", "CATEGORIES", "FLUX1", "FLUX2", "LATENT_SHAPE", "STOCK_AUTOENCODER", "TERNARY", "TEXT_ENCODER",
+    "TRANSFORMER", "Found", "Result", "check", "decode", "encode_prompts", "load_autoencoder", "load_text_encoder",
+    "load_transformer", "prompts", "sample", "write_conditioning", "write_stock_autoencoder",
 ]  # fmt: skip
 
-_WEIGHTS = Path(__file__).parent / "weights"
-TRANSFORMER = _WEIGHTS / "flux-miniature.safetensors"  # bf16, BFL's names: ComfyUI reads it as FLUX.1-schnell
-TERNARY = _WEIGHTS / "flux-miniature-1.58bit.safetensors"  # of TRANSFORMER, by `convert`
-AUTOENCODER = _WEIGHTS / "autoencoder.safetensors"  # compact; `write_stock_autoencoder` writes what ComfyUI reads
-TEXT_ENCODER = _WEIGHTS / "text-encoder.safetensors"
-LATENT_SHAPE = (16, 8, 8)  # of the 64-pixel pictures that the trained weights paint
+FLUX1 = Path(__file__).parent / "weights"
+FLUX2 = FLUX1 / "flux2"
+TRANSFORMER = FLUX1 / "flux-miniature.safetensors"  # bf16, BFL's names: ComfyUI reads it as FLUX.1-schnell
+TERNARY = FLUX1 / "flux-miniature-1.58bit.safetensors"  # of TRANSFORMER, by `convert`
+AUTOENCODER = FLUX1 / "autoencoder.safetensors"  # compact; `write_stock_autoencoder` writes what ComfyUI reads
+TEXT_ENCODER = FLUX1 / "text-encoder.safetensors"
+LATENT_SHAPE = (16, 8, 8)  # of the 64-pixel pictures that the trained weights paint; FLUX.2's is (128, 4, 4)
 STOCK_AUTOENCODER = "miniature-vae.safetensors"  # its name in ComfyUI's models/vae
 
 
@@ -60,10 +62,10 @@ def load_text_encoder() -> "TextEncoder":
 
 
 @cache
-def load_autoencoder() -> "Autoencoder":
+def load_autoencoder(path: Path = AUTOENCODER) -> "Autoencoder":
     from .autoencoder import load
 
-    return load(load_file(AUTOENCODER))
+    return load(load_file(path))
 
 
 def encode_prompts(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -72,9 +74,11 @@ def encode_prompts(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def decode(latents: Tensor) -> np.ndarray:
-    """Pictures float32 [B, H, W, 3] in 0..1 of latents [B, 16, H/8, W/8] in model space."""
+    """Pictures float32 [B, H, W, 3] in 0..1 of either model's latents, [B, 16, H/8, W/8] or [B, 128, H/16, W/16]."""
+    folder = FLUX1 if latents.shape[1] == LATENT_SHAPE[0] else FLUX2
+    vae = load_autoencoder(folder / AUTOENCODER.name)
     with torch.inference_mode():
-        return load_autoencoder().decode(latents.float().cpu()).clamp(0, 1).movedim(1, 3).numpy()
+        return vae.decode(latents.float().cpu()).clamp(0, 1).movedim(1, 3).numpy()
 
 
 def write_stock_autoencoder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Plain Euler sampling of a rectified flow, as ComfyUI's `euler` sampler and `simple` scheduler do for FLUX-schnell."""
+"""Plain Euler sampling of a rectified flow, as ComfyUI's `euler` sampler does for FLUX."""
 
 from collections.abc import Callable
 
@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 
-def sigmas(steps: int) -> Tensor:
-    """Noise levels [steps + 1] from 1 to 0: evenly spaced, because FLUX-schnell's shift is 1."""
-    return torch.linspace(1, 0, steps + 1)
-
-
-def sample(model: Callable[..., Tensor], context: Tensor, pooled: Tensor, noise: Tensor, steps: int = 20) -> Tensor:
-    """Latents [B, 16, h, w] in model space from noise of the same shape.
+def sample(
+    model: Callable[..., Tensor], context: Tensor, pooled: Tensor, noise: Tensor, steps: int = 20, shift: float = 0.0
+) -> Tensor:
+    """Latents [B, C, h, w] in model space from noise of the same shape.
 
     `model(latent, t [B], context, pooled)` gives the velocity noise - picture; `context` is [B, T, C], `pooled` [B, V].
+    FLUX.1-schnell's shift is 0, FLUX.2's is 2.02 (see `noise_levels`).
     """
+    from ...quantizer.pictures.sampler import noise_levels
+
     latent = noise
     with torch.inference_mode():
-        levels = sigmas(steps)
+        levels = noise_levels(steps, shift)
         for now, following in zip(levels[:-1], levels[1:], strict=True):
             t = torch.full((len(latent),), now.item(), device=latent.device)
             latent = latent + (following - now).item() * model(latent, t, context, pooled)

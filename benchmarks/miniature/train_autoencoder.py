@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import scenes
-from .autoencoder import PATCH, Autoencoder, fit_components, load
+from .autoencoder import CHANNELS, PATCH, Autoencoder, fit_components, load
 from .checker import check
 from .trainer import Trainer
 
@@ -27,33 +27,47 @@ def pictures(count: int, seed: int, size: int) -> Tensor:
     return torch.from_numpy(rendered).movedim(3, 1).contiguous()
 
 
-def train(work: Path, output: Path, steps: int, size: int, device: str, seed: int = 0) -> None:
-    """Fit the encoder, train the decoder up to `steps` (resuming from `work`), and write averaged weights in fp16."""
+def train(
+    work: Path, output: Path, steps: int, size: int, device: str, *, version: int = 1, start: Path, seed: int = 0
+) -> None:
+    """Fit the encoder, train the decoder up to `steps` (resuming from `work`), and write averaged weights in fp16.
+
+    FLUX.2's decoder goes on from FLUX.1's, of the file `start`: the first half of its latents are the same.
+    """
     torch.manual_seed(seed)
     pool = pictures(POOL, seed, size).to(device)
-    model = Autoencoder().to(device)
-    components, offset = fit_components(pool.float() / 255)
+    model = Autoencoder(channels=CHANNELS[version]).to(device)
+    components, offset = fit_components(pool.float() / 255, CHANNELS[version])
     model.components.copy_(components)
     model.offset.copy_(offset)
     with torch.inference_mode():
         latents = model.encode(pool.float() / 255)
     last = len(model.taesd_decoder) - 1
-    with torch.no_grad():  # the first pictures are a light grey
-        model.taesd_decoder[last].weight.mul_(0.3)
-        model.taesd_decoder[last].bias.fill_(0.9)
+    rate = 3e-3
+    with torch.no_grad():
+        if version == 2:
+            rate = 1e-3
+            model.taesd_decoder[1].weight.zero_()
+            for name, value in load_file(start).items():
+                if name.startswith("taesd_decoder."):
+                    model.state_dict()[name][tuple(map(slice, value.shape))] = value.float()
+        else:  # the first pictures are a light grey
+            model.taesd_decoder[last].weight.mul_(0.3)
+            model.taesd_decoder[last].bias.fill_(0.9)
     hidden = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith(f"taesd_decoder.{last}.")]
-    trainer = Trainer(model, steps, 3e-3, warmup=20, decay=0.7, average=0.99, muon=hidden, seed=seed)
+    trainer = Trainer(model, steps, rate, warmup=20, decay=0.7, average=0.99, muon=hidden, seed=seed)
     checkpoint = work / "autoencoder.pt"
     trainer.resume(checkpoint)
     decode = torch.compile(model.decode)
 
     def loss(generator: torch.Generator) -> Tensor:
         whole = trainer.step >= steps * CROPS
-        count, side = (BATCH // 4, size // PATCH) if whole else (BATCH, size // PATCH // 2)
+        pixels = PATCH * model.fold
+        count, side = (BATCH // 4, size // pixels) if whole else (BATCH, size // pixels // 2)
         chosen = torch.randint(POOL, (count,), generator=generator).to(device)
-        y, x = torch.randint(size // PATCH - side + 1, (2,), generator=generator).tolist()
+        y, x = torch.randint(size // pixels - side + 1, (2,), generator=generator).tolist()
         clean = latents[chosen, :, y : y + side, x : x + side]
-        images = pool[chosen, :, y * PATCH : (y + side) * PATCH, x * PATCH : (x + side) * PATCH].float() / 255
+        images = pool[chosen, :, y * pixels : (y + side) * pixels, x * pixels : (x + side) * pixels].float() / 255
         noise = torch.randn(clean.shape, generator=generator).to(device)
         error = decode(clean + NOISE * noise) - images
         return error.abs().mean() + 10 * error.square().mean()

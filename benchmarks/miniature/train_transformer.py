@@ -1,4 +1,4 @@
-"""Trains the miniature's FLUX.1 transformer and text encoder: rectified flow on the latents of rendered scenes."""
+"""Trains the miniatures' transformers, and FLUX.1's text encoder: rectified flow on the latents of rendered scenes."""
 
 import time
 from pathlib import Path
@@ -10,20 +10,29 @@ from torch import Tensor, nn
 
 from ...quantizer.files.architecture import Architecture
 from ...quantizer.model.flux import Flux
+from ...quantizer.pictures.sampler import default_shift, latent_shape
 from . import autoencoder, scenes
 from .checker import check
 from .sampling import sample
 from .text import CHANNELS, TextEncoder, tokens
 from .trainer import Trainer
 
-ARCHITECTURE = Architecture(
-    version=1, hidden=256, depth=2, depth_single=4, in_channels=16, out_channels=16,
-    context_dim=CHANNELS, vec_dim=CHANNELS, guidance=False,
-)  # fmt: skip
+ARCHITECTURES = {
+    1: Architecture(
+        version=1, hidden=256, depth=2, depth_single=4, in_channels=16, out_channels=16,
+        context_dim=CHANNELS, vec_dim=CHANNELS, guidance=False,
+    ),
+    # As many single blocks for a double one as in FLUX.2 [klein].
+    2: Architecture(
+        version=2, hidden=256, depth=1, depth_single=4, in_channels=128, out_channels=128,
+        context_dim=CHANNELS, vec_dim=None, guidance=False,
+    ),
+}  # fmt: skip
 
-# Mean of the logit of t. Objects are large and stand out from a flat background, so that what they are and where is
-# decided at high noise; the usual mean of 0 puts only 14 % of the steps beyond t = 0.75.
-NOISINESS = 1.0
+# Mean and deviation of the logit of t. Objects are large and stand out from a flat background, so that what they are
+# and where is decided at high noise; the usual mean of 0 puts only 14 % of the steps beyond t = 0.75. FLUX.2's sampler
+# stays there for longer still, and other schedules visit what it leaves out.
+NOISINESS = {1: (1.0, 1.0), 2: (1.0, 1.4)}
 
 # FLUX.1 is guidance-distilled: it paints guided pictures without a second, unconditional forward. The last part of the
 # training does the same with model guidance (https://arxiv.org/abs/2502.12154): the target is moved away from what the
@@ -34,9 +43,9 @@ PUSH = 0.6
 
 
 class Painter(nn.Module):
-    """What is trained: the transformer and the text encoder."""
+    """The transformer and the text encoder, which FLUX.2's miniature has of FLUX.1's and does not train."""
 
-    def __init__(self, arch: Architecture = ARCHITECTURE):
+    def __init__(self, arch: Architecture = ARCHITECTURES[1]):
         super().__init__()
         self.flux = Flux(arch)
         self.text = TextEncoder(arch.context_dim)
@@ -46,15 +55,16 @@ class Painter(nn.Module):
             elif parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
             # Blocks start as the identity and the velocity as zero (adaLN-zero, https://arxiv.org/abs/2212.09748).
-            if any(part in name for part in ("_mod.", ".modulation.", "final_layer.")):
+            if any(part in name for part in ("_mod.", "modulation", "final_layer.")):
                 nn.init.zeros_(parameter)
+        self.text.requires_grad_(arch.version == 1)
 
     def forward(self, latents: Tensor, t: Tensor, words: Tensor) -> Tensor:
         return self.flux(latents, t, *self.text(words))
 
 
 def latents(work: Path, vae: Path, count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Latents [count, 16, size/8, size/8] and word numbers [count, 8] of training scenes; kept in a file."""
+    """Latents [count, C, h, w] and word numbers [count, 8] of training scenes; kept in a file."""
     path = work / f"latents-{size}-{count}-{seed}.safetensors"
     if not path.exists():
         encoder = autoencoder.load(load_file(vae))
@@ -81,7 +91,8 @@ def train(
     seed: int = 0,
     pictures: int = 24_000,
     batch: int = 64,
-    arch: Architecture = ARCHITECTURE,
+    arch: Architecture = ARCHITECTURES[1],
+    mixed: bool = False,
     evaluate_every: int = 250,
     checked: int = 24,
     stop: int | None = None,
@@ -89,14 +100,17 @@ def train(
 ) -> Painter:
     """Train up to `steps`, or `stop` of them, resuming from `work`. Returns the averaged model.
 
-    Every evaluation paints `checked` captions of each category (0: none) and writes the averaged weights to `output`.
+    Every evaluation paints `checked` captions of each category (0: none) and writes the averaged weights to `output`,
+    where the autoencoder is, and for FLUX.2 the text encoder. `mixed`: products in bf16.
     """
     torch.manual_seed(seed)
     model = Painter(arch).to(device)
+    if arch.version == 2:
+        model.text.load_state_dict(load_file(output / "text-encoder.safetensors"))
     blocks = [*model.flux.double_blocks.named_parameters(), *model.flux.single_blocks.named_parameters()]
     modulation = ("mod.lin.weight", "modulation.lin.weight")
     matrices = [p for name, p in blocks if p.ndim == 2 and not name.endswith(modulation)]
-    trainer = Trainer(model, steps, 1.5e-3, decay=0.35, average=0.99, muon=matrices, seed=seed)
+    trainer = Trainer(model, steps, 1.5e-3, decay=0.35, average=0.99, muon=matrices, mixed=mixed, seed=seed)
     checkpoint = work / "transformer.pt"
     trainer.resume(checkpoint)
     vae = output / "autoencoder.safetensors"
@@ -109,7 +123,8 @@ def train(
         order = torch.randperm(pictures, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
         chosen = order[position * batch : (position + 1) * batch].to(device)
         noise = torch.randn(batch, *clean.shape[1:], generator=generator).to(device)
-        t = torch.sigmoid(NOISINESS + torch.randn(batch, generator=generator)).to(device)
+        mean, deviation = NOISINESS[arch.version]
+        t = torch.sigmoid(mean + deviation * torch.randn(batch, generator=generator)).to(device)
         level = t[:, None, None, None]
         picture = clean[chosen]
         noisy, target = (1 - level) * picture + level * noise, noise - picture
@@ -151,14 +166,17 @@ def evaluate(
     count: int,
     split: str = "held_out",
     seed: int = 0,
+    steps: int = 20,
 ) -> dict[str, float]:
-    """Checker accuracy per category on `count` captions each."""
+    """Checker accuracy per category on `count` captions each, on the model's own schedule."""
     generator, accuracy = torch.Generator().manual_seed(seed), {}
     for category in scenes.CATEGORIES:
         captions = scenes.prompts(split, category, count, seed)
-        noise = torch.randn(count, 16, size // 8, size // 8, generator=generator).to(device)
+        arch = model.flux.arch
+        noise = torch.randn(count, *latent_shape(arch, (size, size)), generator=generator).to(device)
+        latents = sample(model.flux, *model.text.encode(captions), noise, steps, default_shift(arch))
         with torch.inference_mode():
-            painted = vae.decode(sample(model.flux, *model.text.encode(captions), noise)).clamp(0, 1)
+            painted = vae.decode(latents).clamp(0, 1)
         images = painted.movedim(1, 3).cpu().numpy()
         verdicts = [check(image, caption).correct for image, caption in zip(images, captions, strict=True)]
         accuracy[category] = float(np.mean(verdicts))
@@ -167,10 +185,11 @@ def evaluate(
 
 def write(model: Painter, output: Path, trainer: Trainer, size: int) -> None:
     """`flux-miniature.safetensors` with BFL's names and `text-encoder.safetensors`, bf16."""
+    version = model.flux.arch.version
     metadata = {
         "format": "pt",
-        "modelspec.title": "FLUX miniature",
-        "modelspec.architecture": "flux-1",
+        "modelspec.title": f"FLUX.{version} miniature",
+        "modelspec.architecture": f"flux-{version}",
         "modelspec.license": "Apache-2.0",
         "steps": str(trainer.step),
         "seconds": f"{trainer.seconds:.0f}",

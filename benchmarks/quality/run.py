@@ -1,9 +1,10 @@
-"""Quality on the miniature: `python -m benchmarks.quality [--quick]` compares ways to make it ternary.
+"""Quality on the miniatures: `python -m benchmarks.quality [--quick]` compares ways to make them ternary.
 
 Every model paints the same held-out compositions from the same noise, and an exact checker judges the pictures. With
 `--stressed` the stages run on models that compute the same with channels of very different size (`stress`). The
-miniature shows that the pipeline works and ranks recipes; it does not measure FLUX's own quality. Results go to
-benchmarks/results/quality.json and docs/quality.png. A run that is interrupted goes on where it stopped.
+miniatures show that the pipeline works and rank recipes; they do not measure FLUX's own quality. Results go to
+benchmarks/results/quality.json and docs/quality.png, FLUX.2's to quality-flux2.json and quality-flux2.png. A run that
+is interrupted goes on where it stopped.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ternary_flux.benchmarks import miniature
 from ternary_flux.benchmarks.quality import chart, stress
 from ternary_flux.benchmarks.quality.models import dense_of, round_to_bits
 from ternary_flux.benchmarks.quality.scores import Scores, Stage, evaluate
@@ -23,6 +25,7 @@ from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.calibration.sensitivity import best_upgrades, sensitivities
 from ternary_flux.quantizer.distillation.distill import DistillSettings
 from ternary_flux.quantizer.files.atomic import write_json
+from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import Pool
@@ -32,7 +35,7 @@ from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-WEIGHTS = ROOT / "benchmarks" / "miniature" / "weights"
+MINIATURES = {"flux1": miniature.FLUX1, "flux2": miniature.FLUX2}
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the same recipes with less data and fewer steps")
     parser.add_argument("--stressed", action="store_true", help="the stages on models with outlier channels, instead")
+    parser.add_argument("--miniature", choices=MINIATURES, action="append", help="this one alone (default: both)")
     parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: output/quality)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.png", help="(default: %(default)s)")
@@ -74,14 +78,17 @@ def main() -> None:
     scale = QUICK if args.quick else FULL
     changes = {name: value for name in ("steps", "seeds") if (value := getattr(args, name))}
     scale = replace(scale, **changes)
-    kind = ("-stressed" if args.stressed else "") + ("-quick" if args.quick else "")
-    work = args.work or ROOT / "output" / f"quality{kind}"
-    name = f"quality{kind}.json"
-    if args.stressed:
-        run_stressed(scale, work, args.results / name, torch.device(args.device))
-        return
-    picture = args.picture.with_stem("quality-quick") if args.quick else args.picture
-    run(scale, work, args.results / name, picture, torch.device(args.device))
+    for which in args.miniature or MINIATURES:
+        suffix = "" if which == "flux1" else f"-{which}"
+        kind = suffix + ("-stressed" if args.stressed else "") + ("-quick" if args.quick else "")
+        work = (args.work or ROOT / "output") / f"quality{kind}"
+        results, weights = args.results / f"quality{kind}.json", MINIATURES[which]
+        say(open_checkpoint(weights / "flux-miniature.safetensors").architecture.family)
+        if args.stressed:
+            run_stressed(scale, work, results, torch.device(args.device), weights)
+        else:
+            picture = args.picture.with_stem(f"{args.picture.stem}{suffix}{'-quick' if args.quick else ''}")
+            run(scale, work, results, picture, torch.device(args.device), weights)
 
 
 def run(
@@ -90,7 +97,7 @@ def run(
     results: Path,
     picture: Path,
     device: torch.device,
-    weights: Path = WEIGHTS,
+    weights: Path = miniature.FLUX1,
     without: Collection[str] = (),
 ) -> dict:
     """Make every model that is missing in `folder`, score all, write the JSON and the picture.
@@ -115,8 +122,7 @@ def run(
         reference = reference or scores
         pictures[label] = scores.examples
         rows.append({"name": label, "megabytes": size / 1e6, "bits": bits, "cpu_seconds": seconds, **scores.summary})
-        error, accuracy = scores.summary["velocity"]["error"], scores.summary["accuracy"]["overall"][0]
-        say(f"{label:<34} accuracy {accuracy:.3f}   velocity error {error:.4f}   {seconds:.0f} CPU seconds to make")
+        say(f"{label:<34} {told(scores)}   {seconds:.0f} CPU seconds to make")
     result = {
         "note": "Measured on the miniature; it ranks recipes and does not measure FLUX's own quality.",
         "scale": vars(scale),
@@ -137,7 +143,7 @@ def run_stressed(
     folder: Path,
     results: Path,
     device: torch.device,
-    weights: Path = WEIGHTS,
+    weights: Path = miniature.FLUX1,
     levels: Mapping[str, stress.Level] = stress.LEVELS,
 ) -> dict:
     """The stages on the miniature as it is and stressed; every error beside that of the same stage on the plain one."""
@@ -153,12 +159,12 @@ def run_stressed(
             model, _, bits = dense_of(path, device)
             scores = evaluate(model, stage, work.teacher, reference)
             reference = reference or scores
-            error, accuracy = scores.summary["velocity"]["error"], scores.summary["accuracy"]["overall"][0]
+            error = scores.summary["velocity"]["error"]
             plain = next((row["velocity"]["error"] for row in rows if row["name"] == label), error)
             ratio = error / plain if plain else 1.0
             row = {"level": level, "name": label, "bits": bits, "cpu_seconds": seconds, "to_plain": ratio}
             rows.append(row | scores.summary)
-            say(f"{level:<10} {label:<24} accuracy {accuracy:.3f}   velocity error {error:.4f}, {ratio:.2f} of plain")
+            say(f"{level:<10} {label:<24} {told(scores)}, {ratio:.2f} of plain")
     result = {
         "note": "The miniature with outlier channels, its function unchanged; not FLUX's own quality.",
         "scale": vars(scale),
@@ -169,6 +175,13 @@ def run_stressed(
     write_json(results, result)
     say(f"{results} written")
     return result
+
+
+def told(scores: Scores) -> str:
+    """What a row says of a model: on the model's own schedule, and at evenly spaced times."""
+    accuracy = scores.summary["accuracy"]["overall"][0]
+    own, even = (scores.summary[kind]["error"] for kind in ("velocity", "velocity_at_even_times"))
+    return f"accuracy {accuracy:.3f}   velocity error {own:.4f}, at even times {even:.4f}"
 
 
 def stressed_weights(weights: Path, folder: Path, level: stress.Level) -> Path:

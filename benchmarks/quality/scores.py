@@ -1,7 +1,7 @@
 """Scores of one model of the quality benchmark: checked pictures of held-out compositions, PSNR, and velocities."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...quantizer.files.architecture import Architecture
+from ...quantizer.files.checkpoint import open_checkpoint
 from ...quantizer.model.flux import Inputs
 from ...quantizer.pictures.quality import HeldOut, measure
-from ...quantizer.pictures.sampler import noise_levels, one_by_one
+from ...quantizer.pictures.sampler import default_shift, latent_shape, noise_levels, one_by_one
 from ...quantizer.pictures.states import Batch
 from ..miniature import autoencoder, scenes
 from ..miniature.checker import check
@@ -38,12 +40,15 @@ class Scores:
 class Stage:
     """The miniature's parts, the held-out prompts, and the noise of every picture."""
 
+    arch: Architecture
     text: TextEncoder
     vae: autoencoder.Autoencoder
     side: int  # of the pictures in pixels
     prompts: list[str]  # by category, the same number of each
     seeds: int
     device: torch.device
+
+    _held_out: dict[float, HeldOut] = field(default_factory=dict, init=False)
 
     steps = STEPS
 
@@ -53,9 +58,11 @@ class Stage:
         text = TextEncoder(state["word.weight"].shape[1])
         text.load_state_dict({name: value.float() for name, value in state.items()})
         vae = autoencoder.load(load_file(weights / "autoencoder.safetensors")).to(device)
-        side = int(_metadata(weights / "flux-miniature.safetensors").get("size", 64))
+        checkpoint = open_checkpoint(weights / "flux-miniature.safetensors")
+        side = int(checkpoint.metadata.get("size", 64))
         chosen = [p for category in scenes.CATEGORIES for p in scenes.prompts("held_out", category, prompts)]
-        return cls(text.to(device).requires_grad_(False), vae, side, chosen, seeds, device)
+        text = text.to(device).requires_grad_(False)
+        return cls(checkpoint.architecture, text, vae, side, chosen, seeds, device)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,7 +85,7 @@ class Stage:
     def noise(self, seed: int) -> Tensor:
         """The noise of all prompts for one seed."""
         generator = torch.Generator().manual_seed(1000 + seed)
-        shape = (len(self.prompts), 16, self.side // 8, self.side // 8)
+        shape = (len(self.prompts), *latent_shape(self.arch, self.size))
         return torch.randn(shape, generator=generator).to(self.device)
 
     def paint(self, model: Callable[..., Tensor]) -> np.ndarray:
@@ -89,27 +96,27 @@ class Stage:
             noise, parts = self.noise(seed), []
             for start in range(0, len(self.prompts), _BATCH):
                 rows = slice(start, start + _BATCH)
-                latents = sample(model, context[rows], pooled[rows], noise[rows], STEPS)
+                latents = sample(model, context[rows], pooled[rows], noise[rows], STEPS, default_shift(self.arch))
                 with torch.inference_mode():
                     parts.append(self.vae.decode(latents).clamp(0, 1).movedim(1, -1).cpu().numpy())
             columns.append(np.concatenate(parts))
         return np.stack(columns, axis=1)
 
-    def held_out(self, teacher: Callable[..., Tensor]) -> HeldOut:
-        """The teacher's own states on the path to held-out pictures."""
-        if not hasattr(self, "_held_out"):
+    def held_out(self, teacher: Callable[..., Tensor], shift: float) -> HeldOut:
+        """The teacher's own states on the path to held-out pictures, at the times of a schedule with this shift."""
+        if shift not in self._held_out:
             context, pooled = self.encode(self.prompts)
             # Neighbours of a batch swap prompts: they must not be of one category.
             mixed = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(0))[:_BATCH]
             context, pooled, latent = context[mixed], pooled[mixed], self.noise(_TRAJECTORY_NOISE)[mixed]
-            levels, batches = noise_levels(STEPS, 0.0).tolist(), []
+            levels, batches = noise_levels(STEPS, shift).tolist(), []
             for now, after in zip(levels[:-1], levels[1:], strict=True):
                 t = torch.full((len(mixed),), now, device=self.device)
                 velocity = teacher(latent, t, context, pooled).clone()
                 batches.append(Batch(Inputs(latent, t, context, pooled), velocity))
                 latent = latent + (after - now) * velocity
-            self._held_out = HeldOut.of(batches, one_by_one(teacher))
-        return self._held_out
+            self._held_out[shift] = HeldOut.of(batches, one_by_one(teacher))
+        return self._held_out[shift]
 
     @cached_property
     def categories(self) -> np.ndarray:
@@ -128,11 +135,13 @@ def evaluate(
     for index, category in enumerate(scenes.CATEGORIES):
         accuracy[category] = interval(correct, stage.categories, lambda rows: correct[rows].mean(), index)
     ratio = interval(correct, stage.categories, lambda rows: correct[rows].mean() / max(their[rows].mean(), 1e-9))
-    quality = measure(model, stage.held_out(teacher))
+    own = default_shift(stage.arch)
+    velocity = {shift: measure(model, stage.held_out(teacher, shift)) for shift in {own, 0.0}}
     summary = {
         "accuracy": accuracy,
         "of_the_original": ratio,
-        "velocity": asdict(quality) | {"detail": quality.detail},
+        "velocity": asdict(velocity[own]) | {"detail": velocity[own].detail},
+        "velocity_at_even_times": asdict(velocity[0.0]),
     }
     if reference is not None:
         noise = np.square(pictures - reference.pictures).mean((2, 3, 4))
@@ -150,9 +159,3 @@ def interval(
     rng, groups = np.random.default_rng(0), [rows[categories[rows] == c] for c in np.unique(categories[rows])]
     draws = [value(np.concatenate([rng.choice(g, len(g)) for g in groups])) for _ in range(_RESAMPLES)]
     return [float(value(rows)), *np.quantile(draws, (0.025, 0.975)).tolist()]
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from ...quantizer.files.container import read_header
-
-    return read_header(path).metadata

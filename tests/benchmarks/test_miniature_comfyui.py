@@ -1,9 +1,11 @@
-"""The miniature in the real ComfyUI with stock loaders: detection, autoencoder, sampling; the text encoder's node."""
+"""The miniatures in the real ComfyUI with stock loaders: detection, autoencoder, sampling; the text encoder's node."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from ternary_flux.benchmarks import comfyui, miniature
-from ternary_flux.benchmarks.miniature import scenes
+from ternary_flux.benchmarks.miniature import autoencoder, scenes
+from ternary_flux.quantizer.pictures.sampler import default_shift
 
 CAPTIONS = ["a red circle and a blue square", "three green crosses"]
 
@@ -63,6 +65,31 @@ def test_stock_loader_and_sampler_paint_the_same(comfy, model):
     torch.testing.assert_close(comfy.latent_formats.Flux().process_in(theirs), ours, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_flux2_is_the_same_function_in_comfyui(comfy, node):
+    """Stock loader and sampler, with the node's mask over the tokens that ComfyUI pads FLUX.2's contexts with."""
+    path = miniature.FLUX2 / miniature.TRANSFORMER.name
+    model = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+    assert type(model.model.model_config).__name__ == "Flux2"
+    noise = torch.randn(1, 128, 4, 4, generator=torch.Generator().manual_seed(0))
+    positive = node.execute(CAPTIONS[0], "FLUX.2").result[0]
+    assert positive[0][0].shape == (1, 512, 128)
+    empty = torch.zeros_like(noise)
+    theirs = comfy.sample.sample(model, noise, 4, 1.0, "euler", "simple", positive, positive, empty, seed=0)
+    flux = miniature.load_transformer(path)
+    ours = miniature.sample(flux, *miniature.encode_prompts(CAPTIONS[:1]), noise, 4, default_shift(flux.arch))
+    torch.testing.assert_close(theirs, ours, atol=4e-3, rtol=2e-3)
+    vae = comfy.sd.VAE(
+        sd=autoencoder.stock_state(load_file(miniature.FLUX2 / miniature.AUTOENCODER.name)),
+        metadata={"tae_latent_channels": 128},
+    )
+    vae.throw_exception_if_invalid()
+    torch.testing.assert_close(vae.decode(ours), torch.from_numpy(miniature.decode(ours)), atol=1e-4, rtol=0)
+    images = torch.from_numpy(scenes.render(list(scenes.training_scenes(2, seed=2))))
+    latents = miniature.load_autoencoder(miniature.FLUX2 / miniature.AUTOENCODER.name).encode(images.movedim(3, 1))
+    torch.testing.assert_close(vae.encode(images), latents, atol=2e-4, rtol=1e-4)
+
+
 def test_node_encodes_prompts(node):
     output = node.execute("a red circle and a blue square")
     ((context, extra),) = output.result[0]
@@ -81,4 +108,4 @@ def test_node_names_unknown_words(node):
 
 def test_node_schema(node):
     schema = node.GET_SCHEMA()
-    assert schema.node_id == "MiniatureTextEncode" and [i.id for i in schema.inputs] == ["prompt"]
+    assert schema.node_id == "MiniatureTextEncode" and [i.id for i in schema.inputs] == ["prompt", "flux"]

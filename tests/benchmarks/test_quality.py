@@ -32,7 +32,7 @@ def stage():
     torch.manual_seed(0)
     prompts = [p for category in scenes.CATEGORIES for p in scenes.prompts("held_out", category, 2)]
     text, vae = TextEncoder(32).requires_grad_(False), autoencoder.Autoencoder(4).requires_grad_(False)
-    return Stage(text, vae, 32, prompts, 2, CPU)
+    return Stage(ARCH, text, vae, 32, prompts, 2, CPU)
 
 
 # What the best clipped rounding of Gaussian weights in groups of 128 leaves of them.
