@@ -44,10 +44,11 @@ lint: $(SETUP)
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/ternary_flux
 	$(PYTHON) -m mypy
 
-$(SETUP): requirements.txt tests/requirements.txt tests/requirements-torch.txt tests/constraints.txt benchmarks/comfyui.py tests/chromium.py
+$(SETUP): requirements.txt tests/requirements.txt tests/requirements-torch.txt tests/constraints.txt benchmarks/requirements.txt benchmarks/comfyui.py tests/chromium.py
 	@test -x $(PYTHON) || (echo "creating .venv" && python3 -m venv .venv)
 	@$(PYTHON) -c "import torch, torchvision, torchaudio" 2>/dev/null || $(PIP) --requirement tests/requirements-torch.txt
 	comfyui=$$($(PYTHON) benchmarks/comfyui.py) && \
-	$(PIP) --requirement $$comfyui/requirements.txt --requirement requirements.txt --requirement tests/requirements.txt
+	$(PIP) --requirement $$comfyui/requirements.txt --requirement requirements.txt --requirement tests/requirements.txt \
+		--requirement benchmarks/requirements.txt
 	@$(PYTHON) tests/chromium.py
 	@mkdir -p .cache && touch $@

@@ -7,9 +7,10 @@ from matplotlib.figure import Figure
 
 from ...quantizer.pictures.quality import BINS
 from ...quantizer.report import charts
+from .peer import PEERS
 
-# Stages before a row that is shown: there are no more colours than ten that everyone can tell apart.
-_WITHOUT_LINE = ("calibrated, rank 16", "mixed, calibrated")
+# Stages before a row that is shown, and other quantizers: everyone can tell ten colours apart, no more.
+_WITHOUT_LINE = ("calibrated, rank 16", "mixed, calibrated", *PEERS)
 
 
 def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Figure:

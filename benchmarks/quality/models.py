@@ -12,8 +12,10 @@ from ...quantizer.files.identity import identify
 from ...quantizer.files.summary import sizes
 from ...quantizer.files.ternary import open_ternary
 from ...quantizer.model.flux import Flux
+from . import peer
 
 GROUP = 128
+_BITS = "benchmark.bits"  # in the metadata: per weight of the block Linears, with their scales
 _CLIPS = torch.linspace(0.5, 1.0, 26)
 
 
@@ -28,13 +30,15 @@ def dense_of(path: Path, device: torch.device) -> tuple[Flux, int, float]:
         return _model(file.architecture, state, device), path.stat().st_size, sizes(file).bits_per_quantized_weight
     checkpoint = open_checkpoint(opened)
     state = {name: checkpoint.tensor(name).float() for name in checkpoint.names}
-    count = int(checkpoint.metadata.get("benchmark.bits", 16))
-    if count == 16:
-        return _model(checkpoint.architecture, state, device), path.stat().st_size, 16.0
-    each = count + 16 / GROUP
+    model = _model(checkpoint.architecture, state, device)
+    if name := checkpoint.metadata.get(peer.NAME):
+        peer.quantize(model, peer.PEERS[name])
+    if _BITS not in checkpoint.metadata:
+        return model, path.stat().st_size, 16.0
+    each = float(checkpoint.metadata[_BITS])
     weights = sum(n * k for n, k in checkpoint.architecture.linear_shapes.values())
-    size = path.stat().st_size - 2 * weights + round(weights * each / 8)
-    return _model(checkpoint.architecture, state, device), size, each
+    others = sum(value.numel() for value in state.values()) - weights
+    return model, 2 * others + round(weights * each / 8), each
 
 
 def _model(arch, state: dict[str, Tensor], device: torch.device) -> Flux:
@@ -49,7 +53,21 @@ def round_to_bits(source: Path, target: Path, count: int) -> None:
     state = {name: checkpoint.tensor(name).clone() for name in checkpoint.names}
     for name in checkpoint.architecture.linears:
         state[f"{name}.weight"] = rounded(state[f"{name}.weight"].float(), count).bfloat16()
-    save_file(state, target, {"benchmark.bits": str(count)})
+    save_file(state, target, {_BITS: str(count + 16 / GROUP)})
+
+
+def round_by_peer(source: Path, target: Path, name: str) -> None:
+    """Let another quantizer round, and write what is multiplied with in fp32. Where it quantizes activations too, the
+    weights are the original's, and `dense_of` lets it round again.
+    """
+    checkpoint, chosen = open_checkpoint(source), peer.PEERS[name]
+    state = {key: checkpoint.tensor(key).float() for key in checkpoint.names}
+    model = _model(checkpoint.architecture, state, torch.device("cpu"))
+    each = peer.quantize(model, chosen)
+    if chosen.activations is not None:
+        save_file(state, target, {_BITS: str(each), peer.NAME: name})
+        return
+    save_file(state | peer.weights(model), target, {_BITS: str(each)})
 
 
 def rounded(weight: Tensor, count: int) -> Tensor:

@@ -13,13 +13,14 @@ import resource
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from ternary_flux.benchmarks import miniature
-from ternary_flux.benchmarks.quality import chart, stress
-from ternary_flux.benchmarks.quality.models import dense_of, round_to_bits
+from ternary_flux.benchmarks.quality import chart, peer, stress
+from ternary_flux.benchmarks.quality.models import dense_of, round_by_peer, round_to_bits
 from ternary_flux.benchmarks.quality.scores import Scores, Stage, evaluate
 from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.calibration.sensitivity import best_upgrades, sensitivities
@@ -75,6 +76,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="pictures of each prompt")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if not peer.installed():
+        say("OrbitQuant's rows are left out; for them: pip install -r benchmarks/requirements.txt")
     scale = QUICK if args.quick else FULL
     changes = {name: value for name in ("steps", "seeds") if (value := getattr(args, name))}
     scale = replace(scale, **changes)
@@ -145,8 +148,12 @@ def run_stressed(
     device: torch.device,
     weights: Path = miniature.FLUX1,
     levels: Mapping[str, stress.Level] = stress.LEVELS,
+    without: Collection[str] = (),
 ) -> dict:
-    """The stages on the miniature as it is and stressed; every error beside that of the same stage on the plain one."""
+    """The stages on the miniature as it is and stressed; every error beside that of the same stage on the plain one.
+
+    `without`: as for `run`.
+    """
     rows: list[dict] = []
     for level in ("plain", *levels):
         stressed = weights if level == "plain" else stressed_weights(weights, folder / level, levels[level])
@@ -154,7 +161,9 @@ def run_stressed(
         work = workspace(folder / level, stage, device, stressed)
         states = Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))
         made, reference = recipes(scale, work, states), None
-        for label in STAGES:
+        for label in made:
+            if label in without or label not in (*STAGES, *peer.PEERS):
+                continue
             path, seconds = timed(folder / level / "models", label, made[label])
             model, _, bits = dense_of(path, device)
             scores = evaluate(model, stage, work.teacher, reference)
@@ -237,10 +246,12 @@ def recipes(scale: Scale, work: Workspace, states: Trained) -> dict[str, Callabl
 
         return make
 
+    peers = {name: partial(round_by_peer, work.dense, name=name) for name in peer.PEERS} if peer.installed() else {}
     return {
         "original, bf16": lambda path: link(work.dense, path),
         "4-bit rounding": lambda path: round_to_bits(work.dense, path, 4),
         "3-bit rounding": lambda path: round_to_bits(work.dense, path, 3),
+        **peers,
         "ternary, absmean": lambda path: round_checkpoint(work.dense, path, method="absmean"),
         "ternary, least squares": lambda path: round_checkpoint(work.dense, path),
         "calibrated": lambda path: calibrated(scale, work, path),

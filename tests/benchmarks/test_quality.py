@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from ternary_flux.benchmarks.miniature import autoencoder, scenes
 from ternary_flux.benchmarks.miniature.text import TextEncoder
 from ternary_flux.benchmarks.quality import chart, run
-from ternary_flux.benchmarks.quality.models import dense_of, round_to_bits, rounded
+from ternary_flux.benchmarks.quality.models import dense_of, round_by_peer, round_to_bits, rounded
+from ternary_flux.benchmarks.quality.peer import PEERS
 from ternary_flux.benchmarks.quality.scores import Stage, evaluate, interval
 from ternary_flux.benchmarks.quality.stress import LEVELS
 from ternary_flux.quantizer.files.architecture import Architecture
@@ -56,6 +57,29 @@ def test_files_become_models(teacher, tmp_path):
     assert sizes[0] > sizes[1] > sizes[2]
     weight = open_ternary(tmp_path / "ternary.safetensors").weight(ARCH.linears[0]).dequantize()
     assert torch.equal(models["ternary"][0].get_parameter(f"{ARCH.linears[0]}.weight"), weight)
+
+
+def test_a_peer_rounds_weights_and_activations(teacher, tmp_path):
+    """OrbitQuant's levels are Lloyd-Max's for Gaussian values: 2 bits leave 0.1175 of the energy."""
+    save_file({name: value.bfloat16() for name, value in teacher.state_dict().items()}, tmp_path / "dense.safetensors")
+    names = ("OrbitQuant, 2 bits", "OrbitQuant, 4 bits", "OrbitQuant, W2A4")
+    models = {}
+    for name in names:
+        round_by_peer(tmp_path / "dense.safetensors", tmp_path / f"{name}.safetensors", name)
+        models[name], size, bits = dense_of(tmp_path / f"{name}.safetensors", CPU)
+        assert int(name.split("W")[-1][0] if "W" in name else name.split()[1]) < bits < 5, name
+        assert size < (tmp_path / "dense.safetensors").stat().st_size
+    weight = teacher.get_parameter("single_blocks.0.linear1.weight")
+    left = [
+        float((models[name].get_parameter("single_blocks.0.linear1.weight") - weight).norm() / weight.norm())
+        for name in names[:2]
+    ]
+    assert left[0] == pytest.approx(0.343, rel=0.1) and left[1] < 0.12
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 128, generator=generator)
+    products = [models[name].get_submodule("single_blocks.0.linear1")(x) for name in (names[0], names[2])]
+    lost = float((products[1] - products[0]).norm() / products[0].norm())
+    assert 0.05 < lost < 0.2  # 4 bits of the activations leave 0.0095 of the energy
 
 
 def test_scores_of_the_teacher_and_of_another_model(teacher, stage):
@@ -115,8 +139,10 @@ def test_a_whole_run(teacher, stage, tmp_path):
     outputs = tmp_path / "quality.json", tmp_path / "quality.png"
     # What differs from another recipe by an argument alone takes half of the time.
     without = ("ternary, absmean", "calibrated, rank 16", "distilled: scales, rank 16", "distilled: codes, rank 16")
-    result = run.run(scale, tmp_path / "work", *outputs, CPU, weights, (*without, "mixed, distilled: codes"))
+    without += "mixed, distilled: codes", *(name for name in PEERS if name != "OrbitQuant, W2A4")
+    result = run.run(scale, tmp_path / "work", *outputs, CPU, weights, without)
     errors = {row["name"]: row["velocity"]["error"] for row in result["models"]}
+    assert errors["OrbitQuant, W2A4"] > errors["3-bit rounding"]
     assert errors["original, bf16"] == 0
     assert errors["4-bit rounding"] < errors["3-bit rounding"] < errors["ternary, least squares"]
     assert errors["distilled: scales"] < errors["calibrated"]
@@ -128,7 +154,7 @@ def test_the_stages_on_a_stressed_model(teacher, stage, tmp_path):
     weights = write_weights(teacher, stage, tmp_path / "weights")
     scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=4, calibration_states=16)
     levels = {"harsh": LEVELS["harsh"]}
-    result = run.run_stressed(scale, tmp_path / "work", tmp_path / "stressed.json", CPU, weights, levels)
+    result = run.run_stressed(scale, tmp_path / "work", tmp_path / "stressed.json", CPU, weights, levels, tuple(PEERS))
     rows = {(row["level"], row["name"]): row for row in result["models"]}
     assert len(rows) == 2 * len(run.STAGES) and (tmp_path / "stressed.json").stat().st_size > 1000
     plain, harsh = (rows[level, "ternary, least squares"] for level in ("plain", "harsh"))
