@@ -8,11 +8,12 @@ of a Lloyd-Max codebook; so are activations, token by token, where they are quan
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...quantizer.model.flux import Flux
+from ...quantizer.model.flux import Flux, linear_of
 
 NAME = "benchmark.peer"  # in the metadata of a file: which of PEERS quantizes it again when it is loaded
 
@@ -46,7 +47,7 @@ def quantize(model: Flux, peer: Peer) -> float:
     os.environ["ORBITQUANT_KERNELS_AUTOFETCH"] = "0"  # no downloads: its reference in torch has the same numbers
     from orbitquant import OrbitQuantConfig, quantize_model
 
-    protection = {} if peer.own else {"lowbit_boundary_protection": 0, "lowbit_interior_protection": False}
+    alike: dict[str, Any] = {"lowbit_boundary_protection": 0, "lowbit_interior_protection": False}
     config = OrbitQuantConfig(
         weight_bits=peer.bits,
         activation_bits=peer.activations or 4,  # or unused; a codebook of 8 bits takes minutes
@@ -54,7 +55,7 @@ def quantize(model: Flux, peer: Peer) -> float:
         target_policy="flux",
         modules_to_convert=["*_blocks.*"],
         modules_to_use_adaln=["*.lin"] if peer.own else [],
-        **protection,
+        **({} if peer.own else alike),
     )
     quantize_model(model, config, quantization_device="cpu")
     layers = [model.get_submodule(name) for name in model.arch.linears]
@@ -67,7 +68,7 @@ def weights(model: Flux) -> dict[str, Tensor]:
     """What a quantized model multiplies by, by BFL's names: the products of its layers with the identity."""
     found = {}
     for name in model.arch.linears:
-        layer = model.get_submodule(name)
+        layer = linear_of(model, name)
         product = layer(torch.eye(layer.in_features))
         found[f"{name}.weight"] = (product if layer.bias is None else product - layer.bias).t().contiguous()
     return found

@@ -80,13 +80,17 @@ def with_control_channels(latent: Tensor, arch: Architecture) -> Tensor:
 
 
 def draw_times(count: int, shift: float, seed: int = 0) -> Tensor:
-    """Logit-normal times fp32 [count] in (0, 1) around the shift.
+    """Times fp32 [count] in (0, 1): half of them each as likely as any other, half logit-normal around the shift.
 
-    Stratified: every stretch of the law gets its share, so that few states cover all times.
+    Stratified: every stretch of either law gets its share, so that few states cover all times.
     """
     generator = torch.Generator().manual_seed(seed)
-    u = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / max(count, 1)
-    times = torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)) + shift).float()
+
+    def stratified(some: int) -> Tensor:
+        return (torch.arange(some) + torch.rand(some, generator=generator, dtype=torch.float64)) / max(some, 1)
+
+    around = torch.special.ndtri(stratified(count // 2).clamp(1e-6, 1 - 1e-6)) + shift
+    times = torch.cat([stratified(count - len(around)), torch.sigmoid(around)]).float()
     return times[torch.randperm(count, generator=generator)].clamp(1e-3, 1)
 
 

@@ -3,8 +3,9 @@
 Pictures are latents in the model's own space, painted from prompts and noise as ComfyUI's `euler` sampler does it, one
 file each, so that an interrupted run continues. One half of the states are those that the sampler passed, where a
 student has to be right; they are kept with the velocities that the sampler used there. The other half are z_t =
-(1 - t) z_0 + t noise with fresh noise and logit-normal t, which cover the times and places that other samplers visit.
-With guidance distilled into a model, the two differ.
+(1 - t) z_0 + t noise with fresh noise, and t evenly spread for half of them, whatever the sampler's shift: image to
+image, inpainting and other schedules visit the times that it hurries through. With guidance distilled into a model,
+passed and fresh states differ.
 """
 
 import os

@@ -1,7 +1,6 @@
 """Pictures of the teacher: sampler, plan, cache, states."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -256,13 +255,22 @@ def test_states_are_the_same_every_time(tmp_path):
     assert latent.shape[0] == t.shape[0] == context.shape[0] == pooled.shape[0] == guidance.shape[0] == 2
 
 
-def test_times_are_spread_around_the_shift():
-    times = sampler.draw_times(4000, 1.15)
+def test_times_with_fresh_noise_are_spread_evenly_and_around_the_shift():
+    times = sampler.draw_times(4001, 1.15)
     assert times.min() > 0 and times.max() <= 1
-    middle = 1 / (1 + math.exp(-1.15))
-    assert times.median().item() == pytest.approx(middle, abs=0.02)
-    assert sampler.draw_times(1, 0.0).shape == (1,)
-    assert sampler.draw_times(0, 0.0).shape == (0,)
+    ordered = times.sort().values
+    around = torch.special.ndtr(torch.logit(ordered.double()) - 1.15)
+    torch.testing.assert_close((ordered + around) / 2, torch.linspace(0, 1, 4001).double(), atol=2e-3, rtol=0)
+    assert torch.corrcoef(torch.stack([times, torch.arange(4001.0)]))[0, 1].abs() < 0.1
+    assert sampler.draw_times(1, 0.0).shape == (1,) and sampler.draw_times(0, 0.0).shape == (0,)
+
+
+def test_states_cover_every_time_whatever_the_shift(tmp_path):
+    """Image to image visits the times that a shifted schedule hurries through."""
+    trajectories, plan = painted(tmp_path, 4, shift=2.02)
+    times = torch.cat([group.t for group in trajectories.states(plan, 80)])
+    assert sampler.noise_levels(4, 2.02)[-2] > 0.7
+    assert torch.histc(times, 5, 0, 1).min() >= 3
 
 
 def test_inpainting_and_control_models_get_their_channels():
