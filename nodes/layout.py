@@ -25,12 +25,13 @@ class TernaryLayout(comfy.QuantizedLayout):
 
     @dataclass(frozen=True)
     class Params(comfy.BaseLayoutParams):
-        """The tensors as in `ops.TernaryWeight`; `activations` and `backend` are the user's settings."""
+        """The tensors and `full_precision` as in `ops.TernaryWeight`; `activations` and `backend` are the user's."""
 
         group: Tensor | None = None
         down: Tensor | None = None
         up: Tensor | None = None
         column: Tensor | None = None
+        full_precision: bool = False
         activations: str = "auto"
         backend: str = "auto"
         transposed: bool = False
@@ -49,6 +50,7 @@ class TernaryLayout(comfy.QuantizedLayout):
         backend="auto",
         terms=1,
         column=None,
+        full_precision=False,
         **_,
     ):
         """Least-squares ternary of a dense weight [N, K], in one or two ternary terms, with these column scales.
@@ -63,7 +65,7 @@ class TernaryLayout(comfy.QuantizedLayout):
         else:
             weight, _ = two_terms(tensor if column is None else tensor / column)
             weight = dataclasses.replace(weight, column=column)
-        weight = weight.to(tensor.device)
+        weight = dataclasses.replace(weight, full_precision=full_precision).to(tensor.device)
         return weight.trits, cls.params(weight, tensor.dtype, activations, backend)
 
     @classmethod
@@ -84,7 +86,7 @@ class TernaryLayout(comfy.QuantizedLayout):
         terms = ternary_weight(qtensor._qdata, qtensor._params).terms
         params = qtensor._params
         settings = {"activations": params.activations, "backend": params.backend}
-        return settings | {"terms": terms, "column": params.column}
+        return settings | {"terms": terms, "column": params.column, "full_precision": params.full_precision}
 
     @classmethod
     def params(
@@ -98,6 +100,7 @@ class TernaryLayout(comfy.QuantizedLayout):
             down=weight.down,
             up=weight.up,
             column=weight.column,
+            full_precision=weight.full_precision,
             activations=activations,
             backend=backend,
         )
@@ -130,16 +133,13 @@ def parameter(tensor) -> torch.nn.Parameter:
 def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight:
     """The `ops` view of a QuantizedTensor's parts, whichever way it is transposed."""
     shape = params.orig_shape[::-1] if params.transposed else params.orig_shape
-    return TernaryWeight(qdata, params.scale, tuple(shape), params.group, params.down, params.up, params.column)
+    tensors = {name: getattr(params, name) for name in params._tensor_fields()}
+    return TernaryWeight(qdata, shape=tuple(shape), full_precision=params.full_precision, **tensors)
 
 
 @lru_cache(maxsize=64)
-def choice_for(device: torch.device, activations: str, backend: str = "auto", integer_scales: bool = True) -> Choice:
-    """`ops.resolve`, remembered, or the backend that the user chose. Raises ValueError where that one cannot run.
-
-    int8 needs row x integer scales; weights without them use full precision.
-    """
-    activations = activations if integer_scales else "full"
+def choice_for(device: torch.device, activations: str, backend: str = "auto") -> Choice:
+    """`ops.resolve`, remembered, or the backend that the user chose. Raises ValueError where that one cannot run."""
     if backend == "auto":
         return resolve(device, activations)
     module = BACKENDS[backend]
@@ -150,10 +150,19 @@ def choice_for(device: torch.device, activations: str, backend: str = "auto", in
     return Choice(module, activations, "chosen in the node")
 
 
+def activations_of(params: TernaryLayout.Params) -> str:
+    """What the user chose, but "full" where 8 bits cannot be or, left to choose, are not to be.
+
+    8 bits need row x integer scales.
+    """
+    automatic = params.activations == "auto" and params.full_precision
+    return "full" if automatic or params.scale.ndim == 2 else params.activations
+
+
 def multiply(x: Tensor, tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times a ternary QuantizedTensor [N, K] transposed."""
     params = tensor._params
-    choice = choice_for(x.device, params.activations, params.backend, params.scale.ndim == 1)
+    choice = choice_for(x.device, activations_of(params), params.backend)
     weight = ternary_weight(tensor._qdata, params)
     return ternary_linear(x, weight, bias, activations=choice.activations, backend=choice.backend.NAME)
 

@@ -74,13 +74,13 @@ class _TernaryLinear(Patched):
             raise ValueError(f"{prefix}weight is {list(weight.shape)}; this model needs {list(self._orig_shape)}")
         if layout.choice_for(self._load_device, self._activations, self._backend).activations != "full":
             weight, self.scale_error = fit_scales(weight, self._activations)
-        self._choose(self._load_device, weight.scale)
         device = self.factory_kwargs["device"] or weight.device
         self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
         self.packing = configuration["packing"]
         self._configuration = LayerPlan.of(weight).comfy_quant
         quantized = layout.wrap(weight.to(device), self.factory_kwargs["dtype"], self._activations, self._backend)
         self.weight = layout.parameter(quantized)
+        self._choose(self._load_device, quantized._params)
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *arguments)
         missing[:] = [key for key in missing if key != f"{prefix}weight"]
         self._after_load()
@@ -144,12 +144,12 @@ class _TernaryLinear(Patched):
         if not layout.is_ternary(weight):  # a function in weight_function made it dense
             return dense_linear(x, weight.to(x.dtype), bias)
         if self._choice_device != x.device:
-            self._choose(x.device, weight._params.scale)
+            self._choose(x.device, weight._params)
         ternary = layout.ternary_weight(weight._qdata, weight._params)
         return ternary_linear(x, ternary, bias, self._choice.activations, self._choice.backend.NAME)
 
-    def _choose(self, device: torch.device, scale: Tensor) -> None:
-        self._choice = layout.choice_for(device, self._activations, self._backend, scale.ndim == 1)
+    def _choose(self, device: torch.device, params: layout.TernaryLayout.Params) -> None:
+        self._choice = layout.choice_for(device, layout.activations_of(params), self._backend)
         self._choice_device = device
 
     def state_dict(self, *args, destination=None, prefix="", **kwargs):

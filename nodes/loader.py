@@ -194,13 +194,17 @@ def status(file: TernaryFile, device: torch.device, activations: str, backend: s
     terms = f" ({double} of two ternary terms)" if double else ""
     others = f" and {len(file.int8)} int8 layers" if file.int8 else ""
     choice = layout.choice_for(device, activations, backend)
+    full = (
+        sum(layer.full_precision for layer in layers) if activations == "auto" and choice.activations != "full" else 0
+    )
+    but = f", but full ones in {full} layers that lose too much with 8 bits" if full else ""
     return "\n".join(
         [
             Path(file.path).name,
             f"{file.architecture.name}, {len(layers)} ternary layers{terms}{others}",
             f"{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight, {size.ratio:.1f}x smaller than bf16",
             stage(file),
-            f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
+            f"{choice.activations} activations{but}, backend {choice.backend.NAME} ({choice.reason})",
         ]
     )
 

@@ -34,6 +34,7 @@ class TernaryWeight:
     down: Tensor | None = None  # bf16 [r, K]
     up: Tensor | None = None  # bf16 [N, r]
     column: Tensor | None = None  # bf16 or fp32 [K]
+    full_precision: bool = False  # 8-bit activations were found to lose too much here; "auto" takes full ones
 
     @classmethod
     def from_codes(
@@ -68,14 +69,13 @@ class TernaryWeight:
     def rows(self, start: int, stop: int) -> "TernaryWeight":
         """The rows start..stop, as views."""
         stop = min(stop, self.shape[0])
-        return TernaryWeight(
-            self.trits[:, start:stop],
-            self.scale[..., start:stop],
-            (stop - start, self.shape[1]),
-            None if self.group is None else self.group[:, start:stop],
-            self.down,
-            None if self.up is None else self.up[start:stop],
-            self.column,
+        return replace(
+            self,
+            trits=self.trits[:, start:stop],
+            scale=self.scale[..., start:stop],
+            shape=(stop - start, self.shape[1]),
+            group=None if self.group is None else self.group[:, start:stop],
+            up=None if self.up is None else self.up[start:stop],
         )
 
     def codes(self) -> Tensor:

@@ -16,6 +16,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from . import columns, gptq
 from .gptq import LayerFit
 from .moments import Moments
 from .sensitivity import rounded
+from .statistics import LayerStatistics, needs_full_precision, watched
 from .streams import Streams
 
 _COMPUTED = 64  # values of the hidden size at most for a token of either stream
@@ -69,6 +71,7 @@ class BlockFit:
     """One block. `drift`: relative difference (not squared) of image and text tokens to the teacher's after it."""
 
     layers: dict[str, LayerFit]
+    statistics: dict[str, LayerStatistics]
     img_drift: float
     txt_drift: float
 
@@ -165,10 +168,10 @@ def _calibrate_block(
         if chosen == "int8":
             weight = linear_of(student, linear).weight
             weight.copy_(rounded(weight, chosen))
+    results: dict[str, gptq.Solution] = {}
     if ranks.agree(path.exists()):
-        layers = _load_block(path, student)
+        results = _load_block(path, student)
     else:
-        results = {}
         for stage in dense.stages:
             linears = tuple(linear for linear in stage.linears if precisions[linear] != "int8")
             if not linears:
@@ -189,11 +192,17 @@ def _calibrate_block(
                 solution = _hand_out(solved.get(linear), owner, module)
                 results[linear] = solution
                 _apply(module, solution.weight, solution.bias)
-        layers = {linear: solution.fit for linear, solution in results.items()}
         if ranks.first():
             _save_block(path, results)
-    img_drift, txt_drift = streams.advance(dense, student)
-    return BlockFit(layers, img_drift, txt_drift)
+    with watched(student, {linear: solution.weight for linear, solution in results.items()}) as sums:
+        img_drift, txt_drift = streams.advance(dense, student)
+    ranks.add_up([tensor for collected in sums.values() for tensor in collected.tensors])
+    layers = {linear: solution.fit for linear, solution in results.items()}
+    statistics = {
+        linear: collected.of(linear_of(dense, linear).weight, results[linear].weight)
+        for linear, collected in sums.items()
+    }
+    return BlockFit(layers, statistics, img_drift, txt_drift)
 
 
 def _solve(
@@ -212,6 +221,13 @@ def _solve(
     return replace(solution, fit=replace(solution.fit, exponent=exponent))
 
 
+def _described(block: BlockFit, linear: str) -> dict[str, float | None]:
+    """What a file says about one Linear."""
+    fit = block.layers[linear]
+    error = {"output_error": fit.output_error, "effective_rank": fit.effective_rank, "column_exponent": fit.exponent}
+    return asdict(block.statistics[linear]) | error
+
+
 def _hand_out(solution: gptq.Solution | None, owner: int, linear: nn.Linear) -> gptq.Solution:
     """What the owner has solved, on every rank: packed codes, scales and the bias."""
     if ranks.world() == 1:
@@ -220,7 +236,8 @@ def _hand_out(solution: gptq.Solution | None, owner: int, linear: nn.Linear) -> 
     if solution is not None:
         tensors = solution.weight.tensors | ({} if solution.bias is None else {"bias": solution.bias})
         fit = solution.fit
-    parts, fit = ranks.hand_out(tensors, owner, linear.weight.device), ranks.agree(fit, owner)
+    parts: dict[str, Any] = dict(ranks.hand_out(tensors, owner, linear.weight.device))
+    fit = ranks.agree(fit, owner)
     bias = parts.pop("bias", None)
     return gptq.Solution(TernaryWeight(shape=(linear.out_features, linear.in_features), **parts), bias, fit)
 
@@ -242,21 +259,23 @@ def _save_block(path: Path, results: Mapping[str, gptq.Solution]) -> None:
     save(path, tensors, {"fits": fits}, overwrite=True)
 
 
-def _load_block(path: Path, student: nn.Module) -> dict[str, LayerFit]:
+def _load_block(path: Path, student: nn.Module) -> dict[str, gptq.Solution]:
     file = TensorFile(path)
     try:
         fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         raise FormatError(path, "its description of the fits is damaged; delete the file and start again") from None
-    for linear in fits:
+    results = {}
+    for linear, fit in fits.items():
         module = linear_of(student, linear)
         weight, bias = _read_layer(file, linear, (module.out_features, module.in_features))
-        _apply(module, weight.to(module.weight.device), bias)
-    return fits
+        results[linear] = gptq.Solution(weight.to(module.weight.device), bias, fit)
+        _apply(module, results[linear].weight, bias)
+    return results
 
 
 def _read_layer(file: TensorFile, linear: str, shape: tuple[int, int]) -> tuple[TernaryWeight, Tensor | None]:
-    parts = {part: file.tensor(key) for part in TENSORS if (key := f"{linear}.{part}") in file.entries}
+    parts: dict[str, Any] = {part: file.tensor(key) for part in TENSORS if (key := f"{linear}.{part}") in file.entries}
     bias = file.tensor(f"{linear}.bias") if f"{linear}.bias" in file.entries else None
     return TernaryWeight(shape=shape, **parts), bias
 
@@ -276,11 +295,14 @@ def _assemble(
     arch = checkpoint.architecture
     int8 = int8_tensors(checkpoint, settings.precisions)
     files = {block: TensorFile(folder / f"{block}.safetensors") for block in arch.block_names}
-    plan = {}
-    for block, file in files.items():
-        for linear, shape in arch.block_linears(block).items():
-            if settings.precisions.get(f"{block}.{linear}") != "int8":
-                plan[f"{block}.{linear}"] = LayerPlan.of(_read_layer(file, linear, shape)[0], settings.packing)
+
+    def read(block: str, linear: str) -> tuple[TernaryWeight, Tensor | None]:
+        weight, bias = _read_layer(files[block], linear, arch.block_linears(block)[linear])
+        noise, error = fits[block].statistics[linear].int8_noise, fits[block].layers[linear].output_error
+        return replace(weight, full_precision=needs_full_precision(noise, error)), bias
+
+    layers = [(block, linear) for block in arch.block_names for linear in fits[block].layers]
+    plan = {f"{block}.{linear}": LayerPlan.of(read(block, linear)[0], settings.packing) for block, linear in layers}
     weights = {f"{name}.weight" for name in arch.linears}
     dense = {name: (torch.bfloat16, checkpoint.shape(name)) for name in checkpoint.names if name not in weights}
     dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
@@ -291,19 +313,17 @@ def _assemble(
         arch, source, checkpoint.metadata, method="calibrate", settings=shown, errors=errors, sha256=sha256, lossy=lossy
     )
     header |= precision.metadata(settings.precisions)
+    header |= metadata.statistics({f"{block}.{name}": _described(fits[block], name) for block, name in layers})
     header["modelspec.date"] = started  # the same after an interruption
     with create_ternary(
         target, plan, dense, header, header_room=metadata.header_room(arch), overwrite=overwrite
     ) as writer:
-        for block, file in files.items():
-            for linear, shape in arch.block_linears(block).items():
-                if f"{block}.{linear}" not in plan:
-                    continue
-                weight, bias = _read_layer(file, linear, shape)
-                writer.layer(f"{block}.{linear}", weight)
-                if bias is not None:
-                    writer.dense(f"{block}.{linear}.bias", bias)
-                    del dense[f"{block}.{linear}.bias"]
+        for block, linear in layers:
+            weight, bias = read(block, linear)
+            writer.layer(f"{block}.{linear}", weight)
+            if bias is not None:
+                writer.dense(f"{block}.{linear}.bias", bias)
+                del dense[f"{block}.{linear}.bias"]
         for name in dense:
             tensor = int8.get(name)
             writer.dense(name, checkpoint.tensor(name).bfloat16() if tensor is None else tensor)

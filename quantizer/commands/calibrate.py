@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from ..files.atomic import in_bytes
     from ..files.precision import precisions_of
     from ..files.ternary import open_ternary
+    from ..report.statistics import statistics_table
 
     precisions = precisions_of(open_ternary(args.like)) if args.like else {}
     if args.like and not precisions:
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
             on_block=show,
         )
         quality = work.measure(target, work.hold_out(HELD_OUT))
+    say("means over the blocks, by kind of Linear:", *(f"  {line}" for line in statistics_table(open_ternary(target))))
     say(
         f"{target}: {in_bytes(target.stat().st_size)}",
         f"velocity error {quality.error:.4f} on held-out prompts (relative, squared)",

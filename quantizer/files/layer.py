@@ -21,7 +21,8 @@ from .container import DTYPE_NAMES, FormatError
 FORMAT = "ternary_v1"
 INT8 = "int8_tensorwise"  # ComfyUI's name of its 8-bit format
 TERMS = (1, 2)
-FIELDS = ("format", "packing", "group_size", "shape", "terms")  # of the JSON
+FULL_PRECISION = "full_precision_matrix_mult"  # as ComfyUI names it
+FIELDS = ("format", "packing", "group_size", "shape", "terms", FULL_PRECISION)  # of the JSON
 SCALES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Field of TernaryWeight -> suffix of its key
 SUFFIXES = {
@@ -45,7 +46,7 @@ class LayerPlan:
 
     scales: "integer" (row x integer group), "row" (row scales alone), or "bf16" / "fp16" / "fp32" (float group scales).
     rank: of the low-rank part, 0 for none. terms: ternary matrices that are added, 1 or 2. columns: dtype of the column
-    scales, "bf16" or "fp32", or "" for none.
+    scales, "bf16" or "fp32", or "" for none. full_precision: as in `TernaryWeight`.
     """
 
     shape: tuple[int, int]
@@ -54,6 +55,7 @@ class LayerPlan:
     rank: int = 0
     terms: int = 1
     columns: str = ""
+    full_precision: bool = False
 
     @classmethod
     def of(cls, weight: TernaryWeight, packing: str = "planes32") -> "LayerPlan":
@@ -62,7 +64,7 @@ class LayerPlan:
         scales = per_row if weight.scale.ndim == 1 else names[weight.scale.dtype]
         rank = 0 if weight.up is None else weight.up.shape[1]
         columns = "" if weight.column is None else names[weight.column.dtype]
-        return cls(weight.shape, packing, scales, rank, weight.terms, columns)
+        return cls(weight.shape, packing, scales, rank, weight.terms, columns, weight.full_precision)
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -83,7 +85,8 @@ class LayerPlan:
     def comfy_quant(self) -> Tensor:
         """The JSON that says how to decode, uint8, padded with blanks to a multiple of 8 bytes."""
         fields = {"format": FORMAT, "packing": self.packing, "group_size": GROUP_SIZE, "shape": self.shape}
-        text = json.dumps(fields if self.terms == 1 else fields | {"terms": self.terms})
+        fields |= {"terms": self.terms} if self.terms > 1 else {}
+        text = json.dumps(fields | ({FULL_PRECISION: True} if self.full_precision else {}))
         return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 8) * 8).encode()), dtype=torch.uint8)
 
     @property
@@ -97,7 +100,7 @@ def read_plan(get: Get, where: str | os.PathLike, key: str) -> LayerPlan:
 
     Raises FormatError, which names `where` and the tensor below `key`.
     """
-    packing, shape, terms = _read_json(get("comfy_quant"), where, f"{key}.comfy_quant")
+    packing, shape, terms, full_precision = _read_json(get("comfy_quant"), where, f"{key}.comfy_quant")
     for suffix in ("weight", "weight_scale"):
         if get(suffix) is None:
             raise FormatError(where, f"the tensor is missing; {REDO}", f"{key}.{suffix}")
@@ -112,7 +115,7 @@ def read_plan(get: Get, where: str | os.PathLike, key: str) -> LayerPlan:
     rank = 0 if down is None or not down.ndim else down.shape[0]
     column = get("weight_column")
     columns = "" if column is None else "bf16" if column.dtype == torch.bfloat16 else "fp32"
-    plan = LayerPlan(shape, packing, scales, rank, terms, columns)
+    plan = LayerPlan(shape, packing, scales, rank, terms, columns, full_precision)
     for suffix in SUFFIXES.values():
         tensor, expected = get(suffix), plan.tensors.get(suffix)
         if tensor is None and expected is None:
@@ -129,7 +132,8 @@ def read_plan(get: Get, where: str | os.PathLike, key: str) -> LayerPlan:
 def read_weight(get: Get, plan: LayerPlan) -> TernaryWeight:
     """The weight of a Linear stored as planned; it shares its tensors' memory, except that base3 trits are unpacked."""
     parts = {field: get(suffix) for field, suffix in SUFFIXES.items() if suffix in plan.tensors}
-    return TernaryWeight(planes32(parts.pop("trits"), plan), shape=plan.shape, **parts)
+    trits = planes32(parts.pop("trits"), plan)
+    return TernaryWeight(trits, shape=plan.shape, full_precision=plan.full_precision, **parts)
 
 
 def stored(weight: TernaryWeight) -> dict[str, Tensor]:
@@ -142,8 +146,8 @@ def _named(dtype: torch.dtype) -> str:
     return DTYPE_NAMES.get(dtype, str(dtype))
 
 
-def _read_json(entry: Tensor, where: str | os.PathLike, key: str) -> tuple[str, tuple[int, int], int]:
-    """Packing, logical shape and number of terms."""
+def _read_json(entry: Tensor, where: str | os.PathLike, key: str) -> tuple[str, tuple[int, int], int, bool]:
+    """Packing, logical shape, number of terms, and whether activations are to stay in full precision."""
     if entry.dtype != torch.uint8:
         raise FormatError(where, f"dtype {_named(entry.dtype)} where uint8 JSON is expected; {REDO}", key)
     try:
@@ -170,9 +174,12 @@ def _read_json(entry: Tensor, where: str | os.PathLike, key: str) -> tuple[str, 
     if type(terms) is not int or terms not in TERMS:
         problem = f"{terms!r} terms, and this version reads {' and '.join(map(str, TERMS))}; update this pack"
         raise FormatError(where, problem, key)
+    full_precision = fields.get(FULL_PRECISION, False)
+    if type(full_precision) is not bool:
+        raise FormatError(where, f"{FULL_PRECISION} is {full_precision!r}, not true or false; {REDO}", key)
     match fields.get("shape"):
         case [int(n), int(k)] if n > 0 and k > 0:
-            return fields["packing"], (n, k), terms
+            return fields["packing"], (n, k), terms, full_precision
     raise FormatError(where, f"shape {fields.get('shape')!r} is not [outputs, inputs]; {REDO}", key)
 
 

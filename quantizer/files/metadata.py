@@ -65,6 +65,15 @@ def stated(metadata: Mapping[str, str], key: str) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def statistics(layers: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
+    """What calibration saw of each ternary Linear: Linear -> quantity -> value, to three significant digits."""
+    rounded = {
+        name: {key: None if value is None else float(f"{value:.3g}") for key, value in values.items()}
+        for name, values in layers.items()
+    }
+    return {"ternary.statistics": json.dumps(rounded)}
+
+
 def header_room(architecture: Architecture) -> int:
     """Bytes to keep in the header for errors that are only known at the end."""
     return 16 * len(architecture.linears)

@@ -111,6 +111,10 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
         yield _row("two terms", f"{len(double)} of these are Linears of two ternary terms, {count:,.1f} M weights")
     if scaled := sum(bool(plan.columns) for plan in plans):
         yield _row("column scales", f"{scaled} of these have a scale for each input")
+    if full := sum(plan.full_precision for plan in plans):
+        yield _row(
+            "activations", f"{full} of these lose too much with 8 bits, and get full precision unless told not to"
+        )
     dtypes = _dtypes(file.file.entries[key].dtype for key in file.dense.values())
     yield _row("dense", f"{len(file.dense)} tensors, {size.dense_weights / 1e6:,.1f} M weights ({dtypes})")
     yield from _ignored(file.ignored)
@@ -140,6 +144,7 @@ def _layer(name: str, plan: LayerPlan, error: float | None) -> str:
     shown = "" if error is None else f"  error {error:.4f}"
     terms = "" if plan.terms == 1 else f" in {plan.terms} terms"
     columns = ", column scales" if plan.columns else ""
+    columns += ", full activations" if plan.full_precision else ""
     return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{terms}{columns}{shown}"
 
 

@@ -6,6 +6,8 @@ trained as logarithms and codes as latents in units of their scale, so that one 
 layer and model.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +38,7 @@ class TernaryLinear(nn.Module):
     def __init__(self, weight: TernaryWeight, bias: Tensor | None, packed: bool = False):
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.full_precision = weight.full_precision
         scales = weight.group_scales().clone()
         self.register_buffer("start_scale", scales)
         self.log_scale = nn.Parameter(torch.zeros_like(scales))
@@ -117,7 +120,8 @@ class TernaryLinear(nn.Module):
         row, group = fit_integer_groups(self.start_scale * self.log_scale.exp())
         down, up = (None if factor is None else factor.bfloat16() for factor in (self.down, self.up))
         column = None if self.log_column is None else self.column().to(self.start_column.dtype)
-        return TernaryWeight.from_codes(self.codes(), row, group, down=down, up=up, column=column)
+        weight = TernaryWeight.from_codes(self.codes(), row, group, down=down, up=up, column=column)
+        return replace(weight, full_precision=self.full_precision)
 
 
 def ternary(latent: Tensor) -> Tensor:

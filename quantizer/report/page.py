@@ -24,8 +24,16 @@ from ..pictures.trajectories import Picture, initial_noise
 from ..pipeline.workspace import Workspace
 from . import charts
 from .decoders import Decode, preview
+from .statistics import stated_statistics
 
 PAGE = "report.html"
+_SEEN = "seen-"
+_STATISTICS = {  # what calibration saw that is drawn
+    "crest": "Crest of the inputs: largest to RMS within a token",
+    "spread": "Spread of channels within a group: largest to median",
+    "largest_two": "Share of the two strongest channels in the power",
+    "int8_noise": "Noise of int8 activations to the variance of outputs",
+}
 _CHARTS = ("pictures", "velocity", "detail", "divergence")  # and one of weights for each stage
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1100px; margin: 2rem auto; }
@@ -50,6 +58,7 @@ class Measured:
     latents: Tensor  # its pictures [B, C, H, W]
     bits: float  # per weight of its ternary Linears, scales and factors included
     errors: dict[str, float]  # ternary Linear -> relative error of its weight
+    statistics: dict[str, dict[str, float]]  # ternary Linear -> what calibration saw of it, as its file says
 
 
 def report(
@@ -97,7 +106,8 @@ def check_report(folder: Path, names: Iterable[str], overwrite: bool = False) ->
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give the name of a folder")
     if folder.is_dir():
-        for name in (PAGE, *(f"{chart}.png" for chart in (*_CHARTS, *map(_slug, slugs.values())))):
+        seen = (f"{_SEEN}{name.replace('_', '-')}" for name in _STATISTICS)
+        for name in (PAGE, *(f"{chart}.png" for chart in (*_CHARTS, *seen, *map(_slug, slugs.values())))):
             check_target(folder / name, 0, overwrite)
 
 
@@ -128,6 +138,7 @@ def _measure(
         ours[-1],
         sizes(file).bits_per_quantized_weight,
         weight_errors(file, work.teacher.checkpoint),
+        stated_statistics(file),
     )
 
 
@@ -177,16 +188,23 @@ def _charts(
     charts.lines(divergence.subplots(), "Distance from the original's trajectory", "sampler step", apart)
     figures = {"pictures": sheet, "velocity": velocity, "detail": detail, "divergence": divergence}
     for m in measured:
-        blocks = list(work.arch.block_names)
-        names = list(dict.fromkeys(name for block in blocks for name in work.arch.block_linears(block)))
-        values = [[m.errors.get(f"{block}.{name}") for name in names] for block in blocks]
-        labels = [block.replace("_blocks.", " ") for block in blocks]
-        heat = charts.figure(0.5 * len(names) + 2, 0.2 * len(blocks) + 1.6)
-        charts.heatmap(
-            heat.subplots(), f"Relative weight error after {m.name}", rows=labels, columns=names, values=values
-        )
-        figures[_slug(m.name)] = heat
+        figures[_slug(m.name)] = _map(work, f"Relative weight error after {m.name}", m.errors)
+    if seen := next((m.statistics for m in measured if m.statistics), None):
+        for name, title in _STATISTICS.items():
+            values = {layer: found[name] for layer, found in seen.items() if name in found}
+            figures[f"{_SEEN}{name.replace('_', '-')}"] = _map(work, title, values)
     return {name: charts.png(drawn) for name, drawn in figures.items()}
+
+
+def _map(work: Workspace, title: str, values: Mapping[str, float]) -> charts.Figure:
+    """A number for every Linear: blocks down, Linears across."""
+    blocks = list(work.arch.block_names)
+    names = list(dict.fromkeys(name for block in blocks for name in work.arch.block_linears(block)))
+    table = [[values.get(f"{block}.{name}") for name in names] for block in blocks]
+    labels = [block.replace("_blocks.", " ") for block in blocks]
+    heat = charts.figure(0.5 * len(names) + 2, 0.2 * len(blocks) + 1.6)
+    charts.heatmap(heat.subplots(), title, rows=labels, columns=names, values=table)
+    return heat
 
 
 def _points(values: Sequence[float | None]) -> list[tuple[float, float]]:
@@ -221,6 +239,8 @@ def _page(work: Workspace, measured: Sequence[Measured], images: Mapping[str, by
     head += ["response to prompts", "its alignment", "bits per weight", "size", "times smaller"]
     kind = "Latents in false colours (give --vae for pictures)" if previews else "Pictures"
     maps = "".join(figure(name, name) for name in images if name.startswith("weights-"))
+    seen = "".join(figure(name, name) for name in images if name.startswith(_SEEN))
+    seen = f"<h2>What calibration saw</h2>{seen}" if seen else ""
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Ternary {html.escape(work.arch.name)}</title><style>{_STYLE}</style>
@@ -242,6 +262,7 @@ Bits count the ternary layers with their scales and low-rank factors.</p>
 <h2>Where the weights changed</h2>
 <p>Training moves weights away from the original's on purpose: compare maps, not stages, with this number.</p>
 {maps}
+{seen}
 </html>
 """
 

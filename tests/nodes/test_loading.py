@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from ternary_flux.ops import resolve
+from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.tests.nodes import adapters, tiny
 
 QKV = "double_blocks.0.img_attn.qkv"
@@ -91,6 +92,18 @@ def test_every_form_of_the_format_loads(comfy, tmp_path, variant, activations):
     dense = comfy.sd.load_diffusion_model_state_dict(tiny.dense_twin(path), model_options={"dtype": torch.float32})
     error = tiny.distance(tiny.run(comfy.loader.load(str(path), activations)), tiny.run(dense))
     assert error < (1e-4 if activations == "full" else 0.05)
+
+
+def test_layers_that_lose_too_much_with_8_bits_have_full_activations_unless_told_not_to(comfy, tmp_path):
+    path = tiny.write(tmp_path / "file.safetensors", columns="half")
+    marked = [name for name, plan in open_ternary(path).layers.items() if plan.full_precision]
+    assert 0 < len(marked) < len(open_ternary(path).layers) / 2
+    for chosen, expected in (("auto", {"full"}), ("int8", {"int8"}), ("full", {"full"})):
+        model = comfy.loader.load(str(path), chosen).model.diffusion_model
+        layers = {name: model.get_submodule(name).weight._params for name in open_ternary(path).layers}
+        assert {comfy.layout.activations_of(layers[name]) for name in marked} == expected
+        others = {comfy.layout.activations_of(params) for name, params in layers.items() if name not in marked}
+        assert others == {chosen}
 
 
 def test_group_scales_of_an_imported_file_are_rounded_for_int8_only_and_saved_as_they_were(comfy, tmp_path):

@@ -1,5 +1,6 @@
 """A random FLUX.1 of the real architecture, small enough for every test: ternary file, dense twin, inputs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,7 +63,10 @@ def write(
     columns: bool | str = False,
     **weights,
 ) -> Path:
-    """Write a random ternary FLUX; `dtype` of what is dense. columns: column scales, "half" in every second Linear."""
+    """Write a random ternary FLUX; `dtype` of what is dense.
+
+    columns: column scales; "half": in every second Linear, and activations in full precision in every fourth.
+    """
     g = generator(seed)
     dense = dense_tensors(arch, g, dtype)
     for name in arch.linears:
@@ -70,7 +74,8 @@ def write(
     layers = {}
     for i, (name, shape) in enumerate(arch.linear_shapes.items()):
         scaled = i % 2 == 0 if columns == "half" else columns
-        layers[f"{prefix}{name}"] = ternary_weight(shape, g, columns=scaled, **weights)
+        weight = ternary_weight(shape, g, columns=scaled, **weights)
+        layers[f"{prefix}{name}"] = replace(weight, full_precision=columns == "half" and i % 4 == 0)
     plans = {name: LayerPlan.of(weight, packing) for name, weight in layers.items()}
     specs = {f"{prefix}{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
     with create_ternary(path, plans, specs, metadata or {"modelspec.title": "tiny"}, overwrite=True) as writer:

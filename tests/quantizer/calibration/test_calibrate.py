@@ -20,6 +20,7 @@ from ternary_flux.quantizer.model.flux import Flux, Stage
 from ternary_flux.quantizer.model.teacher import Placement, Teacher
 from ternary_flux.quantizer.pictures import trajectories
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
+from ternary_flux.quantizer.report.statistics import stated_statistics, statistics_table
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
 MODELS = {
@@ -90,6 +91,45 @@ def test_is_better_than_rounding(case):
     assert file.metadata["ternary.method"] == "calibrate"
     assert file.metadata["ternary.source_sha256"] == hashlib.sha256(case.path.read_bytes()).hexdigest()
     assert not (case.folder / "work" / "activations").exists()
+
+
+def test_a_linear_whose_inputs_have_outliers_gets_full_activations(case, tmp_path):
+    """One hidden unit of an MLP that is far larger than all others, as FLUX has them; mlp.2 makes up for it."""
+    state = safetensors.torch.load_file(case.path)
+    single = "single_blocks.0"
+    hidden = case.teacher.arch.hidden
+    if case.teacher.arch.version == 1:
+        state["double_blocks.0.img_mlp.0.weight"][3] *= 3000
+        state["double_blocks.0.img_mlp.2.weight"][:, 3] /= 3000
+        marked = "double_blocks.0.img_mlp.2"
+    else:
+        state[f"{single}.linear1.weight"][-5] *= 3000
+        state[f"{single}.linear2.weight"][:, -5] /= 3000
+        marked = f"{single}.linear2"
+    assert state[f"{single}.linear1.weight"].shape[1] == hidden
+    safetensors.torch.save_file(state, tmp_path / "dense.safetensors")
+    settings = CalibrationSettings(batch=4, sweeps=1, exponents=())
+    target = tmp_path / "target.safetensors"
+    fits = calibrate.calibrate(
+        Teacher(open_checkpoint(tmp_path / "dense.safetensors")),
+        case.states,
+        case.conditioning,
+        target=target,
+        folder=tmp_path / "work",
+        settings=settings,
+    )
+    file = open_ternary(target)
+    full = {name for name, plan in file.layers.items() if plan.full_precision}
+    assert marked in full and len(full) < len(file.layers)
+    block, _, linear = marked.partition(".0.")
+    seen = fits[f"{block}.0"].statistics[linear]
+    stated = stated_statistics(file)
+    assert stated.keys() == set(file.layers)
+    assert stated[marked]["crest"] == pytest.approx(seen.crest, rel=0.01) and seen.largest_two > 0.9
+    noise = {name: values["int8_noise"] for name, values in stated.items()}
+    assert noise[marked] > 5 * sorted(noise.values())[len(noise) // 2]
+    table = statistics_table(file)
+    assert sum(line.endswith("     1") for line in table) == len(full) and len({len(line) for line in table}) == 1
 
 
 def some_precisions(case) -> dict[str, str]:

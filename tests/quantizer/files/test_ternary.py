@@ -127,6 +127,7 @@ DAMAGES = {
     "newer": (damage(Q, text(JSON | {"format": "ternary_v2"})), Q, "format 'ternary_v2'.*update this pack"),
     "other format": (damage(Q, text(JSON | {"format": "float8_e4m3fn"})), Q, "ComfyUI's own loader"),
     "no format": (damage(Q, text({})), Q, "format None"),
+    "full precision": (damage(Q, text(JSON | {"full_precision_matrix_mult": 1})), Q, "is 1, not true or false"),
     "packing": (damage(Q, text(JSON | {"packing": "p"})), Q, "packing 'p'; known: planes32, base3"),
     "group size": (damage(Q, text(JSON | {"group_size": 64})), Q, "group size 64"),
     "shape": (damage(Q, text(JSON | {"shape": [6]})), Q, r"shape \[6\] is not"),
