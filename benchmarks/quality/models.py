@@ -1,17 +1,22 @@
 """The models of the quality benchmark as plain dense ones, and ordinary 4- and 3-bit rounding to compare with."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from ...ops import TernaryWeight
+from ...ops.backends.eager import quantize_tokens
 from ...quantizer.files.checkpoint import open_checkpoint
 from ...quantizer.files.container import TensorFile
 from ...quantizer.files.identity import identify
 from ...quantizer.files.summary import sizes
 from ...quantizer.files.ternary import open_ternary
-from ...quantizer.model.flux import Flux
+from ...quantizer.model.flux import Flux, linear_of
 from . import peer
 
 GROUP = 128
@@ -45,6 +50,29 @@ def _model(arch, state: dict[str, Tensor], device: torch.device) -> Flux:
     model = Flux(arch)
     model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False)
+
+
+def with_int8_activations(model: Flux, path: Path) -> Flux:
+    """The same model, in place, with the activations that the loader's `auto` gives a ternary file's Linears on a GPU:
+    int8 with a scale for each token, but where the file asks for full precision.
+    """
+    file = open_ternary(path)
+    for name in file.layers:
+        weight = file.weight(name)
+        if not weight.full_precision:
+            linear_of(model, name).register_forward_hook(_int8_noise(weight))
+    return model
+
+
+def _int8_noise(weight: TernaryWeight) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    ternary = replace(weight, column=None).dequantize_ternary()
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = weight.scale_inputs(inputs[0])
+        rounded, scale = quantize_tokens(x.flatten(0, -2))
+        return output + linear((rounded * scale).view(x.shape) - x, ternary)
+
+    return hook
 
 
 def round_to_bits(source: Path, target: Path, count: int) -> None:

@@ -1,10 +1,10 @@
 """Quality on the miniatures: `python -m benchmarks.quality [--quick]` compares ways to make them ternary.
 
 Every model paints the same held-out compositions from the same noise, and an exact checker judges the pictures. With
-`--stressed` the stages run on models that compute the same with channels of very different size (`stress`). The
-miniatures show that the pipeline works and rank recipes; they do not measure FLUX's own quality. Results go to
-benchmarks/results/quality.json and docs/quality.png, FLUX.2's to quality-flux2.json and quality-flux2.png. A run that
-is interrupted goes on where it stopped.
+`--stressed` the stages run on models that compute the same with channels of very different size (`stress`), and on one
+with massive residual channels (`massive`). The miniatures show that the pipeline works and rank recipes; they do not
+measure FLUX's own quality. Results go to benchmarks/results/quality.json and docs/quality.png, FLUX.2's to
+quality-flux2.json and quality-flux2.png. A run that is interrupted goes on where it stopped.
 """
 
 import argparse
@@ -19,18 +19,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from ternary_flux.benchmarks import miniature
-from ternary_flux.benchmarks.quality import chart, peer, stress
-from ternary_flux.benchmarks.quality.models import dense_of, round_by_peer, round_to_bits
+from ternary_flux.benchmarks.quality import chart, massive, peer, stress
+from ternary_flux.benchmarks.quality.models import dense_of, round_by_peer, round_to_bits, with_int8_activations
 from ternary_flux.benchmarks.quality.scores import Scores, Stage, evaluate
 from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.calibration.sensitivity import best_upgrades, sensitivities
 from ternary_flux.quantizer.distillation.distill import DistillSettings
 from ternary_flux.quantizer.files.atomic import write_json
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
+from ternary_flux.quantizer.files.container import TensorFile
+from ternary_flux.quantizer.files.identity import identify
 from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.model.flux import Flux
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import Pool
-from ternary_flux.quantizer.pictures.quality import HeldOut
+from ternary_flux.quantizer.pictures.quality import HeldOut, measure
+from ternary_flux.quantizer.pictures.sampler import default_shift
 from ternary_flux.quantizer.pipeline.stages import distill_file
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
@@ -60,7 +64,7 @@ class Trained:
 
 
 STAGES = ("original, bf16", "ternary, least squares", "calibrated", "distilled: codes")  # that are stressed
-FULL = Scale(prompts=16, seeds=8, pictures=3072, states=36864, steps=1800, calibration_states=4096)
+FULL = Scale(prompts=16, seeds=8, pictures=3072, states=36864, steps=2400, calibration_states=5120)
 QUICK = Scale(prompts=6, seeds=4, pictures=192, states=2304, steps=80, calibration_states=128)
 
 
@@ -124,7 +128,8 @@ def run(
         scores = evaluate(model, stage, work.teacher, reference)
         reference = reference or scores
         pictures[label] = scores.examples
-        rows.append({"name": label, "megabytes": size / 1e6, "bits": bits, "cpu_seconds": seconds, **scores.summary})
+        row = {"name": label, "megabytes": size / 1e6, "bits": bits, "cpu_seconds": seconds}
+        rows.append(row | scores.summary | with_int8(model, path, stage, work))
         say(f"{label:<34} {told(scores)}   {seconds:.0f} CPU seconds to make")
     result = {
         "note": "Measured on the miniature; it ranks recipes and does not measure FLUX's own quality.",
@@ -149,17 +154,30 @@ def run_stressed(
     weights: Path = miniature.FLUX1,
     levels: Mapping[str, stress.Level] = stress.LEVELS,
     without: Collection[str] = (),
+    fine_tuning: int = massive.STEPS,
 ) -> dict:
     """The stages on the miniature as it is and stressed; every error beside that of the same stage on the plain one.
 
-    `without`: as for `run`.
+    `without`: as for `run`. `fine_tuning`: steps for the model with massive channels.
     """
     rows: list[dict] = []
-    for level in ("plain", *levels):
-        stressed = weights if level == "plain" else stressed_weights(weights, folder / level, levels[level])
-        stage = Stage.load(stressed, scale.prompts, scale.seeds, device)
-        work = workspace(folder / level, stage, device, stressed)
-        states = Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))
+
+    def prepared(level: str, weights: Path) -> tuple[Stage, Workspace, Trained]:
+        stage = Stage.load(weights, scale.prompts, scale.seeds, device)
+        work = workspace(folder / level, stage, device, weights)
+        return stage, work, Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))
+
+    plain_model = prepared("plain", weights)
+    makers: dict[str, Callable[[Path, Path], None]] = {
+        name: partial(stress.write, level=level) for name, level in levels.items()
+    }
+    if plain_model[0].arch.version == 1:
+        makers["massive"] = partial(massive.write, pool=plain_model[2].pool, steps=fine_tuning)
+    for level in ("plain", *makers):
+        if level == "plain":
+            stage, work, states = plain_model
+        else:
+            stage, work, states = prepared(level, stressed_weights(weights, folder / level, makers[level]))
         made, reference = recipes(scale, work, states), None
         for label in made:
             if label in without or label not in (*STAGES, *peer.PEERS):
@@ -172,10 +190,12 @@ def run_stressed(
             plain = next((row["velocity"]["error"] for row in rows if row["name"] == label), error)
             ratio = error / plain if plain else 1.0
             row = {"level": level, "name": label, "bits": bits, "cpu_seconds": seconds, "to_plain": ratio}
-            rows.append(row | scores.summary)
-            say(f"{level:<10} {label:<24} {told(scores)}, {ratio:.2f} of plain")
+            int8 = with_int8(model, path, stage, work)
+            rows.append(row | scores.summary | int8)
+            cost = f", with int8 {int8['int8_error'] / error:.3f}" if int8 else ""
+            say(f"{level:<10} {label:<24} {told(scores)}, {ratio:.2f} of plain{cost}")
     result = {
-        "note": "The miniature with outlier channels, its function unchanged; not FLUX's own quality.",
+        "note": "The miniature with outlier channels; not FLUX's own quality.",
         "scale": vars(scale),
         "levels": {name: vars(level) for name, level in levels.items()},
         "models": rows,
@@ -186,6 +206,14 @@ def run_stressed(
     return result
 
 
+def with_int8(model: Flux, path: Path, stage: Stage, work: Workspace) -> dict[str, float]:
+    """The velocity error of a ternary file's model with 8-bit activations; it has them from now on."""
+    if identify(TensorFile(path)).kind != "ternary":
+        return {}
+    held_out = stage.held_out(work.teacher, default_shift(stage.arch))
+    return {"int8_error": measure(with_int8_activations(model, path), held_out).error}
+
+
 def told(scores: Scores) -> str:
     """What a row says of a model: on the model's own schedule, and at evenly spaced times."""
     accuracy = scores.summary["accuracy"]["overall"][0]
@@ -193,15 +221,15 @@ def told(scores: Scores) -> str:
     return f"accuracy {accuracy:.3f}   velocity error {own:.4f}, at even times {even:.4f}"
 
 
-def stressed_weights(weights: Path, folder: Path, level: stress.Level) -> Path:
-    """A folder like `weights` with the transformer stressed."""
+def stressed_weights(weights: Path, folder: Path, make: Callable[[Path, Path], None]) -> Path:
+    """A folder like `weights` with the transformer that `make` writes from that one."""
     stressed = folder / "weights"
     stressed.mkdir(parents=True, exist_ok=True)
     for part in weights.glob("*.safetensors"):
         target = stressed / part.name
         if part.name == "flux-miniature.safetensors":
             if not target.exists():
-                stress.write(part, target, level)
+                make(part, target)
         elif not target.exists():
             target.symlink_to(part.resolve())
     return stressed

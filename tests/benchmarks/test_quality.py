@@ -1,19 +1,30 @@
 """The quality benchmark's parts, with untrained models: rounding to bits, intervals, scores, the picture."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from ternary_flux.benchmarks.miniature import autoencoder, scenes
 from ternary_flux.benchmarks.miniature.text import TextEncoder
-from ternary_flux.benchmarks.quality import chart, run
-from ternary_flux.benchmarks.quality.models import dense_of, round_by_peer, round_to_bits, rounded
+from ternary_flux.benchmarks.quality import chart, massive, run
+from ternary_flux.benchmarks.quality.models import (
+    dense_of,
+    round_by_peer,
+    round_to_bits,
+    rounded,
+    with_int8_activations,
+)
 from ternary_flux.benchmarks.quality.peer import PEERS
 from ternary_flux.benchmarks.quality.scores import Stage, evaluate, interval
 from ternary_flux.benchmarks.quality.stress import LEVELS
+from ternary_flux.ops import ternary_linear
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux
+from ternary_flux.quantizer.model.flux import Flux, Inputs
+from ternary_flux.quantizer.pictures.pool import Pool
+from ternary_flux.quantizer.pictures.states import Batch
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=32, guidance=False)
@@ -57,6 +68,49 @@ def test_files_become_models(teacher, tmp_path):
     assert sizes[0] > sizes[1] > sizes[2]
     weight = open_ternary(tmp_path / "ternary.safetensors").weight(ARCH.linears[0]).dequantize()
     assert torch.equal(models["ternary"][0].get_parameter(f"{ARCH.linears[0]}.weight"), weight)
+
+
+def test_8_bit_activations_are_the_loaders(teacher, tmp_path):
+    """A Linear with them computes what ComfyUI's layer does, and one that asks for full precision is left alone."""
+    save_file({name: value.bfloat16() for name, value in teacher.state_dict().items()}, tmp_path / "dense.safetensors")
+    round_checkpoint(tmp_path / "dense.safetensors", tmp_path / "ternary.safetensors")
+    model = with_int8_activations(dense_of(tmp_path / "ternary.safetensors", CPU)[0], tmp_path / "ternary.safetensors")
+    name = "single_blocks.0.linear2"
+    layer, weight = model.get_submodule(name), open_ternary(tmp_path / "ternary.safetensors").weight(name)
+    x = torch.randn(2, 5, weight.shape[1], generator=torch.Generator().manual_seed(2))
+    expected = [ternary_linear(x, weight, layer.bias.data, activations=kind) for kind in ("int8", "full")]
+    assert torch.allclose(layer(x), expected[0], rtol=1e-4, atol=1e-4)
+    assert (expected[1] - expected[0]).abs().max() > 1e-3
+
+
+def test_massive_channels_are_held_and_what_the_model_computes_is_kept(teacher):
+    def batch(index, size=8, seed=0, device="cpu"):
+        generator = torch.Generator().manual_seed(index)
+        shapes = (size, 16, 8, 8), (size,), (size, 6, 32), (size, 32)
+        latent, t, context, pooled = (torch.randn(shape, generator=generator) for shape in shapes)
+        inputs = Inputs(latent, t.sigmoid(), context, pooled)
+        return Batch(inputs, teacher(*inputs))
+
+    model = massive.widened(teacher, batch(0))
+    channels = massive.massive_channels(model)
+    tokens = model.prepare(*batch(1).inputs)
+    for block in model.blocks:
+        tokens = block(tokens)
+        for stream in (tokens.img, tokens.txt):
+            sizes = stream.square().mean((0, 1)).sqrt()
+            others = [i for i in range(len(sizes)) if i not in channels]
+            assert 10 < float(sizes[channels].min() / sizes[others].square().mean().sqrt()) < 250
+            assert float(stream[..., channels].std((0, 1)).max()) == pytest.approx(0, abs=1e-3)
+    error = relative_error(model, batch(1))
+    pool = SimpleNamespace(draw=lambda *_: batch(1), power=lambda: torch.ones(10), bin=Pool.bin)
+    massive.fine_tune(model, pool, 20)
+    assert relative_error(model, batch(1)) < 0.7 * error
+    assert float(model.prepare(*batch(1).inputs).img[..., channels].std((0, 1)).max()) == pytest.approx(0, abs=1e-3)
+
+
+def relative_error(model, batch):
+    wrong = model(*batch.inputs) - batch.velocity
+    return float(wrong.square().mean() / batch.velocity.square().mean())
 
 
 def test_a_peer_rounds_weights_and_activations(teacher, tmp_path):
@@ -154,9 +208,15 @@ def test_the_stages_on_a_stressed_model(teacher, stage, tmp_path):
     weights = write_weights(teacher, stage, tmp_path / "weights")
     scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=4, calibration_states=16)
     levels = {"harsh": LEVELS["harsh"]}
-    result = run.run_stressed(scale, tmp_path / "work", tmp_path / "stressed.json", CPU, weights, levels, tuple(PEERS))
+    path = tmp_path / "stressed.json"
+    result = run.run_stressed(scale, tmp_path / "work", path, CPU, weights, levels, tuple(PEERS), fine_tuning=4)
     rows = {(row["level"], row["name"]): row for row in result["models"]}
-    assert len(rows) == 2 * len(run.STAGES) and (tmp_path / "stressed.json").stat().st_size > 1000
+    assert len(rows) == 3 * len(run.STAGES) and path.stat().st_size > 1000
     plain, harsh = (rows[level, "ternary, least squares"] for level in ("plain", "harsh"))
     assert plain["to_plain"] == 1 and harsh["to_plain"] < 1.5
+    errors = [rows["massive", name]["velocity"]["error"] for name in run.STAGES]
+    assert 0 == errors[0] < errors[2] < errors[1]
+    assert all(("int8_error" in row) == (name in run.STAGES[1:]) for (_, name), row in rows.items())
+    error = plain["velocity"]["error"]
+    assert plain["int8_error"] != error and plain["int8_error"] == pytest.approx(error, rel=0.05)
     assert harsh["to_plain"] == pytest.approx(harsh["velocity"]["error"] / plain["velocity"]["error"])

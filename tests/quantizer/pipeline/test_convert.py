@@ -122,7 +122,7 @@ def test_a_mixed_conversion_grows_as_far_as_it_may(source):
     decisions = Decisions.load(work / "decisions.json")
     assert decisions.precisions and decisions.precisions == precisions_of(open_ternary(output))
     size = (work / "rounded.safetensors").stat().st_size
-    assert size < output.stat().st_size < 1.3 * size + 4096
+    assert size < output.stat().st_size < 1.3 * size + 16384  # and what calibration saw, in the metadata
     fewer = dict(list(decisions.precisions.items())[1:])
     replace(decisions, precisions=fewer).save(work / "decisions.json")
     for path in (output, work / "calibrated.safetensors"):
