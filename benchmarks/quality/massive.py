@@ -130,4 +130,4 @@ def _enlarge(
     for rows, constant in ((shift, 0.0), (scale, ratio - 1)):
         modulation.weight[rows][channels] = 0
         modulation.bias[rows][channels] = constant
-    linear.bias -= linear.weight[:, channels] @ (held / math.sqrt(variance))
+    linear.bias.sub_(linear.weight[:, channels] @ (held / math.sqrt(variance)))
