@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops import GROUP_SIZE, TernaryWeight
+from ...ops.backends.triton import backend as triton
 from ...ops.scales import MAX_MULTIPLIER, fit_integer_groups
 from .moments import Moments
 
@@ -228,19 +229,52 @@ def error_feedback(target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
             columns, rest = slice(turn * GROUP_SIZE, (turn + 1) * GROUP_SIZE), slice((turn + 1) * GROUP_SIZE, None)
             local = inverse[columns, columns]
             scale = best_scale(w[:, columns], local.diagonal().square().reciprocal())
-            block = w[:, columns].t().contiguous()  # inputs first: the loop then works on contiguous rows
-            errors = torch.empty_like(block)
-            pivots = local.diagonal().tolist()
-            for i, (column, error, pivot) in enumerate(zip(block, errors, pivots, strict=True)):
-                error.copy_(column)
-                nearest(column, scale, out=column)
-                error.addcmul_(column, scale, value=-1).div_(pivot)
-                block[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
+            block = w[:, columns].t().contiguous()
+            chosen, errors = _feed_back(block, scale, local)
             w[:, rest].addmm_(errors.t(), inverse[columns, rest], alpha=-1)
-            ordered[:, columns] = block.t()
+            ordered[:, columns] = chosen.t()
             scales[rows, group] = scale
         codes[rows] = ordered[:, order.argsort()]
     return codes, scales
+
+
+def _feed_back(block: Tensor, scale: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and errors [128, N] of a group's weights, inputs first, which are used up. `local` is the group's part of
+    the inverse factor; errors are divided by its diagonal.
+    """
+    if _has_kernel(block.device):
+        from ...ops.backends.triton.group_codes import group_codes
+
+        return group_codes(block, scale, local.contiguous(), local.diagonal().reciprocal())
+    errors, pivots = torch.empty_like(block), local.diagonal().tolist()
+    for i, (column, error, pivot) in enumerate(zip(block, errors, pivots, strict=True)):
+        error.copy_(column)
+        nearest(column, scale, out=column)
+        error.addcmul_(column, scale, value=-1).div_(pivot)
+        block[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
+    return block, errors
+
+
+def _descend(block: Tensor, scale: Tensor, local: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """New codes of a group and what they change of the weights, both [128, N], inputs first as is the gradient `block`,
+    which is used up. `local` is the group's part of H.
+    """
+    if _has_kernel(block.device):
+        from ...ops.backends.triton.group_codes import group_codes
+
+        return group_codes(block, scale, local.contiguous(), local.diagonal().reciprocal(), old)
+    steps = local.diagonal().reciprocal().tolist()
+    new, changes = torch.empty_like(old), scale * old
+    for i, (code, change) in enumerate(zip(new, changes, strict=True)):
+        torch.add(change, block[i], alpha=steps[i], out=code)
+        nearest(code, scale, out=code)
+        torch.sub(code, old[i], out=change).mul_(scale)
+        block[i + 1 :].addr_(local[i, i + 1 :], change, alpha=-1)
+    return new, changes
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return triton.unavailable(device) is None
 
 
 def nearest(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
@@ -282,19 +316,13 @@ def descend(codes: Tensor, scales: Tensor, projected: Tensor, hessian: Tensor) -
 
     `projected` is the target times H, here and below.
     """
-    result, steps = torch.empty_like(codes), hessian.diagonal().reciprocal().tolist()
+    result = torch.empty_like(codes)
     for rows in _chunks(codes):
         gradient = projected[rows] - dense(codes[rows], scales[rows]) @ hessian
         for group, scale in enumerate(scales[rows].unbind(1)):
             columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
-            local, block = hessian[columns, columns], gradient[:, columns].t().contiguous()
-            old = codes[rows, columns].t().contiguous()
-            new, changes = torch.empty_like(old), scale * old
-            for i, (code, change) in enumerate(zip(new, changes, strict=True)):
-                torch.add(change, block[i], alpha=steps[columns.start + i], out=code)
-                nearest(code, scale, out=code)
-                torch.sub(code, old[i], out=change).mul_(scale)
-                block[i + 1 :].addr_(local[i, i + 1 :], change, alpha=-1)
+            block, old = gradient[:, columns].t().contiguous(), codes[rows, columns].t().contiguous()
+            new, changes = _descend(block, scale, hessian[columns, columns], old)
             gradient.addmm_(changes.t(), hessian[columns], alpha=-1)
             result[rows, columns] = new.t()
     return result

@@ -135,3 +135,18 @@ def test_portable_branch_compiles_for_amd():
     code = next(launch for launch in found if launch.name == "_linear_a8").compiled.asm["amdgcn"]
     assert re.search(r"v_mfma_i32_\d+x\d+x\d+_?i8", code)
     assert re.search(r"\.private_segment_fixed_size:\s*0\b", code)
+
+
+@pytest.mark.parametrize("capability", [75, 90, 120])
+@pytest.mark.parametrize("descent", [False, True])
+def test_group_codes(capability, descent):
+    """The block of a program stays in the registers of one warp."""
+    from ternary_flux.ops.backends.triton.group_codes import group_codes
+
+    chip = codegen.configs.nvidia("", capability, codegen.MULTIPROCESSORS[capability])
+    target = codegen.GPUTarget("cuda", capability, 32)
+    block = torch.empty(128, 3072)
+    with codegen.recording(chip, target, codegen.SHARED_MEMORY[capability]) as found:
+        group_codes(block, torch.empty(3072), torch.empty(128, 128), torch.empty(128), block if descent else None)
+    code = codegen.machine_code(found[0])
+    assert code.spills == 0 and code.registers <= 168 and found[0].compiled.metadata.num_warps == 1
