@@ -21,8 +21,9 @@ _TINY = 1e-30
 class Adam:
     """`step(factors)` moves every parameter by rate * factor * m / sqrt(v).
 
-    rates       name -> learning rate. There is no weight decay, and no epsilon beyond what avoids 0 / 0: the size of
-                a step depends on the rates alone, not on the scale of the loss.
+    rates       name -> learning rate, or a tensor of them that broadcasts to the parameter. There is no weight decay,
+                and no epsilon beyond what avoids 0 / 0: the size of a step depends on the rates alone, not on the
+                scale of the loss.
     eight_bit   moments of large tensors in 8 bits with one scale for 256 values (arXiv 2110.02861; here the first
                 moment is companded by a square root and the second by a fourth root).
 
@@ -32,12 +33,19 @@ class Adam:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        rates: Mapping[str, float],
+        rates: Mapping[str, float | Tensor],
         betas: tuple[float, float] = (0.9, 0.99),
         eight_bit: bool = False,
         seed: int = 0,
     ):
-        self.parameters, self.rates, self.betas, self.seed, self.count = dict(parameters), dict(rates), betas, seed, 0
+        self.parameters, self.betas, self.seed, self.count = dict(parameters), betas, seed, 0
+        self.rates = {name: 1.0 if isinstance(rate, Tensor) else rate for name, rate in rates.items()}
+        # The root of the second moment is divided by these.
+        self.each = {
+            name: rate.to(parameters[name].device).expand_as(parameters[name])
+            for name, rate in rates.items()
+            if isinstance(rate, Tensor)
+        }
         self.packed = {name for name, p in parameters.items() if eight_bit and p.numel() > _SMALL}
         self.first: dict[str, Any] = {}  # a tensor, or its codes and scales in 8 bits
         self.second: dict[str, Any] = {}
@@ -81,6 +89,9 @@ class Adam:
         divisors = torch._foreach_div(second, corrections[1])
         torch._foreach_sqrt_(divisors)
         torch._foreach_add_(divisors, _TINY)
+        for name, divisor in zip(names, divisors, strict=True):
+            if name in self.each:
+                divisor.div_(self.each[name])
         steps = [-rates[name] / corrections[0] for name in names]
         torch._foreach_addcdiv_(parameters, first, divisors, steps)
 
@@ -88,6 +99,7 @@ class Adam:
         """In portions: what is computed in between takes many times the memory of an 8-bit state."""
         whole, packed = self.parameters[name], name in self.packed
         values, gradients = whole.view(-1), whole.grad.reshape(-1)
+        each = self.each[name].reshape(-1) if name in self.each else None
         for start in range(0, len(values), _PORTION):
             span = slice(start, min(start + _PORTION, len(values)))
             rows = slice(start // _BLOCK, -(-span.stop // _BLOCK))
@@ -101,6 +113,8 @@ class Adam:
             first.lerp_(gradient, 1 - self.betas[0])
             second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
             divisor = (second / corrections[1]).sqrt_().add_(_TINY)
+            if each is not None:
+                divisor.div_(each[span])
             update = (first / divisor).mul_(-rate / corrections[0])
             if packed:
                 for kept, new in ((first_codes, _pack_signed(first)), (second_codes, _pack_positive(second))):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.student import rate_groups
 from .course import Course
@@ -44,27 +44,33 @@ def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def learning_rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
+def learning_rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float | Tensor]:
     """Peak learning rate of every trainable parameter: the rate of its group times the parameter's own typical size.
 
-    Scales (logarithms) and codes (units of the scale) have size 1 by construction. A bias counts by the size of its
-    layer's outputs for inputs of unit variance, since many are zero at the start.
+    Scales (logarithms) and codes (units of the scale) have size 1 by construction. Channels differ in size, so every
+    element of a bias has a rate of its own, by its output for inputs of unit variance (many biases are zero at the
+    start), and so has every output of `up` and every input of `down`.
     """
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     groups = rate_groups(parameters)
-    sizes = {}
+    sizes: dict[str, float | Tensor] = {}
     for name, parameter in parameters.items():
         group = groups[name]
         if group in ("scale", "code"):
             sizes[name] = 1.0
         elif group == "bias":
-            sizes[name] = _output_size(model.get_submodule(name.rpartition(".")[0]))
+            sizes[name] = _output_sizes(model.get_submodule(name.rpartition(".")[0]))
+        elif group == "rank":
+            sizes[name] = parameter.float().square().mean(1 if name.endswith(".up") else 0, keepdim=True).sqrt()
         else:
             sizes[name] = float(parameter.float().square().mean().sqrt())
-    return {name: rates[groups[name]] * max(size, 1e-8) for name, size in sizes.items()}
+    return {
+        name: rates[groups[name]] * (size.clamp_min(1e-8) if isinstance(size, Tensor) else max(size, 1e-8))
+        for name, size in sizes.items()
+    }
 
 
 @torch.no_grad()
-def _output_size(layer: nn.Module) -> float:
+def _output_sizes(layer: nn.Module) -> Tensor:
     weight = layer.weight() if callable(layer.weight) else layer.weight
-    return float(weight.float().square().sum(1).mean().sqrt())
+    return weight.float().norm(dim=1)

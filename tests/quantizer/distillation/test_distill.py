@@ -325,8 +325,21 @@ def test_rates_follow_the_size_of_the_parameters(files, data):
     )
     with torch.no_grad():
         weight *= 10
+        distiller.model.double_blocks[0].img_attn.proj.up[3] *= 10
+        distiller.model.double_blocks[0].img_attn.proj.down[:, 5] *= 10
+        distiller.model.final_layer.linear.weight[2] *= 10
     larger = learning_rates(distiller.model, RATES)
     assert larger["img_in.weight"] == pytest.approx(10 * rates["img_in.weight"], rel=1e-5)
+    # One channel that is larger than the others changes the rates of no other.
+    for name, place in (
+        ("double_blocks.0.img_attn.proj.up", (3,)),
+        ("double_blocks.0.img_attn.proj.down", (slice(None), 5)),
+        ("final_layer.linear.bias", (2,)),
+    ):
+        grown = larger[name] / rates[name]
+        assert grown[place].flatten().tolist() == pytest.approx([10], rel=1e-5)
+        grown[place] = 1
+        assert torch.allclose(grown, torch.ones(()), rtol=1e-5)
 
 
 def test_an_epoch_draws_every_state_once(data):

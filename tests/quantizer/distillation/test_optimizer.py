@@ -1,4 +1,4 @@
-"""Adam with a rate for each tensor, 8-bit states, bf16 parameters."""
+"""Adam with a rate for each tensor or row, 8-bit states, bf16 parameters."""
 
 import pytest
 import torch
@@ -78,3 +78,25 @@ def test_stochastic_rounding_keeps_the_mean():
     rounded = round_stochastically(values, torch.Generator().manual_seed(0)).float()
     assert set(rounded.unique().tolist()) == {1.0, 1.0078125}
     assert float(rounded.mean()) == pytest.approx(1.001, abs=5e-5)
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_rates_of_rows_are_those_of_tensors_that_hold_them(eight_bit):
+    """A row is a whole number of blocks of the 8-bit states, so that both forms have the same scales there."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(2, 16 * 512, generator=generator) for _ in range(2))
+    rates = torch.tensor([[0.1], [0.001]])
+    together, apart = start.clone(), [row.clone() for row in start]
+    steppers = [Adam({"w": together}, {"w": rates}, eight_bit=eight_bit)]
+    steppers += [
+        Adam({"w": row}, {"w": rate}, eight_bit=eight_bit) for row, rate in zip(apart, (0.1, 0.001), strict=True)
+    ]
+    together.grad = gradient
+    for row, part in zip(apart, gradient, strict=True):
+        row.grad = part
+    for _ in range(3):
+        for adam in steppers:
+            adam.step({"w": 0.5})
+    torch.testing.assert_close(together, torch.stack(apart))
+    moved = (together - start).abs().mean(1).tolist()
+    assert moved[0] == pytest.approx(100 * moved[1], rel=0.01)
