@@ -13,7 +13,7 @@ import resource
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ class Trained:
 
 
 STAGES = ("original, bf16", "ternary, least squares", "calibrated", "distilled: codes")  # that are stressed
-FULL = Scale(prompts=16, seeds=8, pictures=3072, states=36864, steps=2400, calibration_states=5120)
+FULL = Scale(prompts=16, seeds=8, pictures=3072, states=36864, steps=1800, calibration_states=5120)
 QUICK = Scale(prompts=6, seeds=4, pictures=192, states=2304, steps=80, calibration_states=128)
 
 
@@ -119,18 +119,14 @@ def run(
     states = Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))  # before anything is timed
     rows: list[dict] = []
     pictures: dict[str, np.ndarray] = {}
-    reference: Scores | None = None
+    reference = originals_scores(stage, work)
     for label, make in recipes(scale, work, states).items():
         if label in without:
             continue
         path, seconds = timed(folder / "models", label, make)
-        model, size, bits = dense_of(path, device)
-        scores = evaluate(model, stage, work.teacher, reference)
-        reference = reference or scores
-        pictures[label] = scores.examples
-        row = {"name": label, "megabytes": size / 1e6, "bits": bits, "cpu_seconds": seconds}
-        rows.append(row | scores.summary | with_int8(model, path, stage, work))
-        say(f"{label:<34} {told(scores)}   {seconds:.0f} CPU seconds to make")
+        row, pictures[label] = scored(path, scale, stage, work, reference)
+        rows.append({"name": label, "cpu_seconds": seconds, **row})
+        say(f"{label:<34} {told(row)}   {seconds:.0f} CPU seconds to make")
     result = {
         "note": "Measured on the miniature; it ranks recipes and does not measure FLUX's own quality.",
         "scale": vars(scale),
@@ -178,22 +174,18 @@ def run_stressed(
             stage, work, states = plain_model
         else:
             stage, work, states = prepared(level, stressed_weights(weights, folder / level, makers[level]))
-        made, reference = recipes(scale, work, states), None
+        made, reference = recipes(scale, work, states), originals_scores(stage, work)
         for label in made:
             if label in without or label not in (*STAGES, *peer.PEERS):
                 continue
             path, seconds = timed(folder / level / "models", label, made[label])
-            model, _, bits = dense_of(path, device)
-            scores = evaluate(model, stage, work.teacher, reference)
-            reference = reference or scores
-            error = scores.summary["velocity"]["error"]
-            plain = next((row["velocity"]["error"] for row in rows if row["name"] == label), error)
+            row, _ = scored(path, scale, stage, work, reference)
+            error = row["velocity"]["error"]
+            plain = next((before["velocity"]["error"] for before in rows if before["name"] == label), error)
             ratio = error / plain if plain else 1.0
-            row = {"level": level, "name": label, "bits": bits, "cpu_seconds": seconds, "to_plain": ratio}
-            int8 = with_int8(model, path, stage, work)
-            rows.append(row | scores.summary | int8)
-            cost = f", with int8 {int8['int8_error'] / error:.3f}" if int8 else ""
-            say(f"{level:<10} {label:<24} {told(scores)}, {ratio:.2f} of plain{cost}")
+            rows.append({"level": level, "name": label, "cpu_seconds": seconds, "to_plain": ratio, **row})
+            int8 = f", with int8 {row['int8_error'] / error:.3f}" if "int8_error" in row else ""
+            say(f"{level:<10} {label:<24} {told(row)}, {ratio:.2f} of plain{int8}")
     result = {
         "note": "The miniature with outlier channels; not FLUX's own quality.",
         "scale": vars(scale),
@@ -206,6 +198,28 @@ def run_stressed(
     return result
 
 
+def originals_scores(stage: Stage, work: Workspace) -> Callable[[], Scores]:
+    """Asked for when the first model is scored, if any."""
+    return cache(lambda: evaluate(work.teacher, stage, work.teacher, None))
+
+
+def scored(
+    path: Path, scale: Scale, stage: Stage, work: Workspace, reference: Callable[[], Scores]
+) -> tuple[dict, np.ndarray]:
+    """The row of a model and its example pictures, kept beside its file. `reference`: the original's scores."""
+    state = path.stat()
+    made_of = [scale.prompts, scale.seeds, state.st_size, state.st_mtime_ns]
+    kept, examples = path.with_suffix(".scores"), path.with_suffix(".npy")
+    if kept.exists() and (found := json.loads(kept.read_text()))["made_of"] == made_of:
+        return found["row"], np.load(examples)
+    model, size, bits = dense_of(path, stage.device)
+    scores = reference() if path.samefile(work.dense) else evaluate(model, stage, work.teacher, reference())
+    row = {"megabytes": size / 1e6, "bits": bits} | scores.summary | with_int8(model, path, stage, work)
+    np.save(examples, scores.examples)
+    write_json(kept, {"made_of": made_of, "row": row})
+    return row, scores.examples
+
+
 def with_int8(model: Flux, path: Path, stage: Stage, work: Workspace) -> dict[str, float]:
     """The velocity error of a ternary file's model with 8-bit activations; it has them from now on."""
     if identify(TensorFile(path)).kind != "ternary":
@@ -214,10 +228,10 @@ def with_int8(model: Flux, path: Path, stage: Stage, work: Workspace) -> dict[st
     return {"int8_error": measure(with_int8_activations(model, path), held_out).error}
 
 
-def told(scores: Scores) -> str:
+def told(row: Mapping) -> str:
     """What a row says of a model: on the model's own schedule, and at evenly spaced times."""
-    accuracy = scores.summary["accuracy"]["overall"][0]
-    own, even = (scores.summary[kind]["error"] for kind in ("velocity", "velocity_at_even_times"))
+    accuracy = row["accuracy"]["overall"][0]
+    own, even = (row[kind]["error"] for kind in ("velocity", "velocity_at_even_times"))
     return f"accuracy {accuracy:.3f}   velocity error {own:.4f}, at even times {even:.4f}"
 
 
