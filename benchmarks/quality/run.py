@@ -301,7 +301,6 @@ def recipes(scale: Scale, work: Workspace, states: Trained) -> dict[str, Callabl
         "distilled: scales": distilled("calibrated"),
         "distilled: scales, rank 16": distilled("calibrated-rank-16", 16),
         "distilled: codes": distilled("calibrated", codes=True),
-        "distilled: codes, rank 16": distilled("calibrated-rank-16", 16, codes=True),
         "mixed, calibrated": lambda path: mixed(scale, work, states.held_out, path),
         "mixed, distilled: codes": distilled("mixed-calibrated", codes=True),
     }

@@ -192,7 +192,7 @@ def test_a_whole_run(teacher, stage, tmp_path):
     scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=14, calibration_states=16)
     outputs = tmp_path / "quality.json", tmp_path / "quality.png"
     # What differs from another recipe by an argument alone takes half of the time.
-    without = ("ternary, absmean", "calibrated, rank 16", "distilled: scales, rank 16", "distilled: codes, rank 16")
+    without = ("ternary, absmean", "calibrated, rank 16", "distilled: scales, rank 16")
     without += "mixed, distilled: codes", *(name for name in PEERS if name != "OrbitQuant, W2A4")
     result = run.run(scale, tmp_path / "work", *outputs, CPU, weights, without)
     errors = {row["name"]: row["velocity"]["error"] for row in result["models"]}
