@@ -25,6 +25,7 @@ from ..files.work_folder import keep_settings
 from ..pictures.pool import Pool, subset
 from ..pictures.quality import HeldOut, Quality
 from ..rounding.round import round_checkpoint
+from ..threads import leave_busy_processors
 from .budget import (
     BLOCKWISE,
     CHOICE,
@@ -98,6 +99,7 @@ class Run:
         weights = sum(n * k for n, k in work.arch.linear_shapes.values())
         self.budget = 60 * (default_minutes(weights) if minutes is None else minutes)
         self.clock, self.started, self.spent = clock, clock(), 0.0
+        self.threads = torch.get_num_threads()
 
     @property
     def used(self) -> float:
@@ -129,6 +131,7 @@ class Run:
         work, folder = self.work, self.work.folder
         rounded, calibrated = folder / "rounded.safetensors", folder / "calibrated.safetensors"
         seconds = self._timed("round", rounded, lambda: ranks.once(partial(self._round, rounded)))
+        self._share_processors()
         held_out = work.hold_out(self.decisions.budget.held_out)
         stages = [self._finished("round", rounded, seconds, held_out)]
 
@@ -160,8 +163,14 @@ class Run:
         started = time.monotonic()
         if file is None or ranks.agree(not file.exists()):
             self.on_message(f"{name} ({self._left_text()})")
+            self._share_processors()
             make()
         return time.monotonic() - started
+
+    def _share_processors(self) -> None:
+        """Before every stage, and at every evaluation of a long one: other programs come and go."""
+        if self.work.device.type == "cpu":
+            leave_busy_processors(self.threads)
 
     def _finished(self, name: str, file: Path, seconds: float, held_out: HeldOut) -> Stage:
         quality = self.work.measure(file, held_out)
@@ -187,6 +196,7 @@ class Run:
             if self.decisions.began is None:
                 self._decide(began=self.used)
             self.on_message(f"sampling pictures with the original model ({self._left_text()})")
+            self._share_processors()
             pictures = self.amounts.pictures
             if pictures is None:
                 end = self.decisions.began + sampling_seconds(self.budget, work.trajectories.steps)
@@ -247,6 +257,8 @@ class Run:
             if row["course"] != self.decisions.training.course:
                 self._decide(training=replace(training, course=row["course"]))
             self.work.on_progress("training steps", row["step"], row["total"] or 0)
+            if "error" in row:
+                self._share_processors()
 
         distiller = distill_file(
             self.work,
