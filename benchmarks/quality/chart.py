@@ -24,7 +24,7 @@ def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequ
     left, right = below.subplots(1, 2)
     charts.bars(
         left,
-        "Right pictures of held-out compositions (95 % interval)",
+        "Right pictures (95 % interval)",
         {row["name"]: tuple(row["accuracy"]["overall"]) for row in rows},
         top=1.0,
         percent=True,
@@ -34,5 +34,5 @@ def draw(rows: Sequence[dict], pictures: Mapping[str, np.ndarray], prompts: Sequ
         for row in rows
         if row["velocity"]["error"] > 0 and row["name"] not in _WITHOUT_LINE
     }
-    charts.lines(right, "Velocity error by timestep (0: picture, 1: noise)", "t", series, log=True)
+    charts.lines(right, "Velocity error by timestep (1: noise)", "t", series, log=True)
     return sheet
