@@ -146,7 +146,10 @@ class _TernaryLinear(Patched):
         if self._choice_device != x.device:
             self._choose(x.device, weight._params)
         ternary = layout.ternary_weight(weight._qdata, weight._params)
-        return ternary_linear(x, ternary, bias, self._choice.activations, self._choice.backend.NAME)
+        choice = self._choice.activations, self._choice.backend.NAME
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Trained.apply(x, bias, ternary, *choice)
+        return ternary_linear(x, ternary, bias, *choice)
 
     def _choose(self, device: torch.device, params: layout.TernaryLayout.Params) -> None:
         self._choice = layout.choice_for(device, layout.activations_of(params), self._backend)
@@ -197,3 +200,20 @@ def entries(tensor, prefix: str, packing: str = "planes32") -> dict[str, Tensor]
     if packing == "base3":
         values[f"{prefix}weight"] = pack_base3(weight.codes(), weight.terms)
     return values | {f"{prefix}comfy_quant": LayerPlan.of(weight, packing).comfy_quant}
+
+
+class _Trained(torch.autograd.Function):
+    """The layer where something before it is trained, as a LoRA in bypass mode: 8-bit activations pass gradients on as
+    if they were full ones, and the weight is decoded once more on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, weight: TernaryWeight, activations: str, backend: str) -> Tensor:
+        ctx.weight = weight
+        return ternary_linear(x, weight, bias, activations, backend)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        of_x = gradient @ ctx.weight.dequantize(gradient.dtype) if ctx.needs_input_grad[0] else None
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return of_x, of_bias, None, None, None

@@ -98,9 +98,9 @@ class LoadTernaryFlux(io.ComfyNode):
         if file is None:
             return True
         try:
-            check(files.find(file))
+            check(files.find(str(file)))
         except (OSError, ValueError) as error:
-            return explain(error, file)
+            return explain(error, str(file))
         return True
 
     @classmethod

@@ -201,6 +201,8 @@ class QuantizeFlux(io.ComfyNode):
             work.mkdir(exist_ok=True)
             encoded = _conditioning(work, words, clip, conditioning, conditioning_file, show)
             comfy.unload_all_models()  # the process needs the memory
+            # A conversion that ends after ComfyUI did is known by this.
+            write_json(base / f"{target.stem}.json", {"request": request, "report": []})
             command = [source, "--output", target, "--conditioning", encoded, "--work", work / "run", *arguments]
             lines = convert([str(part) for part in command], show, work / "run" / "pictures")
         write_json(base / f"{target.stem}.json", {"request": request, "report": lines})
@@ -216,6 +218,7 @@ def _done(target: Path, request: str, work: Path, show: Display) -> io.NodeOutpu
         record = {}
     if record.get("request") != request:
         raise ValueError(f"{target.name} exists, and was made from other inputs: give another name, or delete it")
+    shutil.rmtree(work, ignore_errors=True)
     show.text(f"{target.name} was made from these inputs already")
     return _result(target, [f"{target.name} was made from these inputs already", *record["report"]])
 
@@ -274,7 +277,7 @@ def _options(
     sampler_steps: int = 0,
     seed: int = 0,
 ) -> list[str]:
-    options = ["--budget", minutes, "--size", size, "--rank", rank, "--codes", codes, "--packing", packing]
+    options = ["--budget", minutes, f"--size={size}", "--rank", rank, "--codes", codes, "--packing", packing]
     options += ["--seed", seed]
     options += ["--growth", growth] if growth else []
     options += ["--sampler-steps", sampler_steps] if sampler_steps else []

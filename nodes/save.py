@@ -64,9 +64,12 @@ class SaveTernaryFlux(io.ComfyNode):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             f"{FOLDER}/{filename_prefix}", folder_paths.get_output_directory()
         )
+        inside = Path(subfolder)
+        if inside.parts[:1] != (FOLDER,) or not name.strip("."):
+            raise ValueError(f"{filename_prefix!r}: give the name of a file inside output/{FOLDER}")
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        shown = (inside / path.name).relative_to(FOLDER).as_posix()
         write(model, path, None if packing == "as loaded" else packing)
-        shown = (Path(subfolder) / path.name).relative_to(FOLDER).as_posix()
         size = sizes(open_ternary(path, check_codes=False))
         text = f"{shown}\n{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight"
         return io.NodeOutput(shown, ui=ui.PreviewText(text))

@@ -363,3 +363,16 @@ def test_damaged_files_are_refused(comfy, path, tmp_path):
     save_file({k: v for k, v in load_file(path).items() if not k.startswith(missing)}, incomplete)
     with pytest.raises(ValueError, match="single_blocks.0.linear2.weight"):
         comfy.loader.load(str(incomplete))
+
+
+@pytest.mark.parametrize("activations", ["full", "int8"])
+def test_gradients_cross_a_ternary_layer(comfy, path, activations):
+    """As those of the dense layer: what is trained before it, such as a LoRA in bypass mode, learns the right thing."""
+    layer = comfy.loader.load(str(path), activations).model.diffusion_model.get_submodule(QKV)
+    dense = open_ternary(path).weight(QKV).dequantize()
+    x = torch.randn(2, 3, dense.shape[1], generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, (2 * y.detach()) @ dense, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)

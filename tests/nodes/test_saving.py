@@ -162,3 +162,14 @@ def test_the_save_node_keeps_int8_layers(comfy, mixed, tmp_path):
     save.write(model, tmp_path / "saved.safetensors", "base3")
     again = comfy.loader.load(str(tmp_path / "saved.safetensors"), "full")
     assert tiny.distance(tiny.run(again), tiny.run(model)) < 0.02  # factors in bf16, the int8 layer rounded again
+
+
+@pytest.mark.parametrize("prefix", ["../escape", "..", ""])
+def test_the_save_node_writes_into_its_folder_alone(comfy, file, tmp_path, prefix, monkeypatch):
+    from ternary_flux.nodes.save import SaveTernaryFlux
+
+    monkeypatch.setattr(comfy.folder_paths, "output_directory", str(tmp_path / "output"))
+    model = comfy.loader.load(str(file))
+    with pytest.raises(ValueError, match="give the name of a file inside output/diffusion_models"):
+        SaveTernaryFlux.execute(model, prefix)
+    assert set(tmp_path.rglob("*.safetensors*")) <= {file}
