@@ -1,5 +1,6 @@
 """What stages share: the teacher, and its pictures, states and velocities in a work folder."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -109,7 +110,7 @@ class Workspace:
     @cached_property
     def tokens(self) -> int:
         """Of the largest size: text and image."""
-        _, height, width = max(self.trajectories.shapes)
+        _, height, width = max(self.trajectories.shapes, key=math.prod)
         return self.conditioning.context.shape[1] + height * width // self.arch.patch_size**2
 
     @cached_property
@@ -142,7 +143,7 @@ class Workspace:
 
         Of the slowest rank.
         """
-        shape = (self.arch.in_channels, *max(self.trajectories.shapes)[1:])
+        shape = (self.arch.in_channels, *max(self.trajectories.shapes, key=math.prod)[1:])
         size = self.teacher_batch
         context, pooled = self.conditioning.batch([0] * size)
         guidance = torch.full((size,), 3.5) if self.arch.guidance else None

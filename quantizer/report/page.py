@@ -221,7 +221,7 @@ def _page(work: Workspace, measured: Sequence[Measured], images: Mapping[str, by
         data = base64.b64encode(images[name]).decode()
         return f'<div class="wide"><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></div>'
 
-    dense = os.path.getsize(work.dense)
+    dense = work.teacher.checkpoint.nbytes
     kinds = [kind for kind in KINDS if any(kind in m.quality.by_kind for m in measured)]
     kinds = kinds if len(kinds) > 1 else []
 
