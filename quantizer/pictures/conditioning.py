@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..files.architecture import Architecture
+from ..files.checkpoint import digest
 from ..files.container import FormatError, TensorFile, TensorWriter, create
 
 FORMAT = "ternary_flux_conditioning_v1"
@@ -38,6 +39,12 @@ class Conditioning:
         rows = torch.as_tensor(indices, dtype=torch.long)
         pooled = None if self.pooled is None else self.pooled[rows].to(device, dtype)
         return self.context[rows].to(device, dtype), pooled
+
+    def fingerprint(self) -> str:
+        """Changes with the prompts and with what encoded them: two tokens of every context, and the pooled vectors."""
+        sample = self.context[:, [0, self.context.shape[1] // 2]]
+        parts = [tensor.float().numpy().tobytes() for tensor in (sample, self.pooled) if tensor is not None]
+        return digest("\n".join(self.prompts).encode(), *parts)
 
 
 def read(path: str | os.PathLike, arch: Architecture | None = None) -> Conditioning:

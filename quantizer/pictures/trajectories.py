@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .. import ranks
 from ..files.architecture import Architecture
-from ..files.checkpoint import digest
 from ..files.container import TensorFile, save
 from ..files.work_folder import keep_settings
 from ..model.flux import Conditions
@@ -100,8 +99,7 @@ class Trajectories:
         self.kept = min(_KEPT, self.steps)
         values = asdict(settings) | {"steps": self.steps, "shift": self.shift}
         values["states and velocities kept of a picture"] = _KEPT
-        prompts = digest("\n".join(conditioning.prompts[i] for i in order).encode())
-        keep_settings(self.folder, values | {"model": model, "prompts": prompts})
+        keep_settings(self.folder, values | {"model": model, "prompts": conditioning.fingerprint()})
 
     @cached_property
     def guidance(self) -> tuple[float, ...] | None:

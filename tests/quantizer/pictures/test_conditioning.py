@@ -87,3 +87,22 @@ def test_shipped_prompts_are_what_the_generator_writes():
     assert shipped == make_prompts.generate()
     assert len(shipped) == len(set(shipped)) >= 2000
     assert all(prompt == prompt.strip() and "  " not in prompt and "{" not in prompt for prompt in shipped)
+
+
+def test_other_encodings_of_the_same_prompts_are_told_apart():
+    generator = torch.Generator().manual_seed(0)
+    context, pooled = torch.randn(3, 4, 8, generator=generator), torch.randn(3, 5, generator=generator)
+    names = ("a", "b", "c")
+    whole, again, *others = (
+        conditioning.Conditioning(*parts)
+        for parts in (
+            (context, pooled, names),
+            (context.clone(), pooled.clone(), names),
+            (-context, pooled, names),
+            (context, -pooled, names),
+            (context, None, names),
+            (context, pooled, ("a", "b", "d")),
+        )
+    )
+    assert whole.fingerprint() == again.fingerprint()
+    assert len({other.fingerprint() for other in (whole, *others)}) == 5

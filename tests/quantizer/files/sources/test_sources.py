@@ -301,3 +301,20 @@ def test_without_the_gguf_package(tmp_path, monkeypatch):
     with pytest.raises(FormatError, match="pip install gguf"):
         round_checkpoint(tmp_path / "model.gguf", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_change_inside_the_blocks_is_another_model(tmp_path):
+    """What a merged LoRA does: a change of low rank in a Linear of a block, or in a parameter alone."""
+    state = synthetic.tensors(ARCHES["FLUX.1"])
+    save_file(state, tmp_path / "model.safetensors")
+    found = {fingerprint(open_checkpoint(tmp_path / "model.safetensors"))}
+    changed = (
+        "double_blocks.0.img_attn.qkv.weight",
+        "single_blocks.0.linear2.weight",
+        "double_blocks.0.txt_mlp.0.bias",
+    )
+    for number, name in enumerate(changed):
+        other = state | {name: state[name] + 0.1 * torch.ones_like(state[name])}
+        save_file(other, tmp_path / f"{number}.safetensors")
+        found.add(fingerprint(open_checkpoint(tmp_path / f"{number}.safetensors")))
+    assert len(found) == 1 + len(changed)
