@@ -33,7 +33,7 @@ from ..files.hashing import hashing
 from ..files.layer import LayerPlan
 from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary
-from ..files.work_folder import keep_settings
+from ..files.work_folder import keep_settings, open_kept
 from ..model.flux import linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
@@ -260,11 +260,11 @@ def _save_block(path: Path, results: Mapping[str, gptq.Solution]) -> None:
 
 
 def _load_block(path: Path, student: nn.Module) -> dict[str, gptq.Solution]:
-    file = TensorFile(path)
+    file = open_kept(path)
     try:
         fits = {linear: LayerFit(**fit) for linear, fit in json.loads(file.header.metadata["fits"]).items()}
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        raise FormatError(path, "its description of the fits is damaged; delete the file and start again") from None
+    except (KeyError, TypeError):
+        raise FormatError(path, "another version of this pack wrote it; delete the work folder") from None
     results = {}
     for linear, fit in fits.items():
         module = linear_of(student, linear)
@@ -294,7 +294,7 @@ def _assemble(
     """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
     arch = checkpoint.architecture
     int8 = int8_tensors(checkpoint, settings.precisions)
-    files = {block: TensorFile(folder / f"{block}.safetensors") for block in arch.block_names}
+    files = {block: open_kept(folder / f"{block}.safetensors") for block in arch.block_names}
 
     def read(block: str, linear: str) -> tuple[TernaryWeight, Tensor | None]:
         weight, bias = _read_layer(files[block], linear, arch.block_linears(block)[linear])

@@ -38,17 +38,19 @@ def run(args: argparse.Namespace) -> None:
     from ..calibration.calibrate import CalibrationSettings, calibrate, enough_states
     from ..console import Bars, say
     from ..files.atomic import in_bytes
+    from ..files.checkpoint import open_checkpoint
     from ..files.precision import precisions_of
-    from ..files.ternary import open_ternary
+    from ..files.ternary import check_original, open_ternary
     from ..report.statistics import statistics_table
 
-    precisions = precisions_of(open_ternary(args.like)) if args.like else {}
-    if args.like and not precisions:
-        raise ValueError(f"{args.like}: all of its Linears are alike; give a file of `mixed`")
+    like = open_ternary(args.like) if args.like else None
+    precisions = {} if like is None else precisions_of(like)
+    if like is not None:
+        check_original(like, open_checkpoint(args.source))
+        if not precisions:
+            raise ValueError(f"{args.like}: all of its Linears are alike; give a file of `mixed`")
     target, more = options.choose_output(args, args.source), filter(None, [args.like])
     with Bars() as bars, options.open_workspace(args, args.source, target, more, on_progress=bars.show) as work:
-        if precisions.keys() - set(work.arch.linears):
-            raise ValueError(f"{args.like} was made from another model than {args.source}")
         pictures = work.sample_pictures(args.pictures)
         wanted = args.states or enough_states(work.arch, work.tokens)
         states = work.trajectories.states(pictures, wanted, args.seed + 1)

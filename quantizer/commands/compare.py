@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from . import options
-from .options import count, natural
+from .options import count, guidance, seed
 
 EXAMPLE = (
     "flux1-dev.safetensors flux1-dev-1.58bit.safetensors --prompts prompts.txt --vae ae.safetensors "
@@ -44,11 +44,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--seeds", type=count, default=4, metavar="N", help="pictures of a prompt (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=natural, default=0, help="the first one (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="the first one (default: %(default)s)")
     parser.add_argument("--count", type=count, metavar="N", help="take only the first N prompts")
     parser.add_argument("--size", default="1024x1024", help="of the pictures, in pixels (default: %(default)s)")
     parser.add_argument("--sampler-steps", type=count, help="(default: the model's own)")
-    parser.add_argument("--guidance", type=float, help="of models with a guidance embedding (default: ComfyUI's 3.5)")
+    parser.add_argument(
+        "--guidance", type=guidance, help="of models with a guidance embedding (default: ComfyUI's 3.5)"
+    )
     parser.add_argument(
         "--velocities",
         type=count,

@@ -97,18 +97,21 @@ def run(args: argparse.Namespace) -> None:
     from .. import ranks
     from ..console import Bars, say
     from ..distillation.schedule import RATES
-    from ..files.ternary import open_ternary
+    from ..files.checkpoint import open_checkpoint
+    from ..files.ternary import check_original, open_ternary
     from ..pipeline.budget import settings_for
     from ..pipeline.decisions import Decisions
     from ..pipeline.stages import check_rank, distill_file
 
+    start = open_ternary(args.start)
+    check_original(start, open_checkpoint(args.teacher))
+    check_rank(start, args.rank)
     target = options.choose_output(args, args.start)
     opened = options.open_workspace
     with Bars() as bars, opened(args, args.teacher, target, [args.start], on_progress=bars.show) as work:
         snapshot, kept = work.folder / "distill.safetensors", work.folder / "distill.json"
         if snapshot.exists() and not args.resume:
             raise ValueError(f"{snapshot} belongs to an unfinished run: give --resume to continue it, or delete it")
-        check_rank(open_ternary(args.start), args.rank)
         decisions = ranks.agree(_decide(args, work, ranks.agree(Decisions.load(kept) if args.resume else None)))
         ranks.once(lambda: decisions.save(kept))
         training, budget = decisions.training, decisions.budget

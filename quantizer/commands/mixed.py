@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     from ..calibration.sensitivity import best_upgrades, sensitivities, write_mixed
     from ..console import Bars, say
     from ..files.atomic import in_bytes
-    from ..files.ternary import open_ternary
+    from ..files.checkpoint import open_checkpoint
+    from ..files.ternary import check_original, open_ternary
     from ..rounding.one_term import METHODS
 
     file = open_ternary(args.start)
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
             f"{args.start}: {method} fitted its Linears to each other, and one that gets better alone would make it "
             "worse; give the file of `round`, then calibrate --like the result"
         )
+    check_original(file, open_checkpoint(args.teacher))
     target = options.choose_output(args, args.start)
     opened = options.open_workspace
     with Bars() as bars, opened(args, args.teacher, target, [args.start], on_progress=bars.show) as work:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _DENSE = ("diffusion_models", "checkpoints", "diffusers")
 _SUFFIXES = (".safetensors", ".sft")  # that ComfyUI lists
+_SEEDS = "a whole number from 0 to 2,147,483,647"
 _OTHER_FORMATS = (".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pkl", ".gguf", ".onnx", ".zip", ".json", ".html")
 
 
@@ -32,6 +33,19 @@ def natural(text: str) -> int:
 def positive(text: str) -> float:
     """A number above 0."""
     return _number(text, float, math.ulp(0.0), "a number above 0")
+
+
+def guidance(text: str) -> float:
+    """A finite number from 0."""
+    return _number(text, float, 0.0, "a number from 0")
+
+
+def seed(text: str) -> int:
+    """A whole number that a seed of torch can be made of."""
+    value = _number(text, int, 0, _SEEDS)
+    if value >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text} is not {_SEEDS}")
+    return value
 
 
 def _number(text: str, kind: type, least: float, wanted: str):
@@ -107,9 +121,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--conditioning", type=Path, required=True, metavar="COND", help="prompts, from `embed`")
     parser.add_argument("--size", default=SIZES, help="picture sizes in pixels: WxH,... (default: %(default)s)")
     parser.add_argument("--sampler-steps", type=count, help="of the original's pictures (default: the model's own)")
-    parser.add_argument("--guidance", type=float, nargs="+", help="values for models with a guidance embedding")
+    parser.add_argument("--guidance", type=guidance, nargs="+", help="values for models with a guidance embedding")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and choices by chance (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of noise and choices by chance (default: %(default)s)")
 
 
 def add_freeze_dense(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +155,7 @@ def open_workspace(
     """
     from .. import ranks
     from ..files.locks import hold
+    from ..files.work_folder import check_work_folder
     from ..pictures.sampler import parse_sizes
     from ..pipeline.workspace import Workspace, choose_device
 
@@ -157,10 +172,10 @@ def open_workspace(
         **fields,
     )
     work.check(target, target is None or args.force, *sources)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(f"{folder} is a file; give another folder with --work") from None
+    check_work_folder(folder)
+    if target is not None and target.absolute().is_relative_to(folder.absolute()):
+        raise ValueError(f"{target} would lie in the work folder {folder}; choose another place for one of them")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.ExitStack() as held:
             with ranks.first_alone():

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
             f"reports are drawn with matplotlib, which is missing: {sys.executable} -m pip install matplotlib"
         )
     from ..console import Bars, say
-    from ..files.ternary import open_ternary
+    from ..files.checkpoint import open_checkpoint
+    from ..files.ternary import check_original, open_ternary
     from ..report.decoders import vae_decoder
     from ..report.page import check_report, report
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("give ternary files as NAME=FILE, or --work with the work folder of a conversion")
     check_report(args.output, files, args.force)
     for path in files.values():
-        open_ternary(path)
+        check_original(open_ternary(path), open_checkpoint(args.teacher))
     with Bars() as bars, options.open_workspace(args, args.teacher, None, on_progress=bars.show) as work:
         decode = vae_decoder(args.vae, work.arch) if args.vae else None
         more = {"held_out": args.held_out, "decode": decode, "overwrite": args.force}

@@ -15,10 +15,11 @@ from ..comfyui import import_comfyui
 from ..files.architecture import Architecture
 from ..files.atomic import atomic_file, check_space, write_json
 from ..files.checkpoint import Checkpoint, digest, fingerprint
-from ..files.container import TensorFile, save
+from ..files.container import save
 from ..files.inputs import read_json
 from ..files.locks import hold
-from ..files.ternary import TernaryFile
+from ..files.ternary import TernaryFile, check_original
+from ..files.work_folder import open_kept
 from ..pictures import conditioning, encode
 from ..pictures.sampler import default_steps, latent_shape
 from ..report.decoders import load_vae
@@ -71,9 +72,7 @@ def compare(
     Raises ValueError and OSError, before anything is painted where the inputs do not fit each other.
     """
     arch = inputs.original.architecture
-    if inputs.ternary.architecture != arch:
-        ours = inputs.ternary.architecture.name
-        raise ValueError(f"{inputs.ternary.path} is {ours} and {inputs.original.path} {arch.name}, of another shape")
+    check_original(inputs.ternary, inputs.original)
     latent_shape(arch, settings.size)
     steps = settings.steps or default_steps(arch)
     import_comfyui()
@@ -226,7 +225,7 @@ class _Run:
         for prompt in self.measured:
             target = gallery.velocities(name, prompt)
             if not target.exists():
-                file = TensorFile(gallery.path(prompt))
+                file = open_kept(gallery.path(prompt))
                 states = {key: file.tensor(key).clone() for key in file.entries}
                 path, swapped = painter.path_of(states), None
                 if "swapped" in states:

@@ -18,6 +18,7 @@ from .. import ranks
 from ..files.checkpoint import Checkpoint
 from ..files.layer import LayerPlan
 from ..files.ternary import TernaryFile, create_ternary, open_ternary
+from ..files.work_folder import open_kept
 from ..model.flux import Flux, Tokens
 from ..model.student import (
     add_low_rank,
@@ -101,7 +102,7 @@ def train_blocks(
             on_block(result)
             ranks.once(partial(_write_part, part, name, block, layers, start))
             del block, layers
-        parts.append(open_ternary(part))
+        parts.append(open_ternary(open_kept(part)))
         ours = _through(load_block(parts[-1], name, start.architecture, device), ours, settings.stream)
         theirs = targets
     ranks.once(lambda: _assemble(target, start, parts, overwrite))

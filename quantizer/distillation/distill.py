@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .. import ranks
 from ..files import container
-from ..files.container import FormatError, TensorFile
+from ..files.container import FormatError
 from ..files.ternary import TernaryFile
+from ..files.work_folder import open_kept
 from ..interrupts import whole_steps
 from ..model.flux import Flux
 from ..model.student import as_stored, freeze_dense, rate_groups, stored_dtypes
@@ -214,7 +215,7 @@ class Distiller:
         """Go on from a snapshot if there is one that fits. Raises ValueError for one of other settings."""
         if not Path(path).exists():
             return False
-        file = TensorFile(path)
+        file = open_kept(path)
         if file.header.metadata.get("settings") != self.fingerprint():
             raise ValueError(f"{path} comes from a run with other settings; delete it, or use those settings again")
         damaged = FormatError(path, "its progress is damaged; delete the file and start again")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 TIME_CHANNELS = 256
+_SIZES = ("txt_in.weight", "vector_in.in_layer.weight")  # whose inputs are a model's own
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,13 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
             )
     patch = 4 if version == 1 else 1
     hidden, inputs = shapes["img_in.weight"]
-    if hidden % 128 or inputs % patch:
+    if not hidden or hidden % 128 or not inputs or inputs % patch:
         raise ValueError(
             f"img_in.weight has shape {[hidden, inputs]}: FLUX.{version} has outputs in multiples of 128 "
             f"and inputs in multiples of {patch}"
         )
+    if empty := next((name for name, shape in shapes.items() if name in _SIZES and 0 in shape), None):
+        raise ValueError(f"{empty} has shape {list(shapes[empty])} and holds nothing")
     arch = Architecture(
         version=version,
         hidden=hidden,

@@ -218,10 +218,11 @@ class MappedFile:
 
     path: Path
     entries: Mapping[str, Entry]
+    status: tuple[int, ...]  # changes when the file is written to or replaced
 
     def _open_map(self, path: str | os.PathLike) -> None:
         with open(path, "rb") as file:
-            self._status = _status(os.fstat(file.fileno()))
+            self.status = _status(os.fstat(file.fileno()))
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def check_unchanged(self) -> None:
@@ -230,7 +231,7 @@ class MappedFile:
             status = _status(os.stat(self.path))
         except FileNotFoundError:  # what is mapped is as it was
             return
-        if status != self._status:
+        if status != self.status:
             raise self._changed()
 
     def bytes(self, key: str) -> np.ndarray:

@@ -70,8 +70,7 @@ def identify(source: Source | TensorFile | str | os.PathLike) -> Identity:
         return Identity(
             "ternary", "this is a ternary FLUX", f"Load it with the node Load Ternary FLUX; as dense: {dense}"
         )
-    parts = layout({key: entry.shape for key, entry in source.entries.items()}, prefix)
-    found = parts and _flux(source, parts)
+    found = _flux(source, prefix)
     if found and found.kind == "dense":
         return found
     return _relative(source.entries, _VARIANTS) or _quantized(source) or found or _other(source)
@@ -80,15 +79,21 @@ def identify(source: Source | TensorFile | str | os.PathLike) -> Identity:
 def layout(keys: Mapping[str, tuple[int, ...]], prefix: str | None) -> dict[str, tuple[Part, ...]] | None:
     """BFL name -> the parts that are its parameter; `keys` (with shapes) are BFL's names after `prefix`, or diffusers'.
 
-    None where there is neither.
+    None where there is neither. Raises ValueError where a parameter is there twice, under two names.
     """
-    diffusers = None if prefix is not None else _common_prefix(keys, FIRST, ("single_transformer_blocks.0.",))
+    diffusers = None if prefix is not None else _common_prefix(keys, FIRST, "single_transformer_blocks.")
     prefix = diffusers if prefix is None else prefix
     if prefix is None:
         return None
     shapes = {key.removeprefix(prefix): shape for key, shape in keys.items() if key.startswith(prefix)}
     if diffusers is None:
-        return {canonical(name): (Part(prefix + name, 0, (*shape, 1)[0], 0),) for name, shape in shapes.items()}
+        parts: dict[str, tuple[Part, ...]] = {
+            canonical(name): (Part(prefix + name, 0, (*shape, 1)[0], 0),) for name, shape in shapes.items()
+        }
+        if len(parts) < len(shapes):
+            name = next(name for name in shapes if canonical(name) != name and canonical(name) in shapes)
+            raise ValueError(f"{prefix}{name} and {prefix}{canonical(name)} are the same parameter")
+        return parts
     return {
         name: tuple(Part(prefix + part.key, part.first, part.rows, part.at) for part in parts)
         for name, parts in assemble(shapes).items()
@@ -97,17 +102,20 @@ def layout(keys: Mapping[str, tuple[int, ...]], prefix: str | None) -> dict[str,
 
 def find_prefix(keys: Iterable[str]) -> str | None:
     """What precedes BFL's names of a FLUX in a file, such as "model.diffusion_model."; None where there is no FLUX."""
-    return _common_prefix(keys, "img_in.weight", ("double_blocks.0.",))
+    return _common_prefix(keys, "img_in.weight", "double_blocks.")
 
 
-def _common_prefix(keys: Iterable[str], first: str, blocks: tuple[str, ...]) -> str | None:
+def _common_prefix(keys: Iterable[str], first: str, blocks: str) -> str | None:
+    """Of the prefixes with which `first` and the first of the `blocks` are there, that of the most of their keys."""
     starts = {key.removesuffix(first) for key in keys if key.endswith(first)}
     if not starts:
         return None
-    found = {key[:at] for key in keys for block in blocks if (at := key.find(block)) >= 0}
+    counts = Counter(key[:at] for key in keys if (at := key.find(blocks)) >= 0)
+    found = {key[:at] for key in keys if (at := key.find(f"{blocks}0.")) >= 0}
     rank = {prefix: number for number, prefix in enumerate(_PREFIXES)}
     both = sorted(
-        starts & found, key=lambda prefix: (rank.get(prefix, len(rank)), "ema" in prefix, len(prefix), prefix)
+        starts & found,
+        key=lambda prefix: ("ema" in prefix, -counts[prefix], rank.get(prefix, len(rank)), len(prefix), prefix),
     )
     return both[0] if both else None
 
@@ -119,15 +127,18 @@ def _is_ternary(source: Source, prefix: str) -> bool:
     )
 
 
-def _flux(source: Source, parts: Mapping[str, tuple[Part, ...]]) -> Identity:
-    """What a FLUX is whose parameters have these parts."""
-    layers = {id(file): stated_layers(file) for file in source.files}
-    shapes = {part.key: source.entries[part.key].shape for of in parts.values() for part in of}
+def _flux(source: Source, prefix: str | None) -> Identity | None:
+    """What a FLUX with its names after `prefix`, or in diffusers' names, is; None where neither is there."""
+    shapes = {key: entry.shape for key, entry in source.entries.items()}
     try:
+        parts = layout(shapes, prefix)
+        if not parts:
+            return None
         architecture = detect({name: parts_shape(of, shapes) for name, of in parts.items()})
     except ValueError as error:
-        remedy = "Download it again, or give the whole model"
-        return Identity("incomplete", f"this is no whole FLUX transformer: {error}", remedy)
+        what = f"this is no whole FLUX transformer: {str(error).rstrip('.')}"
+        return Identity("incomplete", what, "Download it again, or give the whole model")
+    layers = {id(file): stated_layers(file) for file in source.files}
     parameters, foreign = {}, []
     for name in architecture.shapes:
         found = [(_encoding(source, part.key, layers), part) for part in parts[name]]

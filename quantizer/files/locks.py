@@ -15,7 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.partial|\..*\.lock", re.DOTALL)
+_PARTIAL = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{8}\.partial", re.DOTALL)
+_HOLDER = re.compile(rb"process \d+ on ")  # how a lock's file begins
 _held: dict[Path, int] = {}  # -> thread
 _guard = threading.Lock()
 
@@ -24,8 +25,8 @@ _guard = threading.Lock()
 def hold(path: str | os.PathLike) -> Iterator[None]:
     """Hold a file that will be written, or a folder, against every other run; again within a block of the same thread.
 
-    Temporary files that killed runs left there are removed. Raises OSError, saying who holds it; where a file system
-    knows no locks, nothing is held and nothing removed.
+    Temporary files that killed runs left there are removed, not those that another run holds. Raises OSError, saying
+    who holds it; where a file system knows no locks, nothing is held and nothing removed.
     """
     place = Path(os.path.realpath(path))
     with _guard:
@@ -56,11 +57,39 @@ def leftover(name: str, target: str) -> bool:
 def _remove_leftovers(place: Path) -> None:
     with contextlib.suppress(OSError):
         if place.is_dir():
-            found = [p for p in place.rglob(".*") if _LEFTOVER.fullmatch(p.name) and p != _lock_file(place)]
+            _remove_below(place)
         else:
-            found = [p for p in place.parent.iterdir() if leftover(p.name, place.name)]
-        for path in found:
-            path.unlink(missing_ok=True)
+            for path in [path for path in place.parent.iterdir() if leftover(path.name, place.name)]:
+                path.unlink(missing_ok=True)
+
+
+def _remove_below(folder: Path) -> None:
+    """What dead runs left in a folder that is held here, and in those below it that nobody holds."""
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            if not (path / ".lock").exists() or _remove_unheld(path / ".lock"):
+                _remove_below(path)
+        elif found := _PARTIAL.fullmatch(path.name):
+            lock = path.with_name(f".{found['target']}.lock")
+            if not lock.exists() or _remove_unheld(lock):
+                path.unlink(missing_ok=True)
+        elif path.name.startswith(".") and path.name.endswith(".lock") and path != folder / ".lock":
+            _remove_unheld(path)
+
+
+def _remove_unheld(lock: Path) -> bool:
+    """Remove a lock's file that no process holds; False where one does, or where it is another program's."""
+    file = open(lock, "r+b", 0)
+    try:
+        _lock(file)
+        ours = _HOLDER.match(file.read(64)) is not None
+    except OSError:
+        ours = False
+    if ours:
+        _release(file, lock)
+    else:
+        file.close()
+    return ours
 
 
 def _lock_file(place: Path) -> Path:

@@ -31,6 +31,7 @@ from ...ops import TernaryWeight
 from ...ops.packing import pack_base3
 from ..threads import single_threaded_pool
 from .architecture import Architecture, canonical, detect
+from .checkpoint import Checkpoint
 from .checks import check_dense, check_int8, check_values, is_int8
 from .container import FormatError, TensorFile, TensorWriter, create
 from .identity import find_prefix, identify
@@ -168,6 +169,17 @@ class TernaryFile:
         for name in self.layers:
             state |= {f"{name}.{suffix}": tensor for suffix, tensor in stored(self.weight(name)).items()}
         return state
+
+
+def check_original(file: "TernaryFile", original: Checkpoint) -> None:
+    """Raise ValueError where a ternary file has another shape than the checkpoint that it should be made from."""
+    ours, theirs = file.architecture, original.architecture
+    if ours != theirs:
+        raise ValueError(
+            f"{file.path} is {ours.name} of {ours.hidden} channels and {ours.depth} + {ours.depth_single} blocks, and "
+            f"{original.path} {theirs.name} of {theirs.hidden} channels and {theirs.depth} + {theirs.depth_single}: "
+            "give the checkpoint that it was made from"
+        )
 
 
 def open_ternary(source: str | os.PathLike | TensorFile | Source, check_codes: bool = True) -> TernaryFile:

@@ -85,8 +85,8 @@ def open_source(path: str | os.PathLike) -> Source:
     packaging = packaging_of(tensors, said)
     shapes: dict[str, tuple[int, ...]] = {f"{linear}.weight": shape for linear, shape in packaging.linears.items()}
     shapes |= {key: shape for key, shape in tensors.shapes.items() if key not in packaging.keys}
-    parts = layout(shapes, find_prefix(shapes)) or {}
     try:
+        parts = layout(shapes, find_prefix(shapes)) or {}
         architecture = detect({name: parts_shape(of, shapes) for name, of in parts.items()})
     except ValueError as error:
         problem = str(error)

@@ -65,6 +65,8 @@ class SafetensorsFiles:
         """A copy of the rows start..stop of a tensor, read with no trace in the mapped memory."""
         file = self.source.homes[key]
         entry = file.entries[key]
+        if entry.dtype not in _OTHER and entry.dtype not in DTYPES:
+            raise FormatError(file.path, f"dtype {entry.dtype} is not supported; download it again", key)
         row = entry.nbytes // max(entry.shape[0], 1)
         data = bytearray(max(stop - start, 0) * row)
         if not data:
@@ -124,11 +126,11 @@ def _load(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         problem = "it holds more than tensors, which may run any program, and is not loaded"
         raise FormatError(path, f"{problem}; give a file of tensors alone") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError, OSError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise FormatError(path, f"no PyTorch checkpoint that can be read ({reason}); download it again") from None
     if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
         for key, tensor in state.items()
     ):
         raise FormatError(path, "the checkpoint is no dictionary of tensors; give the transformer's state_dict")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..files.architecture import Architecture
 from ..files.checkpoint import digest
 from ..files.container import FormatError, TensorFile, TensorWriter, create
+from ..files.sources.encodings import check_finite
 
 FORMAT = "ternary_flux_conditioning_v1"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -82,6 +83,7 @@ def _matrix(file: TensorFile, key: str, shape: tuple[int | None, ...]) -> Tensor
     if not fits or 0 in tensor.shape or tensor.dtype not in _FLOATS:
         expected = [size or "any" for size in shape]
         raise FormatError(file.path, f"{tensor.dtype} {list(tensor.shape)} where floats {expected} are needed", key)
+    check_finite(tensor, file.path, key)
     return tensor
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import ranks
-from ..files.container import TensorFile, save
+from ..files.container import save
+from ..files.work_folder import open_kept
 from ..model.flux import Inputs
 from .conditioning import Conditioning
 from .kinds import kind_of
@@ -107,7 +108,7 @@ def training_pool(
     ranks.wait()
     on_progress(sum(len(chunks[number][1]) for number in missing) - sum(len(rows) for (_, rows), _ in mine))
     for (group, rows), path in zip(chunks, paths, strict=True):
-        group.velocity[rows] = TensorFile(path).tensor("velocity").float()
+        group.velocity[rows] = open_kept(path).tensor("velocity").float()
     return Pool([LabelledStates(group.states, group.velocity) for group in groups], trajectories.conditioning)
 
 
@@ -131,7 +132,7 @@ def hold_out(
     ranks.wait()
     states, swapped, kinds = [], [], []
     for pictures, path in zip(parts, paths, strict=True):
-        tensors = TensorFile(path)
+        tensors = open_kept(path)
         for step, batch_of_step in _held_out_batches(trajectories, pictures, tensors.tensor):
             states.append(batch_of_step)
             swapped.append(tensors.tensor(f"swapped.{step}").clone())

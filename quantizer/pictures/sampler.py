@@ -11,6 +11,7 @@ from ..model.flux import Conditions, Inputs
 
 Velocity = Callable[..., Tensor]  # (latent, t, context, pooled, guidance) -> velocity
 Velocities = Callable[[Iterable[Inputs]], Iterator[Tensor]]  # of many batches, in turn; see `Teacher.velocities`
+_LARGEST = 8192  # pixels on a side
 _MASK = 64  # FLUX.1-Fill's mask channels
 
 
@@ -111,4 +112,6 @@ def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
         pairs = []
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"sizes {text!r} are not of the form 1024x1024,832x1216 (width x height in pixels)")
+    if largest := next((side for pair in pairs for side in pair if side > _LARGEST), None):
+        raise ValueError(f"sizes {text!r}: {largest} pixels are too many, {_LARGEST} on a side is the most")
     return tuple((width, height) for width, height in pairs)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .. import ranks
 from ..files.architecture import Architecture
-from ..files.container import TensorFile, save
-from ..files.work_folder import keep_settings
+from ..files.container import save
+from ..files.work_folder import keep_settings, open_kept
 from ..model.flux import Conditions
 from .conditioning import Conditioning
 from .kinds import in_turn
@@ -164,7 +164,10 @@ class Trajectories:
                     "velocity": torch.stack(steps),
                 }
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                    raise ValueError("the teacher paints pictures that are not finite: is the checkpoint damaged?")
+                    raise ValueError(
+                        "the original paints pictures that are not finite: its weights or the prompts' encodings are "
+                        "damaged; download the checkpoint again, or write the conditioning file again with `embed`"
+                    )
                 save(self._path(picture), tensors, overwrite=True)
             on_progress(len(wanted))
             missing.difference_update(wanted)
@@ -206,7 +209,7 @@ class Trajectories:
         levels = noise_levels(self.steps, self.shift).float()
         latent, times = torch.empty(len(chosen), *pictures[0].shape), torch.empty(len(chosen))
         for row, (picture, place, seed) in enumerate(chosen):
-            file = TensorFile(self._path(picture))
+            file = open_kept(self._path(picture))
             if seed is None:
                 times[row] = levels[self._passed(picture)[place]]
                 latent[row] = file.tensor("passed")[place]
@@ -222,7 +225,7 @@ class Trajectories:
         known = torch.tensor([seed is None for _, _, seed in chosen])
         for row, (picture, place, seed) in enumerate(chosen):
             if seed is None:
-                velocity[row] = TensorFile(self._path(picture)).tensor("velocity")[place]
+                velocity[row] = open_kept(self._path(picture)).tensor("velocity")[place]
         return LabelledStates(self._states(chosen), velocity, known)
 
     def _passed(self, picture: Picture) -> list[int]:

@@ -21,7 +21,7 @@ from ..calibration import calibrate
 from ..calibration.sensitivity import best_upgrades, sensitivities
 from ..distillation.blockwise import BlockSettings
 from ..files.ternary import open_ternary
-from ..files.work_folder import keep_settings
+from ..files.work_folder import keep_settings, open_kept
 from ..pictures.pool import Pool, subset
 from ..pictures.quality import HeldOut, Quality
 from ..rounding.round import round_checkpoint
@@ -165,6 +165,8 @@ class Run:
             self.on_message(f"{name} ({self._left_text()})")
             self._share_processors()
             make()
+        elif file is not None:
+            open_kept(file)
         return time.monotonic() - started
 
     def _share_processors(self) -> None:

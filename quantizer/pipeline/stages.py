@@ -11,6 +11,7 @@ from ..distillation.blockwise import BlockResult, BlockSettings, train_blocks
 from ..distillation.distill import Distiller, DistillSettings, distill
 from ..files import metadata
 from ..files.ternary import TernaryFile, open_ternary
+from ..files.work_folder import open_kept
 from ..model.student import add_low_rank, input_power, load_student, save_student, ternary_linears, train_codes
 from ..pictures.pool import Pool
 from ..pictures.quality import HeldOut
@@ -58,6 +59,7 @@ def distill_file(
                 on_block=on_block,
             )
         start = block_file
+        open_kept(block_file)
     dense = work.teacher.checkpoint
     work.release_teacher()
     file = open_ternary(start)

@@ -49,8 +49,8 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.cuda.set_device(number)
         name = f"cuda:{number}"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()  # the device "meta" computes nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 

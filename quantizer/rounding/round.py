@@ -1,6 +1,7 @@
 """Round a whole checkpoint: one pass over the source file, in pieces, with bounded memory."""
 
 import hashlib
+import math
 import os
 import time
 from collections import deque
@@ -160,7 +161,7 @@ class _Pass:
         column = self.columns[layer].result().float().numpy() if layer in self.columns else None
         step = Matrix.chunk_rows(self.writer.layers[layer].shape)
         try:
-            with np.errstate(invalid="ignore"):  # what is not finite is refused
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused
                 return [
                     (piece.start + start, round_rows(values[start : start + step].float().numpy(), self.method, column))
                     for start in range(0, piece.rows, step)
@@ -186,6 +187,9 @@ class _Pass:
             matrix.put(start, rows)
         self.on_progress(piece.rows * plan.shape[1])
         if not matrix.missing:
+            if not math.isfinite(matrix.error):
+                problem = "its values are too large for weights: the file is damaged; download it again"
+                raise FormatError(self.checkpoint.path, problem, piece.encoding.key)
             self.writer.layer(layer, matrix.weight)
             self.errors[layer] = matrix.error
             del self.matrices[layer]

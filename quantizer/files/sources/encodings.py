@@ -19,6 +19,8 @@ from .gguf import TYPES, GgufFile, decode
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_SCALES = ("weight_scale", "scale_weight")  # decoded here
+_OTHER_SCALES = ("weight_scale_inv", "scale_inv", "weight_scale_2", "scale_weight_2")
 _SHORT = {"F8_E4M3": "fp8 (e4m3)", "F8_E5M2": "fp8 (e5m2)", "I8": "int8"}
 _MOST_JSON = 1 << 16
 _CHECKED = 1 << 22  # values looked at together
@@ -122,9 +124,13 @@ def encoding_of(file: TensorFile | GgufFile, key: str, layers: Mapping[str, obje
     said = stated_format(file, layer, layers) if layer != key else None
     if isinstance(said, str):
         return said
+    scales = [end for end in (*_SCALES, *_OTHER_SCALES) if layer != key and f"{layer}.{end}" in file.entries]
+    stated = said is not None or entry.dtype in _FP8.values()
+    if len(scales) > stated or not set(scales) <= set(_SCALES):
+        return f"{entry.dtype} with {' and '.join(scales)} beside it"
     if said is None and entry.dtype in FLOATS:
         return Encoding(file, key, entry.dtype)
-    scale = next((name for end in ("weight_scale", "scale_weight") if (name := f"{layer}.{end}") in file.entries), None)
+    scale = f"{layer}.{scales[0]}" if scales else None
     if said is None:
         return Encoding(file, key, entry.dtype, scale) if entry.dtype in _FP8.values() else entry.dtype
     name = said["format"]

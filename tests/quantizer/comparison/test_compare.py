@@ -187,7 +187,7 @@ def test_mistakes(files, tmp_path, capsys):
     assert "no such VAE" in mistake("--vae", tmp_path / "none")
     assert "CLIP vision" in mistake("--clip-vision", files / "vae.safetensors")
     builders.write_flux(tmp_path / "other", ARCH)
-    assert "of another shape" in mistake(original=tmp_path / "other")
+    assert "give the checkpoint that it was made from" in mistake(original=tmp_path / "other")
     assert not (tmp_path / "out").exists()
 
 

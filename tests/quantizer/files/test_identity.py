@@ -490,3 +490,34 @@ def test_hostile_ggufs(tmp_path, fields):
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + fields)
     with pytest.raises(FormatError, match="x.gguf: "):
         identify(tmp_path / "x.gguf")
+
+
+STRAY = {
+    "F32 with weight_scale beside it": ("weight_scale", torch.float32),
+    "F32 with weight_scale_inv beside it": ("weight_scale_inv", torch.float32),
+    "F8_E4M3 with weight_scale_inv beside it": ("weight_scale_inv", torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("what", STRAY)
+def test_scales_that_would_be_left_out_are_refused(tmp_path, what):
+    end, dtype = STRAY[what]
+    state, layer = flux(lambda key: key), "double_blocks.0.img_mlp.0"
+    state[f"{layer}.weight"] = state[f"{layer}.weight"].to(torch.float32).to(dtype)
+    state[f"{layer}.{end}"] = torch.ones(1)
+    save_file(state, tmp_path / "flux.safetensors")
+    found = identify(tmp_path / "flux.safetensors")
+    assert found.kind == "quantized" and what in found.what and layer in found.what
+
+
+def test_a_parameter_under_two_names_is_refused(tmp_path):
+    state, norm = flux(lambda key: key), "double_blocks.0.img_attn.norm.query_norm"
+    state[f"{norm}.weight"] = state[f"{norm}.scale"].clone() + 1
+    save_file(state, tmp_path / "flux.safetensors")
+    found = identify(tmp_path / "flux.safetensors")
+    assert found.kind == "incomplete" and f"{norm}.weight and {norm}.scale are the same parameter" in found.what
+
+
+def test_stray_keys_do_not_hide_a_model():
+    whole = [f"model.diffusion_model.{key}" for key in ("img_in.weight", "double_blocks.0.a", "double_blocks.1.a")]
+    assert find_prefix([*whole, "img_in.weight", "double_blocks.0.a"]) == "model.diffusion_model."
