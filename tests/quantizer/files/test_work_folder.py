@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-
 from ternary_flux.quantizer.files import container, locks, work_folder
 
 _HOLD = "import fcntl, sys; file = open(sys.argv[1], 'wb'); fcntl.flock(file, fcntl.LOCK_EX); print(); sys.stdin.read()"
