@@ -136,7 +136,7 @@ class QuantizeFlux(io.ComfyNode):
                     tooltip="Of the original's pictures; 0: the model's own.",
                     **number,
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**31, optional=True, tooltip="Of noise.", **number),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, optional=True, tooltip="Of noise.", **number),
             ],
             outputs=[
                 io.Combo.Output("file", tooltip="The ternary file's name, for Load Ternary FLUX."),
