@@ -153,5 +153,5 @@ def test_mixed_wants_a_rounded_file(folder, capsys):
     file, other = open_ternary(folder / "deeper-rounded.safetensors"), folder / "other.safetensors"
     write_mixed(other, file, open_checkpoint(deeper), {"single_blocks.2.linear1": "two-terms"})
     assert run("calibrate", folder / "dense.safetensors", "-o", folder / "no.safetensors", "--like", other) == 2
-    assert "another model" in capsys.readouterr().err
+    assert "give the checkpoint that it was made from" in capsys.readouterr().err
     assert not (folder / "no.safetensors").exists()
