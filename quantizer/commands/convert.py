@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     options.add_freeze_dense(parser)
     parser.add_argument(
         "--growth",
-        type=positive,
+        type=options.part,
         default=0.0,
         help="part by which the file may grow for the most sensitive Linears in two terms or 8 bits (default: none)",
     )
@@ -62,7 +62,10 @@ def size(text: str) -> int:
     for letter, factor in (("G", 1e9), ("M", 1e6)):
         if number.endswith(letter):
             number, unit = number[:-1], factor
-    return int(positive(number) * unit)
+    try:
+        return int(options.number(number, float, 1.0, "", 1e15) * unit)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} is not a size, such as 22GB or 22e9") from None
 
 
 def show_plan(args: argparse.Namespace) -> None:
@@ -101,6 +104,8 @@ def show_plan(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.plan:
         return show_plan(args)
+    if args.device_memory or args.tflops:
+        raise ValueError("--device-memory and --tflops describe another GPU to --plan: give that, or leave them out")
     from ..console import Bars, Events
     from ..pipeline.convert import Amounts, Run, expectation
 

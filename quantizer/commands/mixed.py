@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 
 from . import options
-from .options import count, positive
+from .options import count
 
 EXAMPLE = (
     "flux1-dev-rounded.safetensors --teacher flux1-dev.safetensors --conditioning prompts.safetensors "
@@ -31,7 +31,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     options.add_arguments(parser)
     options.add_work(parser)
-    parser.add_argument("--growth", type=positive, default=0.25, help="of the file (default: %(default)s: a quarter)")
+    parser.add_argument(
+        "--growth", type=options.part, default=0.25, help="of the file (default: %(default)s: a quarter)"
+    )
     parser.add_argument(
         "--precisions",
         nargs="+",

@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     from ..report.decoders import vae_decoder
     from ..report.page import check_report, report
 
+    if args.work and not args.work.is_dir():
+        raise ValueError(f"{args.work}: there is no such folder; give the work folder of a conversion with --work")
     files = {}
     for stage, name in (("round", "rounded"), ("calibrate", "calibrated")):
         path = (args.work or args.output) / f"{name}.safetensors"

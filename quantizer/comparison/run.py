@@ -78,12 +78,20 @@ def compare(
     import_comfyui()
     vae = load_vae(inputs.vae, arch)
     embed = scores.image_embedder(inputs.clip_vision) if inputs.clip_vision else None
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):
+        new = not (folder / "settings.json").exists()
         kept = asdict(settings) | {"steps": steps} | _identities(inputs)
         gallery = Gallery.open(folder, inputs.prompts, settings.seeds, kept, overwrite)
         progress = _Counter(on_progress)
-        encoded = _conditioning(inputs, gallery, arch, progress)
+        try:
+            encoded = _conditioning(inputs, gallery, arch, progress)
+        except BaseException:
+            if new:  # the settings were never used, and others may follow
+                gallery.clear()
+            raise
         run = _Run(inputs, gallery, encoded, vae, settings, steps)
         return _evaluate(run, run.paint(progress), embed, progress)
 
@@ -155,7 +163,7 @@ class _Run:
         attention, paths = self.gallery.folder / "work" / "attention.json", self.gallery.folder / "work" / "paths"
         numbers = sum(map(self._path_needed, self.measured)) * 3 * self.steps * math.prod(self.shape)
         check_space(self.gallery.folder, 4 * numbers, "velocities on the original's paths take")
-        if self._missing(ORIGINAL) or self._missing(AGAIN):
+        if self._missing(ORIGINAL) or self._missing(AGAIN) or not attention.exists():
             write_json(attention, self._paint_original(progress))
             painter.release()
         if self._missing(TERNARY):

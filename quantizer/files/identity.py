@@ -5,6 +5,7 @@ A whole FLUX transformer is recognised by its own keys; whatever else lies in th
 
 import importlib.util
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -248,17 +249,9 @@ _CONTROLNET = "Move it to models/controlnet and load it with the node Load Contr
 _LORA = "Move it to models/loras and apply it with the node Load LoRA, to a ternary model too"
 _VAE = "Move it to models/vae and load it with the node Load VAE"
 _TEXT = "Move it to models/text_encoders and load it with the node Load CLIP"
-_LORA_MARKS = (
-    ".lora_A",
-    ".lora_B",
-    ".lora_up",
-    ".lora_down",
-    "lora_unet_",
-    "lora_transformer_",
-    ".hada_w",
-    ".lokr_w",
-    ".dora_scale",
-    ".oft_blocks",
+_LORA_MARKS = re.compile(
+    r"lora[_.](A|B|up|down|mid|unet|transformer|te\d?|linear_layer)\b|lora_(unet|transformer|te\d?)_|lora[12]?\.(up|down)\."
+    r"|\.(hada|lokr)_[wt]|\.(dora_scale|oft_blocks|oft_diag|boft_\w+)|\.diff(_b)?$|\.[ab][12]\.weight$|lycoris_"
 )
 # What shares FLUX's block names and is not FLUX.
 _VARIANTS = (
@@ -322,7 +315,7 @@ def _relative(keys: Mapping[str, object], relatives: tuple[_Relative, ...]) -> I
 
 
 def _lora(keys: Mapping[str, object]) -> Identity | None:
-    if not any(mark in key for key in keys for mark in _LORA_MARKS):
+    if not any(map(_LORA_MARKS.search, keys)):
         return None
     control = any(key.endswith(("img_in.lora_A.weight", "x_embedder.lora_A.weight")) for key in keys)
     return Identity("lora", "this is a control LoRA" if control else "this is a LoRA", _LORA)

@@ -141,6 +141,49 @@ def test_mixed_grows_as_far_as_it_may(folder, capsys):
     assert all(plan.rank == (0 if name in double else 2) for name, plan in layers.items())
 
 
+@pytest.mark.slow
+def test_an_original_that_says_nothing_is_refused(folder, tmp_path, capsys):
+    """Its velocities are zero, and nothing can be measured against them."""
+    state = synthetic.tensors()
+    for part in ("weight", "bias"):
+        state[f"final_layer.linear.{part}"].zero_()
+    silent, rounded = tmp_path / "silent.safetensors", tmp_path / "rounded.safetensors"
+    synthetic.save_file(state, silent)
+    (tmp_path / "cond.safetensors").write_bytes((folder / "cond.safetensors").read_bytes())
+    round_checkpoint(silent, rounded)
+    output = tmp_path / "out.safetensors"
+    for command, start, *more in (
+        ("calibrate", silent, "--pictures", 2),
+        ("mixed", rounded, "--teacher", silent, "--pictures", 2),
+        ("distill", rounded, "--teacher", silent, "--pictures", 2, "--steps", 1),
+        ("convert", silent, "--budget", 0.01),
+    ):
+        assert run(command, start, "-o", output, *more) == 2
+        assert "the original's velocities are all zero" in capsys.readouterr().err
+        assert not output.exists()
+
+
+@pytest.mark.slow
+def test_dead_parts_of_a_model_are_converted(folder, tmp_path, capsys):
+    """A block that is skipped by its modulation, and Linears of zeros, before which and behind which all is zero."""
+    state = synthetic.tensors()
+    for name, tensor in state.items():
+        if name.startswith(("single_blocks.1.modulation", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear2")):
+            tensor.zero_()
+    synthetic.save_file(state, tmp_path / "dead.safetensors")
+    (tmp_path / "cond.safetensors").write_bytes((folder / "cond.safetensors").read_bytes())
+    output, more = tmp_path / "out.safetensors", ("--pictures", 2, "--states", 4, "--sweeps", 1, "--rank", 1)
+    assert run("calibrate", tmp_path / "dead.safetensors", "-o", output, *more) == 0
+    file = open_ternary(output)
+    assert all(file.weight(name).dequantize().isfinite().all() for name in file.layers)
+    assert "velocity error nan" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_one_state_is_enough_to_train_on(folder, capsys):
+    assert distill(folder, "one.safetensors", "--states", 1, "--pictures", 1, "--steps", 1) == 0
+
+
 def test_mixed_wants_a_rounded_file(folder, capsys):
     more = ("--teacher", folder / "dense.safetensors")
     assert run("mixed", folder / "calibrated.safetensors", "-o", folder / "no.safetensors", *more) == 2

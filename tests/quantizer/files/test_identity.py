@@ -1,10 +1,14 @@
 """What a file is: one sentence with a remedy, whoever asks."""
 
 import json
+import os
 import resource
 import shlex
+import shutil
 import struct
+import subprocess
 import time
+from pathlib import Path
 
 import gguf
 import pytest
@@ -55,6 +59,22 @@ def stated(**value):
 ONE = torch.ones(1)
 # what a file is -> its tensors, the kind, what the sentence says, and a part of its remedy
 KINDS = {
+    "LoRA of XLabs": (tensors("double_blocks.0.processor.proj_lora1.down.weight"), "lora", "LoRA", "Load LoRA"),
+    "LoRA of a processor": (tensors("transformer.x_embedder.lora.down.weight"), "lora", "LoRA", "Load LoRA"),
+    "LoRA of old diffusers": (tensors("single_blocks.0.attn.to_q_lora.up.weight"), "lora", "LoRA", "Load LoRA"),
+    "LoRA of a text encoder": (tensors("lora_te1_text_model_encoder.alpha"), "lora", "LoRA", "Load LoRA"),
+    "differences": (
+        tensors("diffusion_model.img_in.diff", "diffusion_model.img_in.diff_b"),
+        "lora",
+        "LoRA",
+        "Load LoRA",
+    ),
+    "GLoRA": (
+        tensors("diffusion_model.img_in.a1.weight", "diffusion_model.img_in.b2.weight"),
+        "lora",
+        "LoRA",
+        "Load LoRA",
+    ),
     "LoRA of kohya": (
         tensors("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
         "lora",
@@ -282,6 +302,14 @@ def test_names_for_what_is_made_of_a_path(tmp_path):
 def test_paths_are_quoted(tmp_path):
     assert quoted(tmp_path / "a b") == f'"{tmp_path / "a b"}"'
     assert shlex.split(quoted(tmp_path / '$a"b`')) == [str(tmp_path / '$a"b`')]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not there")
+@pytest.mark.parametrize("name", [b"a\nb", b"\x1b[31m 'red'", b"back\\slash\t", b"\xff\xfe", "é \u200f".encode()])
+def test_names_that_a_terminal_does_not_show(name):
+    text = quoted(Path(os.fsdecode(name)))
+    assert text.isprintable()
+    assert subprocess.run(["bash", "-c", f"printf %s {text}"], capture_output=True, check=True).stdout == name
 
 
 def test_flux1_without_guidance_is_not_called_schnell(tmp_path):

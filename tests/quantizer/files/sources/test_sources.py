@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from ternary_flux.quantizer.files.checkpoint import fingerprint, open_checkpoint
 from ternary_flux.quantizer.files.container import FormatError, TensorFile
 from ternary_flux.quantizer.files.summary import summarize
+from ternary_flux.quantizer.imports.locate import locate as locate_ternary
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests.quantizer import synthetic
 from ternary_flux.tests.quantizer.files.sources import foreign
@@ -224,7 +225,27 @@ def test_a_folder_with_one_file(tmp_path):
 
 def test_the_hubs_cache(tmp_path):
     foreign.pipeline(foreign.diffusers(synthetic.tensors()), tmp_path / "models--x--y" / "snapshots" / "a1b2", "Flux")
-    assert open_checkpoint(tmp_path / "models--x--y").name == "models--x--y"
+    model = tmp_path / "models--x--y"
+    assert open_checkpoint(model).name == "models--x--y"
+    synthetic.write((model / "snapshots" / "c3d4").with_suffix(".safetensors"))  # no folder, so no snapshot
+    foreign.pipeline(foreign.diffusers(synthetic.tensors()), model / "snapshots" / "e5f6", "Flux")
+    refused(model, "2 snapshots of a model; give one of them: .*a1b2, .*e5f6")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("e5f6\n")
+    assert {path.parents[1].name for path in open_checkpoint(model).files} == {"e5f6"}
+    assert {path.parents[1].name for path in locate_ternary(model)} == {"e5f6"}
+
+
+def test_what_macos_lays_beside_files_is_not_read(tmp_path):
+    foreign.pipeline(foreign.diffusers(synthetic.tensors()), tmp_path / "flux", "Flux")
+    expected = open_checkpoint(tmp_path / "flux").files
+    for path in [path for path in (tmp_path / "flux").rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7" + bytes(60))
+    assert open_checkpoint(tmp_path / "flux").files == expected == locate_ternary(tmp_path / "flux")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "._flux.safetensors").write_bytes(b"\0\5\x16\7")
+    one = synthetic.write(tmp_path / "one" / "flux.safetensors")
+    assert open_checkpoint(tmp_path / "one").files == (one,)
 
 
 def test_a_variant_with_its_own_index(tmp_path):
