@@ -31,8 +31,8 @@ def convert(arguments: Sequence[str], show: "Display", pictures: Path) -> list[s
     """
     events: queue.Queue[str | None] = queue.Queue()
     process = subprocess.Popen(
-        [sys.executable, str(COMMAND), "convert", *arguments, "--progress", "json"],
-        stdin=subprocess.DEVNULL,
+        [sys.executable, str(COMMAND), "convert", *arguments, "--progress", "json", "--stop-at-eof"],
+        stdin=subprocess.PIPE,  # ends when this process does, whatever ends it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,5 +1,6 @@
 """The node "Load Ternary FLUX", and the loading behind it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from .patcher import TernaryPatcher, TernaryPatcherDynamic
 comfy = core()
 
 ACTIVATIONS = {
-    "auto": "int8 where a kernel makes it fast, full precision elsewhere.",
+    "auto": "8 bits where a kernel makes them fast (int8, or fp8 on a B200), full precision elsewhere.",
     "int8": "8-bit activations (W1.58A8): fastest on NVIDIA GPUs.",
     "full": "activations in the model's own precision (W1.58A16), as in the 1.58-bit FLUX paper.",
 }
@@ -105,9 +106,9 @@ class LoadTernaryFlux(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, **settings) -> str:
-        """A file that was converted again is loaded again."""
+        """A file that was converted again is loaded again; where the name comes from another node, when any was."""
         try:
-            state = origin.changes() if file is None else files.stamp(files.find(file))
+            state = files.READ.changes() if file is None else files.stamp(files.find(file))
         except OSError:
             state = "missing"
         return f"{file} {state} {settings}"
@@ -157,6 +158,7 @@ def load(path: str, activations: str = "auto", backend: str = "auto", disable_dy
 def load_file(file: TernaryFile, activations: str = "auto", backend: str = "auto", disable_dynamic: bool = False):
     """`load` for a file that is open and checked. Raises ValueError where the backend cannot run."""
     path = str(file.path)
+    files.READ.add(path)
     bar = comfy.ProgressBar(len(file.layers))
 
     def after_load():
@@ -203,7 +205,7 @@ def status(file: TernaryFile, device: torch.device, activations: str, backend: s
             Path(file.path).name,
             f"{file.architecture.name}, {len(layers)} ternary layers{terms}{others}",
             f"{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight, {size.ratio:.1f}x smaller than bf16",
-            stage(file),
+            stage(file.metadata),
             f"{choice.activations} activations{but}, backend {choice.backend.NAME} ({choice.reason})",
         ]
     )
@@ -224,13 +226,13 @@ def scale_errors(model) -> list[str]:
     return lines
 
 
-def stage(file: TernaryFile) -> str:
-    """How far the conversion of a file went, and the error that it states."""
-    method = file.metadata.get("ternary.method")
+def stage(metadata: Mapping[str, str]) -> str:
+    """How far the conversion of a file went, and the error that it states, by its metadata."""
+    method = metadata.get("ternary.method")
     name = STAGES.get(method, "the file does not say how it was made" if method is None else method)
-    distilled = stated(file.metadata, "ternary.settings").get("distill")
+    distilled = stated(metadata, "ternary.settings").get("distill")
     velocity = distilled.get("velocity_error") if isinstance(distilled, dict) else None
     if isinstance(velocity, int | float):
         return f"{name}, velocity error {velocity:.3g}"
-    errors = stated_errors(file)
+    errors = stated_errors(metadata)
     return f"{name}, weight error {sum(errors.values()) / len(errors):.2f}" if errors else name

@@ -5,18 +5,16 @@ from pathlib import Path
 
 import torch
 
-from ..quantizer.files.architecture import canonical
+from ..quantizer.files.architecture import Architecture, canonical
 from ..quantizer.files.container import DTYPES, TensorFile
 from ..quantizer.files.identity import find_prefix
 from ..quantizer.files.ternary import TernaryFile
 from .files import stamp
 
-_changed: set[tuple] = set()
-
 
 @dataclass(frozen=True)
 class Origin:
-    """The file of a model.
+    """The file of a model, as it was when it was loaded.
 
     mapped  whether weights are still read from the file; then nothing may write into it
     """
@@ -26,11 +24,12 @@ class Origin:
     metadata: dict[str, str]
     dtypes: dict[str, torch.dtype] = field(repr=False)  # of the dense parameters, by BFL name
     mapped: bool
+    architecture: Architecture
 
     @classmethod
     def of(cls, file: TernaryFile, mapped: bool) -> "Origin":
         dtypes = {name: DTYPES[file.file.entries[key].dtype] for name, key in file.dense.items()}
-        return cls(file.path, stamp(file.path), dict(file.metadata), dtypes, mapped)
+        return cls(file.path, stamp(file.path), dict(file.metadata), dtypes, mapped, file.architecture)
 
     def dtype(self, name: str) -> torch.dtype | None:
         """A dense parameter's dtype in the file, by the name it has in ComfyUI's model."""
@@ -38,9 +37,9 @@ class Origin:
 
     def scale(self, name: str) -> torch.Tensor | None:
         """A copy of a ternary Linear's scales as they are in the file; None where that is gone or another."""
+        if self.replaced:
+            return None
         try:
-            if stamp(self.path) != self.stamp:
-                return None
             file = TensorFile(self.path)
         except (OSError, ValueError):
             return None
@@ -55,13 +54,15 @@ class Origin:
             return
         now = stamp(self.path)
         if now != self.stamp and now[0] == self.stamp[0]:
-            _changed.add(now)
             raise RuntimeError(
                 f"{self.path.name} was written over while its model was in use. Run again to load the new file; "
                 "to replace a file, write the new one under another name and rename it"
             )
 
-
-def changes() -> int:
-    """How many files were found changed: a workflow whose file name comes from another node is loaded again then."""
-    return len(_changed)
+    @property
+    def replaced(self) -> bool:
+        """Whether the file is gone, or another one."""
+        try:
+            return stamp(self.path) != self.stamp
+        except OSError:
+            return True

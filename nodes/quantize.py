@@ -18,6 +18,7 @@ from ..quantizer.files.identity import identify
 from ..quantizer.pictures import SIZES
 from ..quantizer.pictures.conditioning import create_conditioning
 from ..quantizer.pictures.encode import PROMPTS, encode
+from ..quantizer.pictures.sampler import parse_sizes
 from . import files
 from .compat import accepted, core
 from .conversion import Display, convert
@@ -104,7 +105,7 @@ class QuantizeFlux(io.ComfyNode):
                     "growth",
                     default=0.0,
                     min=0.0,
-                    max=4.0,
+                    max=0.95,
                     step=0.05,
                     optional=True,
                     tooltip="Part by which the file may grow for more bits in the most sensitive layers.",
@@ -152,16 +153,21 @@ class QuantizeFlux(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, name: str | None = None):
-        if name is not None and (problem := _name_problem(name)):
+    def validate_inputs(cls, file: str | None = None, name: str | None = None, size: str | None = None):
+        """What is known before anything runs. The file is looked at when no model takes its place."""
+        if name is not None and (problem := files.name_problem(name)):
             return problem
+        try:
+            parse_sizes(SIZES if size is None else size)
+        except ValueError as error:
+            return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, name: str | None = None, **_) -> str:
         """Runs again where the file was replaced, or what was made of it is gone."""
         try:
-            state = None if file is None else files.stamp(files.find(file))
+            state = files.READ.changes() if file is None else files.stamp(files.find(file))
         except OSError:
             state = "missing"
         return f"{state} {name is not None and _target(name).exists()}"
@@ -180,7 +186,7 @@ class QuantizeFlux(io.ComfyNode):
         conditioning_file: str = "",
         **options,
     ) -> io.NodeOutput:
-        if problem := _name_problem(name):
+        if problem := files.name_problem(name):
             raise ValueError(problem)
         show = Display(cls.hidden.unique_id if cls.hidden else None, vae)
         target, work = _target(name), None
@@ -199,6 +205,7 @@ class QuantizeFlux(io.ComfyNode):
             if target.exists():
                 return _done(target, request, work, show)
             work.mkdir(exist_ok=True)
+            stack.callback(_remove_empty, work)
             encoded = _conditioning(work, words, clip, conditioning, conditioning_file, show)
             comfy.unload_all_models()  # the process needs the memory
             # A conversion that ends after ComfyUI did is known by this.
@@ -208,6 +215,11 @@ class QuantizeFlux(io.ComfyNode):
         write_json(base / f"{target.stem}.json", {"request": request, "report": lines})
         shutil.rmtree(work)
         return _result(target, lines)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # where something was kept
+        folder.rmdir()
 
 
 def _done(target: Path, request: str, work: Path, show: Display) -> io.NodeOutput:
@@ -234,16 +246,11 @@ def _target(name: str) -> Path:
     return next((folder for folder in folders if folder.name == FOLDER), folders[0]) / name
 
 
-def _name_problem(name: str) -> str | None:
-    if not name.strip() or Path(name).name != name or "\\" in name or name.startswith("."):
-        return f"{name or 'name'}: give the name of a file, without a folder"
-    return None
-
-
 def _dense(name: str) -> Path:
     """The path of a dense FLUX file. Raises ValueError by the name that people know."""
     try:
         path = Path(files.find(str(name)))
+        files.READ.add(path)
         identity = identify(path)
     except (OSError, ValueError) as error:
         raise ValueError(explain(error, name)) from None

@@ -1,5 +1,7 @@
 """The node "Save Ternary FLUX"."""
 
+import re
+from collections import Counter
 from pathlib import Path
 
 import folder_paths
@@ -9,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..quantizer.files.layer import LayerPlan
 from ..quantizer.files.summary import in_bytes, sizes
 from ..quantizer.files.ternary import create_ternary, open_ternary
-from . import lora
+from . import files, lora
 from .compat import accepted, core
 from .layout import is_ternary
 from .linear import take_weight
@@ -59,6 +61,15 @@ class SaveTernaryFlux(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None):
+        return True if filename_prefix is None else _prefix_problem(filename_prefix) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, filename_prefix: str | None = None, **_) -> int:
+        """Writes again where what it wrote is gone."""
+        return _lost(filename_prefix)
+
+    @classmethod
     def execute(cls, model, filename_prefix: str, packing: str = "as loaded") -> io.NodeOutput:
         check(model)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
@@ -67,12 +78,35 @@ class SaveTernaryFlux(io.ComfyNode):
         inside = Path(subfolder)
         if inside.parts[:1] != (FOLDER,) or not name.strip("."):
             raise ValueError(f"{filename_prefix!r}: give the name of a file inside output/{FOLDER}")
+        if problem := _prefix_problem(f"{subfolder}/{name}"):
+            raise ValueError(problem)
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
         shown = (inside / path.name).relative_to(FOLDER).as_posix()
         write(model, path, None if packing == "as loaded" else packing)
+        _written[filename_prefix] = path
         size = sizes(open_ternary(path, check_codes=False))
         text = f"{shown}\n{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight"
         return io.NodeOutput(shown, ui=ui.PreviewText(text))
+
+
+_written: dict[str, Path] = {}  # by prefix, what was written last
+_gone: Counter[str] = Counter()
+
+
+def _lost(prefix: str | None) -> int:
+    """How often the last file of a prefix, or of any where it is not known, was found missing."""
+    for known, path in list(_written.items()):
+        if not path.exists():
+            del _written[known]
+            _gone[known] += 1
+    return _gone.total() if prefix is None else _gone[prefix]
+
+
+def _prefix_problem(prefix: str) -> str | None:
+    """Why a file cannot have this name, folders in it and ComfyUI's %...% allowed; None where it can."""
+    parts = re.sub(r"%[^%/]*%", "x", str(prefix)).replace("\\", "/").split("/")
+    named = [part for part in parts[:-1] if part] + parts[-1:]
+    return next(filter(None, map(files.name_problem, named)), None)
 
 
 def check(model) -> None:

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and SIGHUP: unwound alike, and held back while something must not be left half done."""
 
+import _thread
 import contextlib
 import os
 import signal
@@ -58,6 +59,18 @@ def terminable():
         raise Terminated(number)
 
     return _handled(_ENDING, terminate)
+
+
+def terminate_at_eof() -> None:
+    """From now on, the end of stdin means SIGTERM: a program that started this one holds a pipe, which ends with it."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1024):  # not sys.stdin, whose lock a thread may not hold when the interpreter ends
+                pass
+        _thread.interrupt_main(signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

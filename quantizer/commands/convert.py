@@ -53,6 +53,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="bars",
         help="json: an object in each line of stdout, for programs (default: %(default)s)",
     )
+    parser.add_argument(
+        "--stop-at-eof", action="store_true", help="stop when stdin ends, as for Ctrl-C: for programs that start it"
+    )
     parser.set_defaults(interrupted="give the same command again to go on", shared=True)
 
 
@@ -107,8 +110,11 @@ def run(args: argparse.Namespace) -> None:
     if args.device_memory or args.tflops:
         raise ValueError("--device-memory and --tflops describe another GPU to --plan: give that, or leave them out")
     from ..console import Bars, Events
+    from ..interrupts import terminate_at_eof
     from ..pipeline.convert import Amounts, Run, expectation
 
+    if args.stop_at_eof:
+        terminate_at_eof()
     target = options.choose_output(args, args.source)
     report = Events() if args.progress == "json" else Bars()
     with report, options.open_workspace(args, args.source, target, on_progress=report.show) as work:

@@ -34,6 +34,45 @@ def test_ternary_files_come_first(comfy, models):
     ]
 
 
+def test_one_name_in_two_folders(comfy, models, tmp_path):
+    """Both are offered, and each means one file, also when the other is gone."""
+    first, second = (models / folder / "c.safetensors" for folder in ("diffusion_models", "checkpoints"))
+    tiny.write(first, seed=5)
+    assert [name for name in comfy.files.names() if "c.safe" in name] == ["c.safetensors", "checkpoints/c.safetensors"]
+    assert comfy.files.find("c.safetensors") == str(first)
+    for name in ("checkpoints/c.safetensors", "checkpoints\\c.safetensors"):
+        assert comfy.files.find(name) == str(second)
+    with pytest.raises(FileNotFoundError):
+        comfy.files.find("checkpoints/z.safetensors")
+
+
+def test_a_model_is_described_as_it_was_loaded(comfy, models):
+    """Also where its file is another one by now, or no model at all."""
+    from ternary_flux.nodes import info
+
+    path = models / "diffusion_models" / "z.safetensors"
+    model = comfy.loader.load(str(path), "full")
+    lines, errors = info.of_model(model)
+    assert lines[0] == "z.safetensors: FLUX.1"
+    for replace in (lambda: path.write_bytes(b"<!doctype html>"), path.unlink):
+        replace()
+        assert info.of_model(model) == ([*lines, "its file was replaced or removed since it was loaded"], errors)
+
+
+def test_what_happens_to_files_is_counted(comfy, tmp_path):
+    watch, path = comfy.files.Watch(), tmp_path / "x"
+    path.write_text("a")
+    watch.add(path)
+    assert watch.changes() == watch.changes() == 0
+    path.write_text("other")
+    assert watch.changes() == watch.changes() == 1
+    path.unlink()
+    assert watch.changes() == watch.changes() == 2
+    path.write_text("again")
+    watch.add(path)
+    assert watch.changes() == 2
+
+
 @pytest.mark.parametrize("name", ["flux/y.safetensors", "flux\\y.safetensors"])
 def test_both_separators_of_folders_find_the_file(comfy, models, name):
     assert comfy.files.find(name) == str(models / "diffusion_models" / "flux" / "y.safetensors")

@@ -131,6 +131,13 @@ def test_saving_keeps_a_lora_as_factors(server, known):
     again = make_workflows.Graph(server.get_json("/object_info"))
     again.add("TernaryFluxInfo", file=path.name)
     assert "low rank" in text(run(server, again), "TernaryFluxInfo")
+    run(server, g)
+    *_, latest = sorted(path.parent.glob("kept_*"))
+    run(server, g)  # from the cache
+    assert sorted(path.parent.glob("kept_*"))[-1] == latest
+    latest.unlink()
+    run(server, g)
+    assert latest.exists()
 
 
 def test_dense_models_are_refused(server, known):

@@ -130,7 +130,6 @@ def test_a_picture_is_sampled_with_progress(server):
     assert "FLUX.1" in status and "13 ternary layers" in status and "bits per weight" in status and "eager" in status
 
 
-@pytest.mark.feature("A file that was replaced is loaded again")
 def test_a_converted_again_file_is_loaded_again(server):
     server.execute(workflow())
     cached = server.execute(workflow())
@@ -173,6 +172,19 @@ def test_names_from_other_systems_and_other_nodes(server, name, linked):
         graph["name"] = {"class_type": "TestAnyName", "inputs": {"value": name}}
         graph["model"]["inputs"]["file"] = ["name", 0]
     assert server.execute(graph).outputs["save"]["images"]
+
+
+@pytest.mark.feature("A file that was replaced is loaded again", "also where its name comes from another node")
+def test_a_replaced_file_is_loaded_again_by_a_linked_name(server):
+    graph = workflow()
+    graph["name"] = {"class_type": "TestAnyName", "inputs": {"value": "replaced.safetensors"}}
+    graph["model"]["inputs"]["file"] = ["name", 0]
+    path = server.base / "models" / "diffusion_models" / "replaced.safetensors"
+    for seed in (1, 2):
+        tiny.write(path, seed=seed)
+        assert "model" not in cached_nodes(server.execute(graph))
+        assert "model" in cached_nodes(server.execute(graph))
+        path.unlink()
 
 
 def test_a_linked_name_is_checked_when_it_runs(server):
