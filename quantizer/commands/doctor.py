@@ -17,9 +17,11 @@ _PACK = Path(__file__).resolve().parents[2]
 _COMFYUI = (0, 30, 0)
 _TORCH = (2, 8)
 # kind of Linear -> activations of those whose scales allow nothing else
+# kinds of layers -> what `ops.resolve` is told of them
 _KINDS = {
-    "ternary, row x integer scales (of `convert`)": "auto",
-    "ternary, a scale for each group (of `import`)": "full",
+    "ternary, row x integer scales (of `convert`)": {},
+    "ternary, scales that 8 bits would change too much (some of `import`)": {"float_groups": True},
+    "ternary, marked for full precision (some of `calibrate`)": {"full_precision": True},
 }
 
 
@@ -139,8 +141,8 @@ def _backends(torch) -> Iterator[tuple[str, str]]:
     from ...ops import resolve
 
     device = _device(torch)
-    for kind, activations in _KINDS.items():
-        choice = resolve(device, activations)
+    for kind, told in _KINDS.items():
+        choice = resolve(device, **told)
         yield kind, f"backend {choice.backend.NAME}, {choice.activations} activations ({choice.reason})"
 
 

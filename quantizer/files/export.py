@@ -31,9 +31,7 @@ def export_checkpoint(
     eight_bit = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
     plan = {name: (dtype, shape) for name, shape in file.shapes.items() if name not in eight_bit}
     metadata = {key: value for key, value in file.metadata.items() if key.startswith("modelspec.")}
-    with create(
-        target, plan, metadata | {"ternary.exported_from": file.path.name}, header_room=0, overwrite=overwrite
-    ) as writer:
+    with create(target, plan, metadata | {"ternary.exported_from": file.path.name}, overwrite=overwrite) as writer:
         for name in file.dense.keys() - eight_bit:
             writer.write(name, file.parameter(name).to(dtype))
         for name, layer in file.layers.items():

@@ -9,7 +9,8 @@ A ternary Linear X of logical shape [N, K], the sum of P terms, 1 or 2, with G =
     X.weight_down   bf16 [r, K], and X.weight_up bf16 [N, r], optional: W = ternary + up @ down
     X.weight_column bf16 or fp32 [K], optional: W = trits * scales * column[k] (+ up @ down)
     X.comfy_quant   uint8, JSON: {"format": "ternary_v1", "packing": ..., "group_size": 128, "shape": [N, K]}, and
-                    "terms": 2 where there are two
+                    "terms": 2 where there are two, "full_precision_matrix_mult": true where 8-bit activations lose
+                    too much
 
 Everything else is dense (fp32, fp16 or bf16) under its own name. The header's metadata informs people and is not needed
 to decode. Files of the mixed profile have some Linears in ComfyUI's own 8-bit format beside the ternary ones:

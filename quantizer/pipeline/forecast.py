@@ -3,7 +3,8 @@
 The same formulas decide in a real run (`budget`, `model.teacher`, `calibration`); here a described machine takes the
 place of the clock. Times are those of products: a forward reaches 0.7 of the speed of a large product, as FLUX.1 [dev]
 at 1024 pixels does on an H200 (docs/kernels.md), and calibration takes 0.9 ms for each input of a Linear beside its
-forwards, as the miniature does there (benchmarks/results/checks-NVIDIA-H200.json).
+forwards, as the miniature did there (benchmarks/results/checks-NVIDIA-H200.json) before a kernel chose the codes: more
+than it takes now, by how much is not measured.
 """
 
 import time
