@@ -15,7 +15,7 @@ FORKS = (
     "forks.main(*sys.argv[1:])"
 )
 # command -> times it is killed; those that take seconds less often
-KILLS = {"round": 16, "export": 16, "pack": 16, "import": 16, "mixed": 5, "report": 4, "distill": 5, "calibrate": 4}
+KILLS = {"round": 50, "export": 50, "pack": 50, "import": 50, "mixed": 8, "report": 6, "distill": 8, "calibrate": 5}
 
 
 def python(*arguments, **options) -> subprocess.CompletedProcess:
