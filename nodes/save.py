@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..quantizer.files.layer import LayerPlan
 from ..quantizer.files.summary import in_bytes, sizes
-from ..quantizer.files.ternary import create_ternary, open_ternary
+from ..quantizer.files.ternary import open_ternary, write_ternary
 from . import files, lora
 from .compat import accepted, core
 from .layout import is_ternary
@@ -149,10 +149,6 @@ def write(model, path: Path, packing: str | None = None) -> None:
             module.packing = own[prefix]
     weights = {prefix.removesuffix("."): take_weight(tensors, prefix) for prefix in linears}
     plans = {name: LayerPlan.of(weight, packing or own[f"{name}."]) for name, weight in weights.items()}
-    dense = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with create_ternary(path, plans, dense, model.origin().metadata if model.origin() else {}) as file:
-        for name, weight in weights.items():
-            file.layer(name, weight)
-        for name, tensor in tensors.items():
-            file.dense(name, tensor)
+    metadata = model.origin().metadata if model.origin() else {}
+    write_ternary(path, plans, weights.__getitem__, tensors, metadata)

@@ -35,7 +35,7 @@ from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import Pool
 from ternary_flux.quantizer.pictures.quality import HeldOut, measure
 from ternary_flux.quantizer.pictures.sampler import default_shift
-from ternary_flux.quantizer.pipeline.stages import distill_file
+from ternary_flux.quantizer.pipeline.distill_file import distill_file
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     from ..files.ternary import check_original, open_ternary
     from ..pipeline.budget import settings_for
     from ..pipeline.decisions import Decisions
-    from ..pipeline.stages import check_rank, distill_file
+    from ..pipeline.distill_file import check_rank, distill_file
 
     start = open_ternary(args.start)
     check_original(start, open_checkpoint(args.teacher))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import ranks
 from ..files.checkpoint import Checkpoint
 from ..files.layer import LayerPlan
-from ..files.ternary import TernaryFile, create_ternary, open_ternary
+from ..files.ternary import TernaryFile, open_ternary, write_ternary
 from ..files.work_folder import open_kept
 from ..model.flux import Flux, Tokens
 from ..model.student import (
@@ -189,7 +189,7 @@ def _write_part(
     parameters = {f"{name}.{leaf}": p for leaf, p in block.named_parameters()}
     dense = {key: t for key, t in stored_dense(start, parameters).items() if key.startswith(f"{name}.")}
     plans = {layer: LayerPlan.of(weight) for layer, weight in weights.items()}
-    _write(path, plans, weights.__getitem__, dense, {}, False)
+    write_ternary(path, plans, weights.__getitem__, dense, {})
 
 
 def _assemble(target, start: TernaryFile, parts: Sequence[TernaryFile], overwrite: bool) -> None:
@@ -197,13 +197,4 @@ def _assemble(target, start: TernaryFile, parts: Sequence[TernaryFile], overwrit
     plans = {name: replace(part.layers[name], packing=start.layers[name].packing) for name, part in origin.items()}
     dense = {name: start.tensor(name) for name in start.dense}
     dense |= {name: part.tensor(name) for part in parts for name in part.dense}
-    _write(target, plans, lambda name: origin[name].weight(name), dense, start.metadata, overwrite)
-
-
-def _write(path, plans: dict[str, LayerPlan], weight: Callable, dense: dict[str, Tensor], metadata, overwrite) -> None:
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
-    with create_ternary(path, plans, specs, metadata, overwrite=overwrite) as writer:
-        for name in plans:
-            writer.layer(name, weight(name))
-        for name, tensor in dense.items():
-            writer.dense(name, tensor)
+    write_ternary(target, plans, lambda name: origin[name].weight(name), dense, start.metadata, overwrite=overwrite)

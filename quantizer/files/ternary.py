@@ -20,7 +20,7 @@ to decode. Files of the mixed profile have some Linears in ComfyUI's own 8-bit f
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +100,24 @@ def create_ternary(
         plan[f"{name}.comfy_quant"] = (torch.uint8, tuple(layer.comfy_quant.shape))
     with create(path, plan, metadata, header_room=header_room, overwrite=overwrite) as tensors:
         yield TernaryWriter(tensors, layers)
+
+
+def write_ternary(
+    path: str | os.PathLike,
+    layers: Mapping[str, LayerPlan],
+    weight: Callable[[str], TernaryWeight],
+    dense: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a ternary file atomically, of layers that `weight` gives by name, one at a time, and tensors in memory."""
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
+    with create_ternary(path, layers, specs, metadata, overwrite=overwrite) as writer:
+        for name in layers:
+            writer.layer(name, weight(name))
+        for name, tensor in dense.items():
+            writer.dense(name, tensor)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,6 @@ def check_rank(start: TernaryFile, rank: int) -> None:
 
     Factors from what the weights miss undo what the codes of one calibrated Linear make up for in others.
     """
-    method, ranks = start.metadata.get("ternary.method"), {plan.rank for plan in start.layers.values()}
-    if rank and method not in (None, *METHODS) and ranks == {0}:
+    method, found = start.metadata.get("ternary.method"), {plan.rank for plan in start.layers.values()}
+    if rank and method not in (None, *METHODS) and found == {0}:
         raise ValueError(f"{start.file.path}: {method} made it without low-rank factors; use `calibrate --rank {rank}`")
