@@ -17,14 +17,12 @@ _PACK = Path(__file__).resolve().parents[2]
 _COMFYUI = (0, 30, 0)
 _TORCH = (2, 8)
 # kind of Linear -> activations of those whose scales allow nothing else
-# kinds of layers -> what `ops.resolve` is told of them
+# kinds of layers -> whether they have float group scales, and whether they ask for full precision
 _KINDS = {
-    "ternary, row x integer scales (of `convert`)": {},
-    "ternary, scales that 8 bits would change too much (some of `import`)": {"float_groups": True},
-    "ternary, marked for full precision (some of `calibrate`)": {"full_precision": True},
+    "ternary, row x integer scales (of `convert`)": (False, False),
+    "ternary, scales that 8 bits would change too much (some of `import`)": (True, False),
+    "ternary, marked for full precision (some of `calibrate`)": (False, True),
 }
-
-
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     subparsers.add_parser(
         "doctor",
@@ -141,8 +139,8 @@ def _backends(torch) -> Iterator[tuple[str, str]]:
     from ...ops import resolve
 
     device = _device(torch)
-    for kind, told in _KINDS.items():
-        choice = resolve(device, **told)
+    for kind, (float_groups, full_precision) in _KINDS.items():
+        choice = resolve(device, float_groups=float_groups, full_precision=full_precision)
         yield kind, f"backend {choice.backend.NAME}, {choice.activations} activations ({choice.reason})"
 
 
