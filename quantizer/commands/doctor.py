@@ -16,13 +16,14 @@ LIGHT = True  # it runs where torch does not
 _PACK = Path(__file__).resolve().parents[2]
 _COMFYUI = (0, 30, 0)
 _TORCH = (2, 8)
-# kind of Linear -> activations of those whose scales allow nothing else
 # kinds of layers -> whether they have float group scales, and whether they ask for full precision
 _KINDS = {
     "ternary, row x integer scales (of `convert`)": (False, False),
     "ternary, scales that 8 bits would change too much (some of `import`)": (True, False),
     "ternary, marked for full precision (some of `calibrate`)": (False, True),
 }
+
+
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     subparsers.add_parser(
         "doctor",
