@@ -305,8 +305,8 @@ def _words(prompts: str, clip, conditioning, conditioning_file: str):
 
 
 def _lines(prompts: str) -> list[str]:
-    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-    return lines or [line for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in prompts.split("\n") if line.strip()]
+    return lines or [line for line in PROMPTS.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _in_input_folder(name: str) -> Path:

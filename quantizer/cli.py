@@ -90,9 +90,11 @@ def _run(argv: Sequence[str]) -> int:
     except (ValueError, OSError, OverflowError, RecursionError) as error:
         _tell(f"{name}: {message(error)}")
         return MISTAKE
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         remedy = f"use the Python that ComfyUI runs in ({program()} doctor says more)"
-        _tell(f"{name}: {error.name} is not installed in {sys.executable}; {remedy}")
+        missing = isinstance(error, ModuleNotFoundError)
+        problem = f"{error.name} is not installed" if missing else f"a package cannot be imported ({message(error)})"
+        _tell(f"{name}: {problem} in {sys.executable}; {remedy}")
         return MISTAKE
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):

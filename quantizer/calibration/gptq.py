@@ -208,7 +208,10 @@ def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
             damping *= 10
     finally:
         damped.diagonal().copy_(diagonal)
-    raise ValueError(f"the second moments of a Linear's inputs cannot be factored with a damping of {damping:g}")
+    raise ValueError(
+        f"the second moments of a Linear's inputs cannot be factored with a damping of {damping:g}: give a --damping "
+        f"below {_MAX_DAMPING:g}, and more --states"
+    )
 
 
 def error_feedback(target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:

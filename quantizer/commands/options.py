@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +22,12 @@ _OTHER_FORMATS = (".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pkl", ".gguf", ".onn
 
 def count(text: str) -> int:
     """A whole number from 1."""
-    return number(text, int, 1, "a whole number from 1")
+    return number(text, int, 1, "a whole number from 1 (to ten millions)", 10_000_000)
 
 
 def natural(text: str) -> int:
     """A whole number from 0."""
-    return number(text, int, 0, "a whole number from 0")
+    return number(text, int, 0, "a whole number from 0 (to ten millions)", 10_000_000)
 
 
 def positive(text: str) -> float:
@@ -83,12 +84,16 @@ def clip_vision(text: str) -> Path:
 def _find(text: str, *kinds: str) -> Path:
     from ..comfyui import find_model
 
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty; give a file or a folder")
     return find_model(Path(text), *kinds)
 
 
 def output(text: str) -> Path:
     """A file to write, with a suffix that ComfyUI lists: .safetensors is added where there is none."""
     path = Path(text)
+    if not text.strip() or text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"{text or 'an empty name'}: give the name of a file to write")
     if path.suffix.lower() in _OTHER_FORMATS:
         raise argparse.ArgumentTypeError(f"{text}: the file will be in safetensors format; call it .safetensors")
     if path.suffix.lower() in _SUFFIXES or path.exists() or not path.name:
@@ -175,7 +180,7 @@ def open_workspace(
     )
     work.check(target, target is None or args.force, *sources)
     check_work_folder(folder)
-    if target is not None and target.absolute().is_relative_to(folder.absolute()):
+    if target is not None and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{target} would lie in the work folder {folder}; choose another place for one of them")
     folder.mkdir(parents=True, exist_ok=True)
     try:

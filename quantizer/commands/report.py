@@ -32,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--vae", type=options.vae, help="the model's VAE, read by ComfyUI; without it latents have false colours"
     )
+    parser.set_defaults(interrupted="give the same command again to go on")
     parser.add_argument("--pictures", type=count, default=4, help="to show (default: %(default)s)")
     parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
 

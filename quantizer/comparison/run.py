@@ -4,7 +4,6 @@ One model is in memory at a time, and one picture. What is painted and measured 
 was stopped.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -123,7 +122,7 @@ def _identities(inputs: Inputs) -> dict[str, str]:
     encoders = [of(path) for path in (*([inputs.conditioning] if inputs.conditioning else ()), *inputs.text_encoders)]
     return {
         "original": fingerprint(inputs.original),
-        "ternary": digest(str(inputs.ternary.file.size).encode(), json.dumps(inputs.ternary.metadata).encode()),
+        "ternary": inputs.ternary.fingerprint,
         "vae": of(inputs.vae),
         "conditioning": digest(*(encoder.encode() for encoder in encoders)),
     }

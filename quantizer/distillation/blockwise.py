@@ -7,7 +7,7 @@ of a model far larger than the device can be trained. The idea is that of BRECQ 
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +61,12 @@ class BlockResult:
     name: str
     before: float
     after: float
+
+
+def block_run(start: TernaryFile, pool: Pool, settings: BlockSettings) -> dict:
+    """What tells one block-wise pass from another, as JSON takes it (`work_folder.keep_settings`)."""
+    said = asdict(settings) | {"stream": str(settings.stream)}
+    return said | {"start": start.fingerprint, "pool": pool.fingerprint}
 
 
 def train_blocks(

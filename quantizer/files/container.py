@@ -16,8 +16,9 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -221,6 +222,15 @@ class MappedFile:
     entries: Mapping[str, Entry]
     status: tuple[int, ...]  # changes when the file is written to or replaced
 
+    @cached_property
+    def ends(self) -> Mapping[str, Sequence[str]]:
+        """What precedes the last full stop of a key -> what follows it, in all keys."""
+        ends: dict[str, list[str]] = {}
+        for key in self.entries:
+            start, _, end = key.rpartition(".")
+            ends.setdefault(start, []).append(end)
+        return ends
+
     def _open_map(self, path: str | os.PathLike) -> None:
         with open(path, "rb") as file:
             self.status = _status(os.fstat(file.fileno()))
@@ -360,6 +370,10 @@ def create(
         position = offsets[key].stop
     unknown = Checksums(0, dict.fromkeys(offsets, 0)).text
     header = _header_bytes(offsets, _in_utf8(metadata) | {_CHECKSUMS: unknown}, header_room)
+    if len(header) > _MAX_HEADER:
+        largest = max(metadata, key=lambda key: len(metadata[key]))
+        problem = f"the header would have {len(header):,} bytes, and {_MAX_HEADER:,} are read"
+        raise ValueError(f"{path}: {problem}; most are metadata, of which {largest!r:.80} is the largest")
     data_start = len(header)
     entries = {key: Entry(e.dtype, e.shape, e.start + data_start, e.stop + data_start) for key, e in offsets.items()}
     with atomic_file(path, data_start + position, overwrite) as file:
@@ -401,6 +415,7 @@ def _header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], hea
         key: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.start, entry.stop)}
         for key, entry in entries.items()
     }
-    text = json.dumps({"__metadata__": dict(metadata), **tensors}, separators=(",", ":")).encode() + b" " * header_room
+    whole = {"__metadata__": dict(metadata), **tensors}
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode() + b" " * header_room
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text

@@ -67,6 +67,9 @@ def identify(source: Source | TensorFile | str | os.PathLike) -> Identity:
         source = open_source(source)
     prefix = find_prefix(source.entries)
     if prefix is not None and _is_ternary(source, prefix):
+        if len(source.files) > 1:
+            what = f"this is a ternary FLUX in {len(source.files)} parts, and ternary files are read from one"
+            return Identity("ternary", what, "Get it as one file, or put the parts' tensors and metadata into one")
         dense = command("export", source.path, "-dense")
         return Identity(
             "ternary", "this is a ternary FLUX", f"Load it with the node Load Ternary FLUX; as dense: {dense}"
@@ -228,6 +231,19 @@ _FORMATS = (
         "Load it with the nodes of OrbitQuant",
     ),
     ("optimum-quanto's format", (".weight._data", ".weight._scale"), "Load it with optimum-quanto"),
+    (
+        "diffusers' names with fused projections",
+        (".to_qkv.weight", ".to_added_qkv.weight"),
+        "Save it with unfused ones (unfuse_qkv_projections)",
+    ),
+    (
+        "a training tool's form, with an adapter that is not merged (PEFT)",
+        (".base_layer.weight",),
+        "Merge the adapter (merge_and_unload) and save it again",
+    ),
+    ("torchao's format", (".weight._weight_qdata", "._weight_qdata"), "Load it with diffusers and torchao"),
+    ("flux-fp8-api's format", (".float8_data",), "Load it with flux-fp8-api"),
+    ("SDNQ's format", (".zero_point", ".svd_up"), "Load it with diffusers and sdnq"),
     ("gemlite's or HQQ's packing", (".W_q",), _IMPORT),
     ("MLX's packing", (".biases",), _IMPORT),
     ("GPTQ's or AWQ's format", (".qweight", ".qzeros"), "Load it with the library that made it"),

@@ -19,7 +19,9 @@ to decode. Files of the mixed profile have some Linears in ComfyUI's own 8-bit f
 """
 
 import contextlib
+import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,13 +34,16 @@ from ...ops import TernaryWeight
 from ...ops.packing import pack_base3
 from ..threads import single_threaded_pool
 from .architecture import Architecture, canonical, detect
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, digest
 from .checks import check_dense, check_int8, check_values, is_int8
-from .container import FormatError, TensorFile, TensorWriter, create
+from .container import FormatError, TensorFile, TensorWriter, checksums_of, create
 from .identity import find_prefix, identify
 from .layer import PARTS, SUFFIXES, Get, LayerPlan, chunks, read_plan, read_weight, stored
 from .sources.encodings import check_finite
 from .sources.source import Source, open_source
+
+_LOOKED_AT = 8  # Linears by which a file is compared with its original
+_UNLIKE = 1.0  # relative error of weights; those of another model have about 1.3, ternary ones of their own 0.4 to 0.6
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,20 @@ class TernaryFile:
         return self.file.header.metadata
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Tells files apart without reading all of them: metadata, layers, and checksums or what the middle of every
+        tensor holds.
+        """
+        said = {key: value for key, value in self.metadata.items() if key != "modelspec.date"}
+        checksums = checksums_of(self.file.header)
+        if checksums is not None:
+            held: object = checksums.tensors
+        else:
+            middles = {key: self.file.bytes(key) for key in self.file.entries}
+            held = {key: zlib.crc32(data[len(data) // 2 :][:4096].tobytes()) for key, data in middles.items()}
+        return digest(json.dumps([said, held], sort_keys=True).encode())
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The logical shape of every parameter, as a dense checkpoint would have it."""
         shapes = {name: self.file.entries[key].shape for name, key in self.dense.items()}
@@ -191,13 +210,29 @@ class TernaryFile:
 
 
 def check_original(file: "TernaryFile", original: Checkpoint) -> None:
-    """Raise ValueError where a ternary file has another shape than the checkpoint that it should be made from."""
+    """Raise ValueError where a ternary file cannot be made from this checkpoint: of another shape, or, unless it was
+    made elsewhere and trained there, without likeness in the middle rows of some Linears.
+    """
     ours, theirs = file.architecture, original.architecture
     if ours != theirs:
         raise ValueError(
             f"{file.path} is {ours.name} of {ours.hidden} channels and {ours.depth} + {ours.depth_single} blocks, and "
             f"{original.path} {theirs.name} of {theirs.hidden} channels and {theirs.depth} + {theirs.depth_single}: "
             "give the checkpoint that it was made from"
+        )
+    if file.metadata.get("ternary.method") in (None, "import"):
+        return
+    names = list(file.layers)
+    wrong = power = 0.0
+    for name in names[:: max(1, len(names) // _LOOKED_AT)]:
+        middle = file.layers[name].shape[0] // 2
+        row = original.rows(f"{name}.weight", middle, middle + 1).float()
+        wrong += float((file.weight(name).rows(middle, middle + 1).dequantize() - row).square().sum())
+        power += float(row.square().sum())
+    if wrong > _UNLIKE**2 * power:
+        raise ValueError(
+            f"{file.path} was not made from {original.path}, but from a model with other weights "
+            f"({file.metadata.get('ternary.source', 'unknown'):.80}): give that one"
         )
 
 

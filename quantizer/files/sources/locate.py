@@ -18,6 +18,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PART = re.compile(r"(?P<start>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\..+)")
 _INDEX = re.compile(r".+\.safetensors\.index(\..+)?\.json")
 _MOST_JSON = 1 << 24
+_WHOLE = "download the folder transformer too, or give one of FLUX.1 or FLUX.2"
 _TRANSFORMERS = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
 
 
@@ -59,10 +60,12 @@ def _in_folder(folder: Path) -> Location:
         raise FormatError(
             folder, f"{problem}. If it is ternary, this imports it: {command('import', folder, '-1.58bit')}"
         )
-    if (folder / "model_index.json").is_file():
+    own = [each for each in visible(folder) if each.suffix.lower() in SUFFIXES]
+    if (folder / "model_index.json").is_file() and len(own) != 1:
         model = _json(folder / "model_index.json").get("_class_name")
-        problem = f"this is a diffusers pipeline ({model}) without a folder transformer"
-        raise FormatError(folder, f"{problem}; give one of FLUX.1 or FLUX.2")
+        problem = f"this is a diffusers pipeline ({str(model):.80}) without a folder transformer"
+        listed = _listed(sorted(each.name for each in own))
+        raise FormatError(folder, f"{problem}; " + (f"give one of the files in it: {listed}" if own else _WHOLE))
     if snapshot := hub_snapshot(folder):
         return Location(folder, _in_folder(snapshot).files, name)
     if (folder / "config.json").is_file():
@@ -71,10 +74,10 @@ def _in_folder(folder: Path) -> Location:
             problem = f"these are the weights of {model:.80}; the transformer of FLUX.1 or FLUX.2 is needed"
             raise FormatError(folder, f"{problem}: give its folder")
     indices = sorted((each for each in visible(folder) if _INDEX.fullmatch(each.name)), key=_plain_first)
-    if indices:
-        return Location(folder, _of_index(indices[0]), name)
     files = sorted((each for each in visible(folder) if each.suffix.lower() in SUFFIXES), key=_plain_first)
     whole = [each for each in files if each.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+    if indices and not (whole and _missing(indices[0])):  # an index may be left of what was downloaded before
+        return Location(folder, _of_index(indices[0]), name)
     sets = {part["start"] + part["end"]: each for each in files if (part := _PART.fullmatch(each.name))}
     if whole or len(files) == 1:
         return Location(folder, ((whole or files)[0],), name)
@@ -114,6 +117,14 @@ def visible(folder: Path) -> Iterator[Path]:
 def _plain_first(path: Path) -> tuple[int, str]:
     """Weights without a variant's name (such as bf16) before others."""
     return path.name.partition(".safetensors")[0].count("."), path.name
+
+
+def _missing(index: Path) -> bool:
+    try:
+        _of_index(index)
+    except FormatError:
+        return True
+    return False
 
 
 def _of_index(index: Path, asked: Path | None = None) -> tuple[Path, ...]:
@@ -156,7 +167,7 @@ def _json(path: Path) -> dict:
     if path.stat().st_size > _MOST_JSON:
         raise FormatError(path, f"JSON of {path.stat().st_size:,} bytes is not read; download it again")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise FormatError(path, f"this is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
