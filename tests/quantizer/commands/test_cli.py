@@ -123,6 +123,25 @@ def test_numbers_out_of_bounds(capsys, option, value, wanted):
     assert f"argument {option}: {value} is not {wanted}" in capsys.readouterr().err
 
 
+def test_outputs_that_are_no_files(source, tmp_path, capsys):
+    for output in (f"{tmp_path}/new/", ""):
+        with pytest.raises(SystemExit):
+            run(["round", str(source), "-o", output])
+        assert "give the name of a file to write" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(["inspect", ""])
+    assert "the name is empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_package_is_one_line(monkeypatch, tmp_path, capsys):
+    broken = Mock(side_effect=ImportError("libcudnn.so.9: cannot open shared object file"))
+    monkeypatch.setattr("ternary_flux.quantizer.files.summary.summarize", broken)
+    assert run(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "a package cannot be imported (libcudnn.so.9" in said and "doctor says more" in said
+
+
 def test_what_is_for_the_plan_alone(capsys):
     assert run(["convert", "in", "-o", "out", "--conditioning", "cond", "--device-memory", "24GB"]) == 2
     assert "--device-memory and --tflops describe another GPU to --plan" in capsys.readouterr().err

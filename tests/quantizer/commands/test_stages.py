@@ -3,12 +3,17 @@
 import json
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from ternary_flux.quantizer import cli, console
 from ternary_flux.quantizer.calibration.sensitivity import write_mixed
+from ternary_flux.quantizer.distillation.blockwise import BlockSettings, block_run
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
-from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.files.ternary import check_original, open_ternary
+from ternary_flux.quantizer.files.work_folder import keep_settings
+from ternary_flux.quantizer.pipeline.distill_file import distill_file
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests import builders
@@ -177,6 +182,57 @@ def test_dead_parts_of_a_model_are_converted(folder, tmp_path, capsys):
     file = open_ternary(output)
     assert all(file.weight(name).dequantize().isfinite().all() for name in file.layers)
     assert "velocity error nan" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_blocks_of_another_run_are_not_taken(folder, tmp_path, capsys):
+    """Finished blocks are kept for the run that trained them; another start or other settings are another run."""
+    more = ("--block-steps", 2, "--codes", "--work", tmp_path / "work")
+    assert distill(folder, "blocks.safetensors", *more) == 0
+    assert not list((tmp_path / "work").glob("blocks*"))
+    work = Workspace(folder / "dense.safetensors", folder / "cond.safetensors", tmp_path / "other", ((64, 64),))
+    settings = BlockSettings(2, batch=4, rank=2)
+    start, pool = open_ternary(folder / "calibrated.safetensors"), SimpleNamespace(fingerprint="states")
+    (tmp_path / "other" / "blocks").mkdir(parents=True)
+    (tmp_path / "other" / "blocks.safetensors").write_bytes((folder / "blocks.safetensors").read_bytes())
+    keep_settings(tmp_path / "other" / "blocks", block_run(start, pool, settings))
+    for changed in (replace(settings, steps=60), replace(settings, rates={"scale": 1.0})):
+        with pytest.raises(ValueError, match="holds the work of another run: its"):
+            distill_file(
+                work,
+                folder / "calibrated.safetensors",
+                tmp_path / "out.safetensors",
+                pool=pool,
+                held_out=None,
+                settings=None,
+                rank=2,
+                block_settings=changed,
+            )
+    other = tmp_path / "rounded.safetensors"
+    round_checkpoint(folder / "dense.safetensors", other)
+    assert block_run(open_ternary(other), pool, settings) != block_run(start, pool, settings)
+
+
+def test_an_original_of_the_same_shape_but_another_model_is_refused(folder, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(7)
+    state = {name: torch.randn(t.shape, generator=generator).bfloat16() for name, t in synthetic.tensors().items()}
+    synthetic.save_file(state, tmp_path / "other.safetensors")
+    rounded = tmp_path / "rounded.safetensors"
+    round_checkpoint(folder / "dense.safetensors", rounded)
+    for file in (rounded, folder / "calibrated.safetensors"):
+        check_original(open_ternary(file), open_checkpoint(folder / "dense.safetensors"))
+        with pytest.raises(ValueError, match="was not made from .*other.safetensors.*dense.safetensors"):
+            check_original(open_ternary(file), open_checkpoint(tmp_path / "other.safetensors"))
+
+
+@pytest.mark.slow
+def test_nothing_to_gain_is_said_and_not_written(folder, tmp_path, capsys):
+    rounded, output = folder / "for-mixed.safetensors", folder / "nothing.safetensors"
+    round_checkpoint(folder / "dense.safetensors", rounded)
+    more = ("--teacher", folder / "dense.safetensors", "--growth", 1e-6, "--pictures", 1, "--precisions", "int8")
+    assert run("mixed", rounded, "-o", output, *more) == 2
+    assert "no Linear gains within --growth 1e-06" in capsys.readouterr().err
+    assert not output.exists()
 
 
 @pytest.mark.slow

@@ -86,6 +86,19 @@ def test_metadata_of_bytes_that_are_no_text(tmp_path):
     assert verify(tmp_path / "x") == []
 
 
+def test_headers_that_would_not_be_read_are_not_written(tmp_path):
+    with (
+        pytest.raises(ValueError, match="x: the header would have .*of which 'thumbnail' is the largest"),
+        create(tmp_path / "x", {}, {"thumbnail": "a" * (1 << 24), "title": "b"}),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+    prompts = "图" * 2_000_000  # three bytes each, as UTF-8 has it
+    with create(tmp_path / "x", {}, {"prompts": prompts}):
+        pass
+    assert TensorFile(tmp_path / "x").metadata["prompts"] == prompts and verify(tmp_path / "x") == []
+
+
 def test_a_tensor_in_pieces(tmp_path):
     with create(tmp_path / "x", {"a": (torch.uint8, (4,))}, {}) as writer:
         writer.write_bytes("a", b"cd", 2)  # waits for those before it, as the halves that diffusers swaps

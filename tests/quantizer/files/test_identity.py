@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from ternary_flux.quantizer import cli
 from ternary_flux.quantizer.files.advice import model_name, quoted
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
@@ -155,6 +155,34 @@ KINDS = {
         flux(packed({"comfy_quant": foreign.json_tensor({"format": "nvfp4"}), "weight_scale": ONE})),
         "quantized",
         "a FLUX in NVFP4",
+        "Give the original",
+    ),
+    "fused diffusers": (
+        {"transformer_blocks.0.attn.to_qkv.weight": ONE, "single_transformer_blocks.0.attn.to_qkv.weight": ONE.clone()},
+        "quantized",
+        "a FLUX in diffusers' names with fused projections",
+        "unfuse_qkv_projections",
+    ),
+    "PEFT": (
+        {
+            "double_blocks.0.img_attn.qkv.base_layer.weight": ONE,
+            "double_blocks.0.img_attn.qkv.lora_A.weight": ONE.clone(),
+        },
+        "quantized",
+        "an adapter that is not merged",
+        "Merge the adapter",
+    ),
+    "torchao": (flux(lambda weight: {f"{LINEAR}._weight_qdata": weight}), "quantized", "torchao's format", "torchao"),
+    "SDNQ": (
+        flux(
+            lambda weight: {
+                f"{LINEAR}.weight": weight.byte(),
+                f"{LINEAR}.scale": ONE,
+                f"{LINEAR}.zero_point": ONE.clone(),
+            }
+        ),
+        "quantized",
+        "a FLUX",
         "Give the original",
     ),
     "NVFP4 without": (
@@ -524,6 +552,9 @@ STRAY = {
     "F32 with weight_scale beside it": ("weight_scale", torch.float32),
     "F32 with weight_scale_inv beside it": ("weight_scale_inv", torch.float32),
     "F8_E4M3 with weight_scale_inv beside it": ("weight_scale_inv", torch.float8_e4m3fn),
+    "F8_E4M3 with scale beside it": ("scale", torch.float8_e4m3fn),
+    "F32 with pre_quant_scale beside it": ("pre_quant_scale", torch.float32),
+    "F32 with zero_points beside it": ("zero_points", torch.float32),
 }
 
 
@@ -536,6 +567,17 @@ def test_scales_that_would_be_left_out_are_refused(tmp_path, what):
     save_file(state, tmp_path / "flux.safetensors")
     found = identify(tmp_path / "flux.safetensors")
     assert found.kind == "quantized" and what in found.what and layer in found.what
+
+
+def test_a_ternary_model_in_parts_is_called_that(tmp_path, capsys):
+    """No command that is offered for whole files would read it."""
+    round_checkpoint(synthetic.write(tmp_path / "dense.safetensors"), tmp_path / "whole.safetensors")
+    foreign.shards(load_file(tmp_path / "whole.safetensors"), tmp_path / "parts", 2, stem="model")
+    for command in ("export", "round", "pack"):
+        more = ["--packing", "base3"] if command == "pack" else []
+        assert cli.run([command, str(tmp_path / "parts"), "-o", str(tmp_path / "out.safetensors"), *more]) == 2
+        said = capsys.readouterr().err
+        assert "this is a ternary FLUX in 2 parts" in said and "python -m quantizer" not in said
 
 
 def test_a_parameter_under_two_names_is_refused(tmp_path):

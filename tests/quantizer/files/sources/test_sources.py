@@ -248,6 +248,34 @@ def test_what_macos_lays_beside_files_is_not_read(tmp_path):
     assert open_checkpoint(tmp_path / "one").files == (one,)
 
 
+def test_a_single_file_in_the_folder_of_a_pipeline(tmp_path):
+    """As Black Forest Labs' repositories are without their folder transformer."""
+    one = synthetic.write(tmp_path / "flux1-dev.safetensors")
+    (tmp_path / "model_index.json").write_text("\ufeff" + json.dumps({"_class_name": "FluxPipeline"}), "utf-8")
+    assert open_checkpoint(tmp_path).files == (one,)
+    save_file({"decoder.conv_in.weight": torch.zeros(2)}, tmp_path / "ae.safetensors")
+    refused(tmp_path, r"give one of the files in it: ae.safetensors, flux1-dev.safetensors")
+
+
+def test_a_whole_file_beside_an_index_of_parts_that_are_gone(tmp_path):
+    foreign.shards(foreign.diffusers(synthetic.tensors()), tmp_path)
+    for part in tmp_path.glob("*-of-*.safetensors"):
+        part.unlink()
+    refused(tmp_path, "missing in")
+    save_file(foreign.diffusers(synthetic.tensors()), tmp_path / "diffusion_pytorch_model.safetensors")
+    assert set(open_checkpoint(tmp_path).names) == synthetic.FLUX1.shapes.keys()
+
+
+def test_names_that_wrappers_of_torch_leave(tmp_path):
+    state = synthetic.tensors()
+    wrapped = {name.replace("_blocks.0.", "_blocks.0._orig_mod."): tensor for name, tensor in state.items()}
+    wrapped = {name.replace(".img_mlp.", "._fsdp_wrapped_module.img_mlp."): tensor for name, tensor in wrapped.items()}
+    save_file(wrapped, tmp_path / "wrapped.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "wrapped.safetensors")
+    assert wrapped.keys() != state.keys() == set(checkpoint.names)
+    assert all(torch.equal(checkpoint.tensor(name).bfloat16(), tensor) for name, tensor in state.items())
+
+
 def test_a_variant_with_its_own_index(tmp_path):
     state = synthetic.tensors()
     foreign.shards(foreign.diffusers(state), tmp_path, stem="diffusion_pytorch_model.bf16")
