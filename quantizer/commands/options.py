@@ -22,12 +22,12 @@ _OTHER_FORMATS = (".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pkl", ".gguf", ".onn
 
 def count(text: str) -> int:
     """A whole number from 1."""
-    return number(text, int, 1, "a whole number from 1 (to ten millions)", 10_000_000)
+    return number(text, int, 1, "a whole number from 1 (a million at most)", 1_000_000)
 
 
 def natural(text: str) -> int:
     """A whole number from 0."""
-    return number(text, int, 0, "a whole number from 0 (to ten millions)", 10_000_000)
+    return number(text, int, 0, "a whole number from 0 (a million at most)", 1_000_000)
 
 
 def positive(text: str) -> float:
