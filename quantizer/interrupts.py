@@ -60,6 +60,18 @@ def terminable():
     return _handled(_ENDING, terminate)
 
 
+def end_with_stdin() -> None:
+    """Act as on SIGTERM when stdin ends: a pipe that another program keeps open until it ends itself, however it does."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def _holding() -> Iterator[list[int]]:
     """Collects the signals that come, of which a second one acts at once."""

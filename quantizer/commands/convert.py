@@ -53,6 +53,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="bars",
         help="json: an object in each line of stdout, for programs (default: %(default)s)",
     )
+    parser.add_argument(
+        "--end-with-stdin",
+        action="store_true",
+        help="stop as on Ctrl-C when stdin ends: for programs that keep it open, so that this ends when they do",
+    )
     parser.set_defaults(interrupted="give the same command again to go on", shared=True)
 
 
@@ -102,8 +107,11 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         return show_plan(args)
     from ..console import Bars, Events
+    from ..interrupts import end_with_stdin
     from ..pipeline.convert import Amounts, Run, expectation
 
+    if args.end_with_stdin:
+        end_with_stdin()
     target = options.choose_output(args, args.source)
     report = Events() if args.progress == "json" else Bars()
     with report, options.open_workspace(args, args.source, target, on_progress=report.show) as work:
