@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Callable
 
 import folder_paths
 
@@ -41,6 +42,48 @@ def stamp(path: str | os.PathLike) -> tuple[int, int, int]:
     """What changes with a file: its number on the disk, size and time."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class Watch:
+    """Files that nodes read or wrote, and how many changes of them were found.
+
+    Whether a node runs again is asked before the values of its links are known: every file stands for one whose name is
+    such a value.
+    """
+
+    def __init__(self):
+        self._stamps: dict[str, tuple[int, int, int] | None] = {}  # None: it is gone
+        self._changes = 0
+
+    def add(self, path: str | os.PathLike) -> None:
+        self._look(str(path))
+
+    def changes(self) -> int:
+        """How often a file was found deleted or with other content, until now."""
+        for path in self._stamps:
+            self._look(path)
+        return self._changes
+
+    def _look(self, path: str) -> None:
+        try:
+            now = stamp(path)
+        except OSError:
+            now = None
+        self._changes += self._stamps.get(path) not in (None, now)
+        self._stamps[path] = now
+
+
+READ = Watch()
+
+
+def state(name: str | None, find: Callable[[str], str | os.PathLike] = find):
+    """What changes with the file of this name; None is a name that comes from another node."""
+    if name is None:
+        return READ.changes()
+    try:
+        return stamp(find(name))
+    except (OSError, ValueError):
+        return "missing"
 
 
 def _offered(name: str) -> bool:

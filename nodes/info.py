@@ -57,33 +57,37 @@ def of_file(name: str) -> tuple[list[str], dict[str, float]]:
     """Lines about a file, and the errors that it states. Raises ValueError by the name that people know."""
     try:
         path = files.find(str(name))
+        files.READ.add(path)
         opened = check(path)
         first, *lines = summarize(path)
     except (OSError, ValueError) as error:
         raise ValueError(explain(error, name)) from None
-    return [first.replace(path, name), *(line.strip() for line in lines), stage(opened)], stated_errors(opened)
+    lines = [first.replace(path, name), *(line.strip() for line in lines), stage(opened.metadata)]
+    return lines, stated_errors(opened.metadata)
 
 
 def of_model(model) -> tuple[list[str], dict[str, float]]:
-    """Lines about a MODEL, and the errors that its file states. Raises ValueError where it is not ternary."""
+    """Lines about a MODEL as it was loaded, and the errors that its file stated. Raises ValueError if it is dense."""
     modules = [module for module in model.model.modules() if is_quantized(module)]
     ternary = [module.weight for module in modules if layout.is_ternary(module.weight)]
     if not isinstance(model, SavesWeights) or not ternary:
         raise ValueError("this MODEL is not ternary: it does not come from Load Ternary FLUX")
     origin = model.origin()
-    opened = check(str(origin.path)) if origin and origin.path.is_file() else None
     bits = sum(tensor.nbytes for weight in ternary for tensor in weight.state_dict("").values()) * 8
     weights = sum(weight.shape[0] * weight.shape[1] for weight in ternary)
     params = ternary[0]._params
     choice = layout.choice_for(model.load_device, params.activations, params.backend)
     patched = len(model.quantized_linears().keys() & model.patches.keys())
     lines = [
-        "ternary FLUX model" if opened is None else f"{origin.path.name}: {opened.architecture.name}",
+        "ternary FLUX model" if origin is None else f"{origin.path.name}: {origin.architecture}",
         f"{len(ternary)} ternary layers, {weights / 1e6:,.1f} M weights, {bits / weights:.2f} bits per weight",
         f"{len(modules) - len(ternary)} layers in 8 bits, {patched} layers with patches such as LoRAs",
         f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
         f"on {model.load_device}, offloaded to {model.offload_device}",
     ]
-    if opened is not None:
-        lines.append(stage(opened))
-    return lines, {} if opened is None else stated_errors(opened)
+    if origin is None:
+        return lines, {}
+    lines.append(stage(origin.metadata))
+    if origin.changed():
+        lines.append(f"{origin.path.name} has changed or gone since it was loaded: this is the model that was loaded")
+    return lines, stated_errors(origin.metadata)

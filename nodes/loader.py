@@ -1,5 +1,6 @@
 """The node "Load Ternary FLUX", and the loading behind it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -106,11 +107,7 @@ class LoadTernaryFlux(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, **settings) -> str:
         """A file that was converted again is loaded again."""
-        try:
-            state = origin.changes() if file is None else files.stamp(files.find(file))
-        except OSError:
-            state = "missing"
-        return f"{file} {state} {settings}"
+        return f"{file} {files.state(file)} {settings}"
 
     @classmethod
     def execute(cls, file: str, activations: str, backend: str = "auto") -> io.NodeOutput:
@@ -163,6 +160,7 @@ def load_file(file: TernaryFile, activations: str = "auto", backend: str = "auto
         comfy.throw_exception_if_processing_interrupted()
         bar.update(1)
 
+    files.READ.add(path)
     file.file.give_back()  # what checking it has mapped
     # ComfyUI's own reader: dynamic VRAM streams the weights of its tensors from the file.
     state_dict, metadata = comfy.load_torch_file(path, return_metadata=True)
@@ -203,7 +201,7 @@ def status(file: TernaryFile, device: torch.device, activations: str, backend: s
             Path(file.path).name,
             f"{file.architecture.name}, {len(layers)} ternary layers{terms}{others}",
             f"{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight, {size.ratio:.1f}x smaller than bf16",
-            stage(file),
+            stage(file.metadata),
             f"{choice.activations} activations{but}, backend {choice.backend.NAME} ({choice.reason})",
         ]
     )
@@ -224,13 +222,13 @@ def scale_errors(model) -> list[str]:
     return lines
 
 
-def stage(file: TernaryFile) -> str:
-    """How far the conversion of a file went, and the error that it states."""
-    method = file.metadata.get("ternary.method")
+def stage(metadata: Mapping[str, str]) -> str:
+    """How far the conversion of a file went, and the error that its metadata states."""
+    method = metadata.get("ternary.method")
     name = STAGES.get(method, "the file does not say how it was made" if method is None else method)
-    distilled = stated(file.metadata, "ternary.settings").get("distill")
+    distilled = stated(metadata, "ternary.settings").get("distill")
     velocity = distilled.get("velocity_error") if isinstance(distilled, dict) else None
     if isinstance(velocity, int | float):
         return f"{name}, velocity error {velocity:.3g}"
-    errors = stated_errors(file)
+    errors = stated_errors(metadata)
     return f"{name}, weight error {sum(errors.values()) / len(errors):.2f}" if errors else name

@@ -11,8 +11,6 @@ from ..quantizer.files.identity import find_prefix
 from ..quantizer.files.ternary import TernaryFile
 from .files import stamp
 
-_changed: set[tuple] = set()
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -23,6 +21,7 @@ class Origin:
 
     path: Path
     stamp: tuple[int, int, int]
+    architecture: str
     metadata: dict[str, str]
     dtypes: dict[str, torch.dtype] = field(repr=False)  # of the dense parameters, by BFL name
     mapped: bool
@@ -30,17 +29,24 @@ class Origin:
     @classmethod
     def of(cls, file: TernaryFile, mapped: bool) -> "Origin":
         dtypes = {name: DTYPES[file.file.entries[key].dtype] for name, key in file.dense.items()}
-        return cls(file.path, stamp(file.path), dict(file.metadata), dtypes, mapped)
+        return cls(file.path, stamp(file.path), file.architecture.name, dict(file.metadata), dtypes, mapped)
 
     def dtype(self, name: str) -> torch.dtype | None:
         """A dense parameter's dtype in the file, by the name it has in ComfyUI's model."""
         return self.dtypes.get(canonical(name))
 
+    def changed(self) -> bool:
+        """Whether the file is gone or another since the model was loaded."""
+        try:
+            return stamp(self.path) != self.stamp
+        except OSError:
+            return True
+
     def scale(self, name: str) -> torch.Tensor | None:
         """A copy of a ternary Linear's scales as they are in the file; None where that is gone or another."""
+        if self.changed():
+            return None
         try:
-            if stamp(self.path) != self.stamp:
-                return None
             file = TensorFile(self.path)
         except (OSError, ValueError):
             return None
@@ -55,13 +61,7 @@ class Origin:
             return
         now = stamp(self.path)
         if now != self.stamp and now[0] == self.stamp[0]:
-            _changed.add(now)
             raise RuntimeError(
                 f"{self.path.name} was written over while its model was in use. Run again to load the new file; "
                 "to replace a file, write the new one under another name and rename it"
             )
-
-
-def changes() -> int:
-    """How many files were found changed: a workflow whose file name comes from another node is loaded again then."""
-    return len(_changed)

@@ -26,6 +26,7 @@ from .loader import explain
 comfy = core()
 
 FOLDER = "diffusion_models"
+_made = files.Watch()
 
 
 class QuantizeFlux(io.ComfyNode):
@@ -158,13 +159,10 @@ class QuantizeFlux(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str | None = None, name: str | None = None, **_) -> str:
-        """Runs again where the file was replaced, or what was made of it is gone."""
-        try:
-            state = None if file is None else files.stamp(files.find(file))
-        except OSError:
-            state = "missing"
-        return f"{state} {name is not None and _target(name).exists()}"
+    def fingerprint_inputs(cls, file: str | None = None, conditioning_file: str | None = "", **_) -> str:
+        """Runs again where a file was replaced, or what was made of it is gone."""
+        conditioning = conditioning_file == "" or files.state(conditioning_file, _in_input_folder)
+        return f"{files.state(file)} {conditioning} {_made.changes()}"
 
     @classmethod
     def execute(
@@ -225,6 +223,7 @@ def _done(target: Path, request: str, work: Path, show: Display) -> io.NodeOutpu
 
 def _result(target: Path, lines: Sequence[str]) -> io.NodeOutput:
     report = "\n".join(lines)
+    _made.add(target)
     return io.NodeOutput(target.name, report, ui=ui.PreviewText(report))
 
 
@@ -244,6 +243,7 @@ def _dense(name: str) -> Path:
     """The path of a dense FLUX file. Raises ValueError by the name that people know."""
     try:
         path = Path(files.find(str(name)))
+        files.READ.add(path)
         identity = identify(path)
     except (OSError, ValueError) as error:
         raise ValueError(explain(error, name)) from None
@@ -307,6 +307,7 @@ def _in_input_folder(name: str) -> Path:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder) or not path.is_file():
         raise ValueError(f"{name} is not in ComfyUI's input folder: put the file that `embed` wrote there")
+    files.READ.add(path)
     return path
 
 

@@ -1,5 +1,6 @@
 """The node "Save Ternary FLUX"."""
 
+from collections import defaultdict
 from pathlib import Path
 
 import folder_paths
@@ -9,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..quantizer.files.layer import LayerPlan
 from ..quantizer.files.summary import in_bytes, sizes
 from ..quantizer.files.ternary import create_ternary, open_ternary
-from . import lora
+from . import files, lora
 from .compat import accepted, core
 from .layout import is_ternary
 from .linear import take_weight
@@ -23,6 +24,7 @@ PACKINGS = {
     "base3": "1.6 bits a weight, for sharing.",
 }
 FOLDER = "diffusion_models"
+_saved: defaultdict[str, files.Watch] = defaultdict(files.Watch)  # by prefix
 
 
 class SaveTernaryFlux(io.ComfyNode):
@@ -59,6 +61,12 @@ class SaveTernaryFlux(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, filename_prefix: str | None = None, **_) -> int:
+        """Runs again where a file that was saved is gone; a prefix that comes from another node is any."""
+        prefixes = list(_saved) if filename_prefix is None else [filename_prefix]
+        return sum(_saved[prefix].changes() for prefix in prefixes)
+
+    @classmethod
     def execute(cls, model, filename_prefix: str, packing: str = "as loaded") -> io.NodeOutput:
         check(model)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
@@ -70,6 +78,7 @@ class SaveTernaryFlux(io.ComfyNode):
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
         shown = (inside / path.name).relative_to(FOLDER).as_posix()
         write(model, path, None if packing == "as loaded" else packing)
+        _saved[filename_prefix].add(path)
         size = sizes(open_ternary(path, check_codes=False))
         text = f"{shown}\n{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight"
         return io.NodeOutput(shown, ui=ui.PreviewText(text))

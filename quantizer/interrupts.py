@@ -61,7 +61,7 @@ def terminable():
 
 
 def end_with_stdin() -> None:
-    """Act as on SIGTERM when stdin ends: a pipe that another program keeps open until it ends itself, however it does."""
+    """Act as on SIGTERM when stdin ends: a pipe that another program keeps open until it ends, however it does."""
 
     def watch() -> None:
         with contextlib.suppress(OSError):

@@ -144,7 +144,7 @@ def write_mixed(
     plans = {name: plan for name, plan in file.layers.items() if precisions.get(name) != "int8"}
     if not plans:
         raise ValueError("no Linear would stay ternary; choose fewer, or use a plain int8 checkpoint")
-    weights, errors = {}, stated_errors(file)
+    weights, errors = {}, stated_errors(file.metadata)
     for name in (name for name, precision in precisions.items() if precision == "two-terms"):
         weights[name], errors[name] = two_terms(teacher.tensor(f"{name}.weight"))
         plans[name] = LayerPlan.of(weights[name], file.layers[name].packing)

@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .architecture import Architecture
@@ -122,7 +122,7 @@ def _ternary(file: TernaryFile, layers: bool) -> Iterator[str]:
         count = size.int8_weights / 1e6
         yield _row("8 bits", f"{len(file.int8)} of these are Linears in {INT8}, {count:,.1f} M weights")
     yield _row("size", f"{in_bytes(size.bytes)}, in bf16 {in_bytes(size.bf16_bytes)}: {size.ratio:.2f} times smaller")
-    errors = stated_errors(file)
+    errors = stated_errors(file.metadata)
     if errors:
         worst = max(errors, key=errors.get)
         mean = sum(errors.values()) / len(errors)
@@ -148,10 +148,10 @@ def _layer(name: str, plan: LayerPlan, error: float | None) -> str:
     return f"  {name:<40} {n:>6} x {k:<6} {plan.nbytes * 8 / (n * k):.3f} bits{terms}{columns}{shown}"
 
 
-def stated_errors(file: TernaryFile) -> dict[str, float]:
-    """Relative error of each layer's weight, as the metadata has it; {} where it says nothing."""
+def stated_errors(metadata: Mapping[str, str]) -> dict[str, float]:
+    """Relative error of each layer's weight, as a file's metadata has it; {} where it says nothing."""
     try:
-        return {name: float(error) for name, error in stated(file.metadata, "ternary.weight_errors").items()}
+        return {name: float(error) for name, error in stated(metadata, "ternary.weight_errors").items()}
     except (ValueError, TypeError, OverflowError):
         return {}
 

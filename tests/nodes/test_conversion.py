@@ -31,21 +31,14 @@ def folder(tmp_path):
 
 
 def wait_for(process: subprocess.Popen, what) -> None:
-    while not (found := what()):
+    while not what():
         assert process.poll() is None
         time.sleep(0.02)
-    return found
 
 
 def arguments(folder, *more) -> list[str]:
-    paths = [
-        folder / "tiny.safetensors",
-        "-o",
-        folder / "out.safetensors",
-        "--conditioning",
-        folder / "cond.safetensors",
-    ]
-    return [str(x) for x in [*paths, "--work", folder / "work", *OPTIONS, *more]]
+    paths = [folder / "tiny.safetensors", "-o", folder / "out.safetensors", "--work", folder / "work"]
+    return [str(x) for x in [*paths, "--conditioning", folder / "cond.safetensors", *OPTIONS, *more]]
 
 
 def painted(folder) -> list:

@@ -102,3 +102,19 @@ def test_a_file_that_is_still_read_is_reported_when_it_changes(comfy, models, tm
     with pytest.raises(RuntimeError, match="z.safetensors was written over.*Run again"):
         model.partially_load(tiny.CPU, 1e32)
     assert comfy.loader.LoadTernaryFlux.fingerprint_inputs(None) != before  # a linked name is loaded again
+
+
+@pytest.mark.parametrize("change", ["replaced", "gone"])
+def test_info_describes_a_model_whose_file_changed_as_it_was_loaded(comfy, models, change):
+    from ternary_flux.nodes import info
+
+    file = models / "diffusion_models" / "z.safetensors"
+    model = comfy.loader.load(str(file), "full")
+    before, errors = info.of_model(model)
+    file.unlink()
+    if change == "replaced":
+        file.write_bytes(b"no model")
+    lines, after = info.of_model(model)
+    assert lines[:-1] == before and after == errors
+    assert lines[-1].startswith("z.safetensors has changed or gone since it was loaded")
+    assert lines[0].startswith("z.safetensors: FLUX.1")
