@@ -2,6 +2,7 @@
 
 import functools
 import os
+import unicodedata
 from collections.abc import Callable
 
 import folder_paths
@@ -11,6 +12,17 @@ from ..quantizer.files.identity import identify
 
 FOLDERS = ("diffusion_models", "checkpoints")  # Save Checkpoint writes into the second
 EXTENSIONS = (".safetensors", ".sft")
+_LONGEST = 200  # bytes, of the 255 that file systems take: numbers, endings and temporary names are added
+# Microsoft, "Naming Files, Paths, and Namespaces"
+_FORBIDDEN = '<>:"|?*'
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
+
+
+class AnyName(list):
+    """The names that a combo offers, of which ComfyUI lets every other pass: the node itself finds the file, or not."""
+
+    def __contains__(self, name) -> bool:
+        return True
 
 
 def names() -> list[str]:
@@ -42,6 +54,22 @@ def stamp(path: str | os.PathLike) -> tuple[int, int, int]:
     """What changes with a file: its number on the disk, size and time."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def name_problem(name: str) -> str | None:
+    """Why a file or folder of this name cannot be made on every system that ComfyUI runs on; None where it can."""
+    shown = repr(name if len(name) < 40 else f"{name[:40]}...")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        return f"{shown}: names of files have no control characters"
+    if found := [character for character in _FORBIDDEN if character in name]:
+        return f"{shown}: names of files on Windows have no {' '.join(found)}"
+    if name.split(".")[0].strip().upper() in _DEVICES:
+        return f"{shown} is the name of a device on Windows: give another"
+    if name.endswith((".", " ")):
+        return f"{shown}: names of files on Windows do not end with a dot or a blank"
+    if len(name.encode()) > _LONGEST:
+        return f"{shown}: {len(name.encode())} bytes are too many for the name of a file, {_LONGEST} are the most"
+    return None
 
 
 class Watch:

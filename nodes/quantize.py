@@ -18,6 +18,7 @@ from ..quantizer.files.identity import identify
 from ..quantizer.pictures import SIZES
 from ..quantizer.pictures.conditioning import create_conditioning
 from ..quantizer.pictures.encode import PROMPTS, encode
+from ..quantizer.pictures.sampler import latent_shape, parse_sizes
 from . import files
 from .compat import accepted, core
 from .conversion import Display, convert
@@ -26,6 +27,7 @@ from .loader import explain
 comfy = core()
 
 FOLDER = "diffusion_models"
+_LAZY = ("model", "clip", "conditioning", "vae")
 _made = files.Watch()
 
 
@@ -46,7 +48,7 @@ class QuantizeFlux(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=files.dense_names(),
+                    options=files.AnyName(files.dense_names()),
                     tooltip="The dense FLUX in models/diffusion_models, where no model is connected.",
                 ),
                 io.String.Input(
@@ -71,13 +73,23 @@ class QuantizeFlux(io.ComfyNode):
                     tooltip="For clip: a prompt in each line; empty for this pack's own list of 2,560.",
                 ),
                 io.Model.Input(
-                    "model", optional=True, tooltip="A dense FLUX with what LoRAs do to it, in the place of file."
+                    "model",
+                    optional=True,
+                    lazy=True,
+                    tooltip="A dense FLUX with what LoRAs do to it, in the place of file.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoders of the model: encodes the prompts."),
+                io.Clip.Input(
+                    "clip", optional=True, lazy=True, tooltip="The text encoders of the model: encodes the prompts."
+                ),
                 io.Conditioning.Input(
-                    "conditioning", optional=True, tooltip="Encoded prompts, in the place of clip and prompts."
+                    "conditioning",
+                    optional=True,
+                    lazy=True,
+                    tooltip="Encoded prompts, in the place of clip and prompts.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are rough colours."),
+                io.Vae.Input(
+                    "vae", optional=True, lazy=True, tooltip="Decodes the previews; without it they are rough colours."
+                ),
                 io.String.Input(
                     "conditioning_file",
                     default="",
@@ -153,10 +165,19 @@ class QuantizeFlux(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, name: str | None = None):
-        if name is not None and (problem := _name_problem(name)):
-            return problem
-        return True
+    def validate_inputs(cls, name: str | None = None):
+        """Of the name alone: ComfyUI shows what is said here at every input that it was asked about."""
+        return True if name is None else _name_problem(name) or True
+
+    @classmethod
+    def check_lazy_status(cls, file: str, size: str = SIZES, **inputs) -> list[str]:
+        """Refuse what can be refused before anything that is connected is loaded or computed."""
+        sizes = parse_sizes(size)
+        if "model" not in inputs:
+            arch = open_checkpoint(_dense(file)).architecture
+            for pair in sizes:
+                latent_shape(arch, pair)
+        return [name for name in _LAZY if name in inputs and inputs[name] is None]
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, conditioning_file: str | None = "", **_) -> str:
@@ -196,14 +217,16 @@ class QuantizeFlux(io.ComfyNode):
             work = base / f"{target.stem}-{request}"
             if target.exists():
                 return _done(target, request, work, show)
+            record = base / f"{target.stem}.json"
             work.mkdir(exist_ok=True)
+            stack.callback(_remove_if_empty, work, record)
             encoded = _conditioning(work, words, clip, conditioning, conditioning_file, show)
             comfy.unload_all_models()  # the process needs the memory
             # A conversion that ends after ComfyUI did is known by this.
-            write_json(base / f"{target.stem}.json", {"request": request, "report": []})
+            write_json(record, {"request": request, "report": []})
             command = [source, "--output", target, "--conditioning", encoded, "--work", work / "run", *arguments]
             lines = convert([str(part) for part in command], show, work / "run" / "pictures")
-        write_json(base / f"{target.stem}.json", {"request": request, "report": lines})
+        write_json(record, {"request": request, "report": lines})
         shutil.rmtree(work)
         return _result(target, lines)
 
@@ -221,6 +244,13 @@ def _done(target: Path, request: str, work: Path, show: Display) -> io.NodeOutpu
     return _result(target, [f"{target.name} was made from these inputs already", *record["report"]])
 
 
+def _remove_if_empty(work: Path, record: Path) -> None:
+    """What a conversion leaves that was refused before it began."""
+    with contextlib.suppress(OSError):
+        work.rmdir()
+        record.unlink()
+
+
 def _result(target: Path, lines: Sequence[str]) -> io.NodeOutput:
     report = "\n".join(lines)
     _made.add(target)
@@ -235,8 +265,8 @@ def _target(name: str) -> Path:
 
 def _name_problem(name: str) -> str | None:
     if not name.strip() or Path(name).name != name or "\\" in name or name.startswith("."):
-        return f"{name or 'name'}: give the name of a file, without a folder"
-    return None
+        return f"{name!r}: give the name of a file, without a folder"
+    return files.name_problem(name)
 
 
 def _dense(name: str) -> Path:

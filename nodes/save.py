@@ -61,6 +61,10 @@ class SaveTernaryFlux(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None):
+        return True if filename_prefix is None else _prefix_problem(filename_prefix) or True
+
+    @classmethod
     def fingerprint_inputs(cls, filename_prefix: str | None = None, **_) -> int:
         """Runs again where a file that was saved is gone; a prefix that comes from another node is any."""
         prefixes = list(_saved) if filename_prefix is None else [filename_prefix]
@@ -69,6 +73,8 @@ class SaveTernaryFlux(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename_prefix: str, packing: str = "as loaded") -> io.NodeOutput:
         check(model)
+        if problem := _prefix_problem(filename_prefix):
+            raise ValueError(problem)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             f"{FOLDER}/{filename_prefix}", folder_paths.get_output_directory()
         )
@@ -82,6 +88,11 @@ class SaveTernaryFlux(io.ComfyNode):
         size = sizes(open_ternary(path, check_codes=False))
         text = f"{shown}\n{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight"
         return io.NodeOutput(shown, ui=ui.PreviewText(text))
+
+
+def _prefix_problem(prefix: str) -> str | None:
+    parts = [part for part in prefix.replace("\\", "/").split("/") if part.strip(".")]
+    return next(filter(None, map(files.name_problem, parts)), None)
 
 
 def check(model) -> None:

@@ -99,3 +99,34 @@ def test_previews_without_a_vae(comfy, channels):
 def test_names_of_files_only(quantize, name):
     assert "without a folder" in quantize._name_problem(name)
     assert quantize._name_problem("flux-1.58bit") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("a\0b", "control characters"),
+        ("a\nb", "control characters"),
+        ("\ud800", "control characters"),
+        ("a:b", "have no :"),
+        ('what?"', 'have no " ?'),
+        ("con", "name of a device"),
+        ("NUL.safetensors", "name of a device"),
+        ("com1 .txt", "name of a device"),
+        ("flux.", "dot or a blank"),
+        ("flux ", "dot or a blank"),
+        (100 * "ü" + "x", "201 bytes are too many"),
+    ],
+)
+def test_names_that_some_system_cannot_have(comfy, quantize, name, problem):
+    from ternary_flux.nodes import save
+
+    assert problem in quantize.QuantizeFlux.validate_inputs(name=name)
+    assert problem in save.SaveTernaryFlux.validate_inputs(filename_prefix=f"folder/{name}")
+
+
+@pytest.mark.parametrize("name", ["flux-1.58bit", "console", "モデル　一", "%year%-flux", 100 * "ü"])
+def test_names_that_all_systems_can_have(comfy, quantize, name):
+    from ternary_flux.nodes import save
+
+    assert quantize.QuantizeFlux.validate_inputs(name=name) is True
+    assert save.SaveTernaryFlux.validate_inputs(filename_prefix=f"../{name}\\{name}") is True
