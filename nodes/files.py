@@ -26,11 +26,15 @@ class AnyName(list):
 
 
 def names() -> list[str]:
-    """Ternary files first, then the other files of the first folder."""
+    """Ternary files first, then the other files of the first folder.
+
+    A name that both folders have is the first one's file; the second one's has its folder in front.
+    """
     first, *others = ([name for name in folder_paths.get_filename_list(f) if _offered(name)] for f in FOLDERS)
     ternary = [name for name in first if _is(FOLDERS[0], name, "ternary")]
     for folder, listed in zip(FOLDERS[1:], others, strict=True):
-        ternary += [name for name in listed if name not in first and _is(folder, name, "ternary")]
+        found = [name for name in listed if _is(folder, name, "ternary")]
+        ternary += [f"{folder}/{name}" if name in first else name for name in found]
     return ternary + [name for name in first if name not in set(ternary)]
 
 
@@ -44,8 +48,10 @@ def dense_names() -> list[str]:
 def find(name: str) -> str:
     """The path of a file; its name may come from a system with the other separator of folders."""
     for spelling in (name, name.replace("\\", "/")):
-        for folder in FOLDERS:
-            if _offered(spelling) and (path := folder_paths.get_full_path(folder, spelling)):
+        first, _, rest = spelling.partition("/")
+        places = [(folder, spelling) for folder in FOLDERS] + [(first, rest)] * (first in FOLDERS)
+        for folder, inside in places:
+            if _offered(inside) and (path := folder_paths.get_full_path(folder, inside)):
                 return path
     raise FileNotFoundError(f"{name} is not in models/{FOLDERS[0]}; put it there and press R to refresh the node")
 

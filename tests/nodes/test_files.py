@@ -34,6 +34,17 @@ def test_ternary_files_come_first(comfy, models):
     ]
 
 
+def test_a_name_in_both_folders_is_two_choices(comfy, models, path):
+    shutil.copy(path, models / "checkpoints" / "z.safetensors")
+    shutil.copy(path, models / "checkpoints" / "a-broken.safetensors")
+    names = comfy.files.names()
+    second = ["checkpoints/a-broken.safetensors", "c.safetensors", "checkpoints/z.safetensors"]
+    assert names == [os.path.join("flux", "y.safetensors"), "z.safetensors", *second, "a-broken.safetensors"]
+    assert comfy.files.find("z.safetensors") == str(models / "diffusion_models" / "z.safetensors")
+    for name in ("checkpoints/z.safetensors", "checkpoints\\z.safetensors"):
+        assert comfy.files.find(name) == str(models / "checkpoints" / "z.safetensors")
+
+
 @pytest.mark.parametrize("name", ["flux/y.safetensors", "flux\\y.safetensors"])
 def test_both_separators_of_folders_find_the_file(comfy, models, name):
     assert comfy.files.find(name) == str(models / "diffusion_models" / "flux" / "y.safetensors")
