@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -24,15 +25,14 @@ _STOP_SECONDS = 120  # for a step that must not be left half done
 
 
 def convert(arguments: Sequence[str], show: "Display", pictures: Path) -> list[str]:
-    """Run `convert`; returns the lines that it said. Cancelling stops it at a step from which it goes on later,
-    and so does the end of ComfyUI, even where that is killed.
+    """Run `convert`; returns the lines that it said. Cancelling stops it at a step from which it goes on later.
 
     Raises RuntimeError with the command's own message.
     """
     events: queue.Queue[str | None] = queue.Queue()
     process = subprocess.Popen(
-        [sys.executable, str(COMMAND), "convert", *arguments, "--progress", "json", "--end-with-stdin"],
-        stdin=subprocess.PIPE,  # never written to: it ends when this process closes it, or ends
+        [sys.executable, str(COMMAND), "convert", *arguments, "--progress", "json", "--stop-at-eof"],
+        stdin=subprocess.PIPE,  # ends when this process does, whatever ends it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -65,7 +65,7 @@ def convert(arguments: Sequence[str], show: "Display", pictures: Path) -> list[s
     finally:
         if process.poll() is None:
             show.text("stopping after this step")
-        _stop(process)
+            _stop(process)
     if process.returncode:
         message = next((line.strip() for line in reversed(errors) if line.strip()), "it ended without a message")
         raise RuntimeError(message.removeprefix("convert: "))
@@ -88,7 +88,7 @@ def _show(event: dict, show: "Display", said: list[str], pictures: Path) -> None
 
 
 def _stop(process: subprocess.Popen) -> None:
-    process.stdin.close()
+    process.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGTERM)
     try:
         process.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:

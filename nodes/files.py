@@ -2,8 +2,6 @@
 
 import functools
 import os
-import unicodedata
-from collections.abc import Callable
 
 import folder_paths
 
@@ -12,23 +10,13 @@ from ..quantizer.files.identity import identify
 
 FOLDERS = ("diffusion_models", "checkpoints")  # Save Checkpoint writes into the second
 EXTENSIONS = (".safetensors", ".sft")
-_LONGEST = 200  # bytes, of the 255 that file systems take: numbers, endings and temporary names are added
-# Microsoft, "Naming Files, Paths, and Namespaces"
-_FORBIDDEN = '<>:"|?*'
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
-
-
-class AnyName(list):
-    """The names that a combo offers, of which ComfyUI lets every other pass: the node itself finds the file, or not."""
-
-    def __contains__(self, name) -> bool:
-        return True
+_LONGEST_NAME = 200  # bytes; systems have 255, and files that are being written have longer names
 
 
 def names() -> list[str]:
     """Ternary files first, then the other files of the first folder.
 
-    A name that both folders have is the first one's file; the second one's has its folder in front.
+    A name that is in the first folder too has the other folder's name before it.
     """
     first, *others = ([name for name in folder_paths.get_filename_list(f) if _offered(name)] for f in FOLDERS)
     ternary = [name for name in first if _is(FOLDERS[0], name, "ternary")]
@@ -48,11 +36,12 @@ def dense_names() -> list[str]:
 def find(name: str) -> str:
     """The path of a file; its name may come from a system with the other separator of folders."""
     for spelling in (name, name.replace("\\", "/")):
-        first, _, rest = spelling.partition("/")
-        places = [(folder, spelling) for folder in FOLDERS] + [(first, rest)] * (first in FOLDERS)
-        for folder, inside in places:
-            if _offered(inside) and (path := folder_paths.get_full_path(folder, inside)):
+        for folder in FOLDERS:
+            if _offered(spelling) and (path := folder_paths.get_full_path(folder, spelling)):
                 return path
+        folder, _, rest = spelling.partition("/")
+        if folder in FOLDERS and _offered(rest) and (path := folder_paths.get_full_path(folder, rest)):
+            return path
     raise FileNotFoundError(f"{name} is not in models/{FOLDERS[0]}; put it there and press R to refresh the node")
 
 
@@ -62,62 +51,54 @@ def stamp(path: str | os.PathLike) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def name_problem(name: str) -> str | None:
-    """Why a file or folder of this name cannot be made on every system that ComfyUI runs on; None where it can."""
-    shown = repr(name if len(name) < 40 else f"{name[:40]}...")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-        return f"{shown}: names of files have no control characters"
-    if found := [character for character in _FORBIDDEN if character in name]:
-        return f"{shown}: names of files on Windows have no {' '.join(found)}"
-    if name.split(".")[0].strip().upper() in _DEVICES:
-        return f"{shown} is the name of a device on Windows: give another"
-    if name.endswith((".", " ")):
-        return f"{shown}: names of files on Windows do not end with a dot or a blank"
-    if len(name.encode()) > _LONGEST:
-        return f"{shown}: {len(name.encode())} bytes are too many for the name of a file, {_LONGEST} are the most"
-    return None
-
-
 class Watch:
-    """Files that nodes read or wrote, and how many changes of them were found.
+    """Counts what happens to files behind the back of the nodes that read or wrote them, for their fingerprints.
 
-    Whether a node runs again is asked before the values of its links are known: every file stands for one whose name is
-    such a value.
+    ComfyUI asks for a fingerprint before it knows inputs that come from other nodes: the file that such a node needs
+    may be any that one needed before.
     """
 
     def __init__(self):
-        self._stamps: dict[str, tuple[int, int, int] | None] = {}  # None: it is gone
+        self._states: dict[str, tuple | None] = {}
         self._changes = 0
 
     def add(self, path: str | os.PathLike) -> None:
-        self._look(str(path))
+        """A file as it is now."""
+        self._states[str(path)] = self._state(path)
 
     def changes(self) -> int:
-        """How often a file was found deleted or with other content, until now."""
-        for path in self._stamps:
-            self._look(path)
+        """How often files were replaced, lost or came back until now."""
+        for path, known in self._states.items():
+            if (now := self._state(path)) != known:
+                self._states[path] = now
+                self._changes += 1
         return self._changes
 
-    def _look(self, path: str) -> None:
+    @staticmethod
+    def _state(path: str | os.PathLike) -> tuple | None:
         try:
-            now = stamp(path)
+            return stamp(path)
         except OSError:
-            now = None
-        self._changes += self._stamps.get(path) not in (None, now)
-        self._stamps[path] = now
+            return None
 
 
 READ = Watch()
 
 
-def state(name: str | None, find: Callable[[str], str | os.PathLike] = find):
-    """What changes with the file of this name; None is a name that comes from another node."""
-    if name is None:
-        return READ.changes()
-    try:
-        return stamp(find(name))
-    except (OSError, ValueError):
-        return "missing"
+_RESERVED = frozenset(("con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))))
+
+
+def name_problem(name: str) -> str | None:
+    """Why a file cannot have this name on every system that shares models; None where it can."""
+    if not name.strip() or name in (".", "..") or any(character in "/\\" for character in name):
+        return f"{name or 'name'}: give the name of a file, without a folder"
+    if not name.isprintable() or any(character in '<>:"|?*' for character in name):
+        return f"{name!r}: a file's name may have letters, digits, blanks and most signs, but not < > : \" | ? *"
+    if name.startswith(".") or name.endswith((".", " ")) or name.partition(".")[0].strip().lower() in _RESERVED:
+        return f"{name}: this name is hidden or reserved on some systems; choose another"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        return f"{name[:40]}...: the name is too long; {_LONGEST_NAME} bytes are the most"
+    return None
 
 
 def _offered(name: str) -> bool:

@@ -62,12 +62,13 @@ def of_file(name: str) -> tuple[list[str], dict[str, float]]:
         first, *lines = summarize(path)
     except (OSError, ValueError) as error:
         raise ValueError(explain(error, name)) from None
-    lines = [first.replace(path, name), *(line.strip() for line in lines), stage(opened.metadata)]
-    return lines, stated_errors(opened.metadata)
+    return [first.replace(path, name), *(line.strip() for line in lines), stage(opened.metadata)], stated_errors(
+        opened.metadata
+    )
 
 
 def of_model(model) -> tuple[list[str], dict[str, float]]:
-    """Lines about a MODEL as it was loaded, and the errors that its file stated. Raises ValueError if it is dense."""
+    """Lines about a MODEL, and the errors that its file states. Raises ValueError where it is not ternary."""
     modules = [module for module in model.model.modules() if is_quantized(module)]
     ternary = [module.weight for module in modules if layout.is_ternary(module.weight)]
     if not isinstance(model, SavesWeights) or not ternary:
@@ -79,7 +80,7 @@ def of_model(model) -> tuple[list[str], dict[str, float]]:
     choice = layout.choice_for(model.load_device, params.activations, params.backend)
     patched = len(model.quantized_linears().keys() & model.patches.keys())
     lines = [
-        "ternary FLUX model" if origin is None else f"{origin.path.name}: {origin.architecture}",
+        "ternary FLUX model" if origin is None else f"{origin.path.name}: {origin.architecture.name}",
         f"{len(ternary)} ternary layers, {weights / 1e6:,.1f} M weights, {bits / weights:.2f} bits per weight",
         f"{len(modules) - len(ternary)} layers in 8 bits, {patched} layers with patches such as LoRAs",
         f"{choice.activations} activations, backend {choice.backend.NAME} ({choice.reason})",
@@ -88,6 +89,6 @@ def of_model(model) -> tuple[list[str], dict[str, float]]:
     if origin is None:
         return lines, {}
     lines.append(stage(origin.metadata))
-    if origin.changed():
-        lines.append(f"{origin.path.name} has changed or gone since it was loaded: this is the model that was loaded")
+    if origin.replaced:
+        lines.append("its file was replaced or removed since it was loaded")
     return lines, stated_errors(origin.metadata)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..ops import Choice, TernaryWeight, resolve, ternary_linear
-from ..ops.registry import BACKENDS
 from ..ops.weight import TENSORS
 from ..quantizer.files.layer import FORMAT
 from .compat import core
@@ -137,32 +136,24 @@ def ternary_weight(qdata: Tensor, params: TernaryLayout.Params) -> TernaryWeight
     return TernaryWeight(qdata, shape=tuple(shape), full_precision=params.full_precision, **tensors)
 
 
-@lru_cache(maxsize=64)
-def choice_for(device: torch.device, activations: str, backend: str = "auto") -> Choice:
-    """`ops.resolve`, remembered, or the backend that the user chose. Raises ValueError where that one cannot run."""
-    if backend == "auto":
-        return resolve(device, activations)
-    module = BACKENDS[backend]
-    if refusal := module.unavailable(device):
-        raise ValueError(f"the backend {backend} cannot run here: {refusal}. Choose auto")
-    formats = module.formats(device)
-    activations = formats[0] if activations == "auto" or activations not in formats else activations
-    return Choice(module, activations, "chosen in the node")
+choice_for = lru_cache(maxsize=64)(resolve)
 
 
-def activations_of(params: TernaryLayout.Params) -> str:
-    """What the user chose, but "full" where 8 bits cannot be or, left to choose, are not to be.
-
-    8 bits need row x integer scales.
-    """
-    automatic = params.activations == "auto" and params.full_precision
-    return "full" if automatic or params.scale.ndim == 2 else params.activations
+def choice_of(device: torch.device, params: TernaryLayout.Params) -> Choice:
+    """How a weight with these parameters is multiplied on `device`, as `ops.resolve` decides it."""
+    return choice_for(
+        device,
+        params.activations,
+        params.backend,
+        float_groups=params.scale.ndim == 2,
+        full_precision=params.full_precision,
+    )
 
 
 def multiply(x: Tensor, tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times a ternary QuantizedTensor [N, K] transposed."""
     params = tensor._params
-    choice = choice_for(x.device, activations_of(params), params.backend)
+    choice = choice_of(x.device, params)
     weight = ternary_weight(tensor._qdata, params)
     return ternary_linear(x, weight, bias, activations=choice.activations, backend=choice.backend.NAME)
 

@@ -72,7 +72,7 @@ class _TernaryLinear(Patched):
         weight = take_weight(state_dict, prefix)
         if weight.shape != self._orig_shape:
             raise ValueError(f"{prefix}weight is {list(weight.shape)}; this model needs {list(self._orig_shape)}")
-        if layout.choice_for(self._load_device, self._activations, self._backend).activations != "full":
+        if layout.choice_for(self._load_device, self._activations, self._backend).activations == "int8":
             weight, self.scale_error = fit_scales(weight, self._activations)
         device = self.factory_kwargs["device"] or weight.device
         self.quant_format, self.layout_type = layout.FORMAT, layout.LAYOUT
@@ -152,7 +152,7 @@ class _TernaryLinear(Patched):
         return ternary_linear(x, ternary, bias, *choice)
 
     def _choose(self, device: torch.device, params: layout.TernaryLayout.Params) -> None:
-        self._choice = layout.choice_for(device, layout.activations_of(params), self._backend)
+        self._choice = layout.choice_of(device, params)
         self._choice_device = device
 
     def state_dict(self, *args, destination=None, prefix="", **kwargs):
@@ -167,7 +167,7 @@ class _TernaryLinear(Patched):
 
 
 def fit_scales(weight: TernaryWeight, activations: str) -> tuple[TernaryWeight, float | None]:
-    """The weight with the row x integer scales that 8-bit activations need, and the error that they bring.
+    """The weight with the row x integer scales that int8 activations need, and the error that they bring.
 
     A weight that has such scales already comes back with None. With "auto" activations one whose error would show
     keeps its own scales, and so computes in full precision.

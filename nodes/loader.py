@@ -20,7 +20,7 @@ from .patcher import TernaryPatcher, TernaryPatcherDynamic
 comfy = core()
 
 ACTIVATIONS = {
-    "auto": "int8 where a kernel makes it fast, full precision elsewhere.",
+    "auto": "8 bits where a kernel makes them fast (int8, or fp8 on a B200), full precision elsewhere.",
     "int8": "8-bit activations (W1.58A8): fastest on NVIDIA GPUs.",
     "full": "activations in the model's own precision (W1.58A16), as in the 1.58-bit FLUX paper.",
 }
@@ -106,8 +106,12 @@ class LoadTernaryFlux(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, **settings) -> str:
-        """A file that was converted again is loaded again."""
-        return f"{file} {files.state(file)} {settings}"
+        """A file that was converted again is loaded again; where the name comes from another node, when any was."""
+        try:
+            state = files.READ.changes() if file is None else files.stamp(files.find(file))
+        except OSError:
+            state = "missing"
+        return f"{file} {state} {settings}"
 
     @classmethod
     def execute(cls, file: str, activations: str, backend: str = "auto") -> io.NodeOutput:
@@ -154,13 +158,13 @@ def load(path: str, activations: str = "auto", backend: str = "auto", disable_dy
 def load_file(file: TernaryFile, activations: str = "auto", backend: str = "auto", disable_dynamic: bool = False):
     """`load` for a file that is open and checked. Raises ValueError where the backend cannot run."""
     path = str(file.path)
+    files.READ.add(path)
     bar = comfy.ProgressBar(len(file.layers))
 
     def after_load():
         comfy.throw_exception_if_processing_interrupted()
         bar.update(1)
 
-    files.READ.add(path)
     file.file.give_back()  # what checking it has mapped
     # ComfyUI's own reader: dynamic VRAM streams the weights of its tensors from the file.
     state_dict, metadata = comfy.load_torch_file(path, return_metadata=True)
@@ -223,7 +227,7 @@ def scale_errors(model) -> list[str]:
 
 
 def stage(metadata: Mapping[str, str]) -> str:
-    """How far the conversion of a file went, and the error that its metadata states."""
+    """How far the conversion of a file went, and the error that it states, by its metadata."""
     method = metadata.get("ternary.method")
     name = STAGES.get(method, "the file does not say how it was made" if method is None else method)
     distilled = stated(metadata, "ternary.settings").get("distill")

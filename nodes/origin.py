@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..quantizer.files.architecture import canonical
+from ..quantizer.files.architecture import Architecture, canonical
 from ..quantizer.files.container import DTYPES, TensorFile
 from ..quantizer.files.identity import find_prefix
 from ..quantizer.files.ternary import TernaryFile
@@ -14,37 +14,30 @@ from .files import stamp
 
 @dataclass(frozen=True)
 class Origin:
-    """The file of a model.
+    """The file of a model, as it was when it was loaded.
 
     mapped  whether weights are still read from the file; then nothing may write into it
     """
 
     path: Path
     stamp: tuple[int, int, int]
-    architecture: str
     metadata: dict[str, str]
     dtypes: dict[str, torch.dtype] = field(repr=False)  # of the dense parameters, by BFL name
     mapped: bool
+    architecture: Architecture
 
     @classmethod
     def of(cls, file: TernaryFile, mapped: bool) -> "Origin":
         dtypes = {name: DTYPES[file.file.entries[key].dtype] for name, key in file.dense.items()}
-        return cls(file.path, stamp(file.path), file.architecture.name, dict(file.metadata), dtypes, mapped)
+        return cls(file.path, stamp(file.path), dict(file.metadata), dtypes, mapped, file.architecture)
 
     def dtype(self, name: str) -> torch.dtype | None:
         """A dense parameter's dtype in the file, by the name it has in ComfyUI's model."""
         return self.dtypes.get(canonical(name))
 
-    def changed(self) -> bool:
-        """Whether the file is gone or another since the model was loaded."""
-        try:
-            return stamp(self.path) != self.stamp
-        except OSError:
-            return True
-
     def scale(self, name: str) -> torch.Tensor | None:
         """A copy of a ternary Linear's scales as they are in the file; None where that is gone or another."""
-        if self.changed():
+        if self.replaced:
             return None
         try:
             file = TensorFile(self.path)
@@ -65,3 +58,11 @@ class Origin:
                 f"{self.path.name} was written over while its model was in use. Run again to load the new file; "
                 "to replace a file, write the new one under another name and rename it"
             )
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the file is gone, or another one."""
+        try:
+            return stamp(self.path) != self.stamp
+        except OSError:
+            return True

@@ -1,6 +1,7 @@
 """The node "Save Ternary FLUX"."""
 
-from collections import defaultdict
+import re
+from collections import Counter
 from pathlib import Path
 
 import folder_paths
@@ -9,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..quantizer.files.layer import LayerPlan
 from ..quantizer.files.summary import in_bytes, sizes
-from ..quantizer.files.ternary import create_ternary, open_ternary
+from ..quantizer.files.ternary import open_ternary, write_ternary
 from . import files, lora
 from .compat import accepted, core
 from .layout import is_ternary
@@ -24,7 +25,6 @@ PACKINGS = {
     "base3": "1.6 bits a weight, for sharing.",
 }
 FOLDER = "diffusion_models"
-_saved: defaultdict[str, files.Watch] = defaultdict(files.Watch)  # by prefix
 
 
 class SaveTernaryFlux(io.ComfyNode):
@@ -66,33 +66,47 @@ class SaveTernaryFlux(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, filename_prefix: str | None = None, **_) -> int:
-        """Runs again where a file that was saved is gone; a prefix that comes from another node is any."""
-        prefixes = list(_saved) if filename_prefix is None else [filename_prefix]
-        return sum(_saved[prefix].changes() for prefix in prefixes)
+        """Writes again where what it wrote is gone."""
+        return _lost(filename_prefix)
 
     @classmethod
     def execute(cls, model, filename_prefix: str, packing: str = "as loaded") -> io.NodeOutput:
         check(model)
-        if problem := _prefix_problem(filename_prefix):
-            raise ValueError(problem)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             f"{FOLDER}/{filename_prefix}", folder_paths.get_output_directory()
         )
         inside = Path(subfolder)
         if inside.parts[:1] != (FOLDER,) or not name.strip("."):
             raise ValueError(f"{filename_prefix!r}: give the name of a file inside output/{FOLDER}")
+        if problem := _prefix_problem(f"{subfolder}/{name}"):
+            raise ValueError(problem)
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
         shown = (inside / path.name).relative_to(FOLDER).as_posix()
         write(model, path, None if packing == "as loaded" else packing)
-        _saved[filename_prefix].add(path)
+        _written[filename_prefix] = path
         size = sizes(open_ternary(path, check_codes=False))
         text = f"{shown}\n{in_bytes(size.bytes)}, {size.bits_per_weight:.2f} bits per weight"
         return io.NodeOutput(shown, ui=ui.PreviewText(text))
 
 
+_written: dict[str, Path] = {}  # by prefix, what was written last
+_gone: Counter[str] = Counter()
+
+
+def _lost(prefix: str | None) -> int:
+    """How often the last file of a prefix, or of any where it is not known, was found missing."""
+    for known, path in list(_written.items()):
+        if not path.exists():
+            del _written[known]
+            _gone[known] += 1
+    return _gone.total() if prefix is None else _gone[prefix]
+
+
 def _prefix_problem(prefix: str) -> str | None:
-    parts = [part for part in prefix.replace("\\", "/").split("/") if part.strip(".")]
-    return next(filter(None, map(files.name_problem, parts)), None)
+    """Why a file cannot have this name, folders in it and ComfyUI's %...% allowed; None where it can."""
+    parts = re.sub(r"%[^%/]*%", "x", str(prefix)).replace("\\", "/").split("/")
+    named = [part for part in parts[:-1] if part] + parts[-1:]
+    return next(filter(None, map(files.name_problem, named)), None)
 
 
 def check(model) -> None:
@@ -135,10 +149,6 @@ def write(model, path: Path, packing: str | None = None) -> None:
             module.packing = own[prefix]
     weights = {prefix.removesuffix("."): take_weight(tensors, prefix) for prefix in linears}
     plans = {name: LayerPlan.of(weight, packing or own[f"{name}."]) for name, weight in weights.items()}
-    dense = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with create_ternary(path, plans, dense, model.origin().metadata if model.origin() else {}) as file:
-        for name, weight in weights.items():
-            file.layer(name, weight)
-        for name, tensor in tensors.items():
-            file.dense(name, tensor)
+    metadata = model.origin().metadata if model.origin() else {}
+    write_ternary(path, plans, weights.__getitem__, tensors, metadata)

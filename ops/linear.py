@@ -21,7 +21,8 @@ def ternary_linear(
                  int32, and scales, low-rank part and bias are applied in fp32 (W1.58A8). Needs row x integer scales.
                  Tokens are multiplied by the weight's column scales, if it has any, before they are quantized.
                  "e4m3": the same with 8-bit floats and fp32 sums, scale absmax / 448 (Triton, compute capability 9.0
-                 and 10.x; int8 elsewhere). "auto": the fastest on the device of x, or "full" where the weight says so.
+                 and 10.x; int8 elsewhere). "auto": the fastest on the device of x that the scales allow, or
+                 "full" where the weight says so.
     backend      a name of `registry.BACKENDS`; by default the best one for the device of x.
 
     Not differentiable. Raises ValueError where K of x and weight differ or the scales do not fit the activations.
@@ -30,7 +31,8 @@ def ternary_linear(
     if x.shape[-1] != k:
         raise ValueError(f"input has {x.shape[-1]} features, the ternary weight {n} x {k} needs {k}")
     if backend is None:
-        choice = resolve(x.device, "full" if activations == "auto" and weight.full_precision else activations)
+        floats = activations == "auto" and weight.scale.ndim == 2  # a format that is asked for is had, or refused
+        choice = resolve(x.device, activations, float_groups=floats, full_precision=weight.full_precision)
         backend, activations = choice.backend.NAME, choice.activations
     if torch.compiler.is_compiling():
         w = weight

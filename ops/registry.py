@@ -1,5 +1,6 @@
 """Which backend multiplies by a layer's weight: asked once per layer, at load, never per call."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -12,6 +13,15 @@ BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton,
 ACTIVATIONS = ("auto", "int8", "e4m3", "full")
 
 
+def group_codes_kernel(device: torch.device) -> Callable | None:
+    """The kernel of error feedback and coordinate descent on `device` (`group_codes`); None where torch does that."""
+    if triton.unavailable(device) is not None:
+        return None
+    from .backends.triton.group_codes import group_codes
+
+    return group_codes
+
+
 @dataclass(frozen=True)
 class Choice:
     """A backend (module with `linear`), the activations it will use ("int8", "e4m3" or "full"), and why."""
@@ -21,25 +31,41 @@ class Choice:
     reason: str
 
 
-def resolve(device: torch.device | str, activations: str = "auto") -> Choice:
-    """The best backend on `device`. "auto" means 8 bits where a kernel makes them fast, and full precision elsewhere.
+def resolve(
+    device: torch.device | str,
+    activations: str = "auto",
+    backend: str = "auto",
+    *,
+    float_groups: bool = False,
+    full_precision: bool = False,
+) -> Choice:
+    """How to multiply on `device`: by the best backend there, or by the one that is named.
 
-    Activations that the chosen backend does not multiply fast become int8 where it has that, and full otherwise.
+    activations     "auto" means 8 bits where a kernel makes them fast (int8, or e4m3 where that is faster), and full
+                    precision elsewhere and for weights that ask for it (`full_precision`). Activations that the backend
+                    does not multiply fast become int8 where it has that, and full otherwise.
+    float_groups    whether the weight has float group scales, which int8 cannot have: full takes its place.
+
+    Raises ValueError where the named backend cannot run, with the reason.
     """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
-    device = torch.device(device)
-    reasons = []
-    for backend in BACKENDS.values():
-        refusal = backend.unavailable(device)
+    device, reasons = torch.device(device), []
+    for module in BACKENDS.values() if backend == "auto" else [BACKENDS[backend]]:
+        refusal = module.unavailable(device)
         if refusal is None:
             break
-        reasons.append(f"{backend.NAME}: {refusal}")
-    formats = backend.formats(device)
+        if backend != "auto":
+            raise ValueError(f"the backend {backend} cannot run here: {refusal}. Choose auto")
+        reasons.append(f"{module.NAME}: {refusal}")
+    formats = module.formats(device)
     if activations == "auto":
-        activations = formats[0]
+        activations = "full" if full_precision else formats[0]
     elif activations not in formats:
         instead = "int8" if "int8" in formats else "full"
-        reasons.append(f"{backend.NAME}: no {activations} kernel for {device}, {instead} instead")
+        reasons.append(f"{module.NAME}: no {activations} kernel for {device}, {instead} instead")
         activations = instead
-    return Choice(backend, activations, "; ".join(reasons) or f"{backend.NAME} runs on {device}")
+    if activations == "int8" and float_groups:
+        activations = "full"
+        reasons.append(f"{module.NAME}: int8 needs row x integer scales, full instead")
+    return Choice(module, activations, "; ".join(reasons) or f"{module.NAME} runs on {device}")

@@ -7,6 +7,7 @@ The rooms in their order; each uses itself and those above it:
     pictures                     what the original makes: prompts, pictures, states, velocities
     calibration, distillation    ternary weights from activations; from velocities
     pipeline                     all stages, within memory and minutes
-    report                       a page that compares files with their original
+    report, comparison           pages that compare files with their original: by its own states; by ComfyUI's pictures
+    imports                      ternary weights made elsewhere
     commands                     one module for each subcommand
 """

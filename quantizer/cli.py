@@ -87,17 +87,20 @@ def _run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as interrupt:
         _tell(f"\n{name}: stopped; {interrupted}")
         return 128 + interrupt.number if isinstance(interrupt, Terminated) else INTERRUPTED
-    except (ValueError, OSError, OverflowError, RecursionError, MemoryError) as error:
+    except (ValueError, OSError, OverflowError, RecursionError) as error:
         _tell(f"{name}: {message(error)}")
         return MISTAKE
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         remedy = f"use the Python that ComfyUI runs in ({program()} doctor says more)"
-        _tell(f"{name}: {error.name} is not installed in {sys.executable}; {remedy}")
+        missing = isinstance(error, ModuleNotFoundError)
+        problem = f"{error.name} is not installed" if missing else f"a package cannot be imported ({message(error)})"
+        _tell(f"{name}: {problem} in {sys.executable}; {remedy}")
         return MISTAKE
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
-        _tell(f"{name}: not enough memory: {message(error).split('. ')[0]}")
+        remedy = "close other programs, or give it less to do at once (--batch, --size) where it takes these"
+        _tell(f"{name}: not enough memory ({message(error).split('. ')[0]}); {remedy}")
         return MISTAKE
     finally:
         ranks.leave()
@@ -150,7 +153,9 @@ class _Help(argparse.HelpFormatter):
         return text if text.startswith("Example:") else super()._fill_text(text, width, indent)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    if isinstance(error, MemoryError):
+        return True
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

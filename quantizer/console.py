@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -45,10 +46,10 @@ def printable(text: str) -> str:
 def message(error: BaseException) -> str:
     """An error as one line of bounded length; its type where it says nothing."""
     if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.filename}: {error.strerror}"
+        text = f"{printable(str(error.filename))}: {error.strerror}"
     else:
         text = str(error)
-    text = printable(" ".join(text.split()))
+    text = printable(re.sub(r"\s*[\r\n]\s*", " ", text.strip()))
     if len(text) > _LONGEST:
         text = f"{text[: 3 * _LONGEST // 4]} ... {text[-_LONGEST // 4 :]}"
     return text or type(error).__name__

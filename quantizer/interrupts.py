@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and SIGHUP: unwound alike, and held back while something must not be left half done."""
 
+import _thread
 import contextlib
 import os
 import signal
@@ -60,16 +61,16 @@ def terminable():
     return _handled(_ENDING, terminate)
 
 
-def end_with_stdin() -> None:
-    """Act as on SIGTERM when stdin ends: a pipe that another program keeps open until it ends, however it does."""
+def terminate_at_eof() -> None:
+    """From now on, the end of stdin means SIGTERM: a program that started this one holds a pipe, which ends with it."""
 
-    def watch() -> None:
+    def wait() -> None:
         with contextlib.suppress(OSError):
-            while os.read(0, 4096):
+            while os.read(0, 1024):  # not sys.stdin, whose lock a thread may not hold when the interpreter ends
                 pass
-        signal.raise_signal(signal.SIGTERM)
+        _thread.interrupt_main(signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def rank() -> int:
     """Known before the others are joined."""
     group = _group()
     if group is None:
-        return int(os.environ["RANK"]) if launched() else 0
+        return int(os.environ.get("RANK", 0)) if launched() else 0
     return group.get_rank()
 
 

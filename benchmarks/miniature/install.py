@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from ternary_flux.benchmarks import miniature
-
-PACK = Path(__file__).resolve().parents[2]
+from ternary_flux.quantizer.comfyui import find_comfyui
 
 
 def main() -> None:
@@ -28,10 +27,12 @@ def main() -> None:
 
 
 def _models() -> Path | None:
-    """The models folder of the ComfyUI at COMFYUI_PATH, or whose custom_nodes hold this pack."""
-    if path := os.environ.get("COMFYUI_PATH"):
-        return Path(path) / "models"
-    return next((f.parent / "models" for f in PACK.parents if f.name == "custom_nodes"), None)
+    """The models folder of the ComfyUI that this pack belongs to."""
+    try:
+        comfyui = find_comfyui()
+    except FileNotFoundError as error:
+        sys.exit(str(error))
+    return comfyui and comfyui / "models"
 
 
 def install(models: Path) -> list[Path]:

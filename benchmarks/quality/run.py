@@ -35,7 +35,7 @@ from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pictures.pool import Pool
 from ternary_flux.quantizer.pictures.quality import HeldOut, measure
 from ternary_flux.quantizer.pictures.sampler import default_shift
-from ternary_flux.quantizer.pipeline.stages import distill_file
+from ternary_flux.quantizer.pipeline.distill_file import distill_file
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
@@ -130,7 +130,7 @@ def run(
     result = {
         "note": "Measured on the miniature; it ranks recipes and does not measure FLUX's own quality.",
         "scale": vars(scale),
-        "machine": {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": _machine(device),
         "seconds": time.perf_counter() - started,
         "models": rows,
     }
@@ -189,6 +189,7 @@ def run_stressed(
     result = {
         "note": "The miniature with outlier channels; not FLUX's own quality.",
         "scale": vars(scale),
+        "machine": _machine(device),
         "levels": {name: vars(level) for name, level in levels.items()},
         "models": rows,
     }
@@ -196,6 +197,10 @@ def run_stressed(
     write_json(results, result)
     say(f"{results} written")
     return result
+
+
+def _machine(device: torch.device) -> dict:
+    return {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def originals_scores(stage: Stage, work: Workspace) -> Callable[[], Scores]:

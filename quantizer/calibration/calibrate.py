@@ -61,7 +61,6 @@ class CalibrationSettings:
     sweeps: int = gptq.SWEEPS
     batch: int = 8
     packing: str = "planes32"
-    seed: int = 0
     precisions: Mapping[str, str] = field(default_factory=dict)
     exponents: tuple[float, ...] = columns.EXPONENTS
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops import GROUP_SIZE, TernaryWeight
-from ...ops.backends.triton import backend as triton
+from ...ops.registry import group_codes_kernel
 from ...ops.scales import MAX_MULTIPLIER, fit_integer_groups
 from .moments import Moments
 
@@ -208,7 +208,10 @@ def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
             damping *= 10
     finally:
         damped.diagonal().copy_(diagonal)
-    raise ValueError(f"the second moments of a Linear's inputs cannot be factored with a damping of {damping:g}")
+    raise ValueError(
+        f"the second moments of a Linear's inputs cannot be factored with a damping of {damping:g}: give a --damping "
+        f"below {_MAX_DAMPING:g}, and more --states"
+    )
 
 
 def error_feedback(target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,9 +245,7 @@ def _feed_back(block: Tensor, scale: Tensor, local: Tensor) -> tuple[Tensor, Ten
     """Codes and errors [128, N] of a group's weights, inputs first, which are used up. `local` is the group's part of
     the inverse factor; errors are divided by its diagonal.
     """
-    if _has_kernel(block.device):
-        from ...ops.backends.triton.group_codes import group_codes
-
+    if (group_codes := group_codes_kernel(block.device)) is not None:
         return group_codes(block, scale, local.contiguous(), local.diagonal().reciprocal())
     errors, pivots = torch.empty_like(block), local.diagonal().tolist()
     for i, (column, error, pivot) in enumerate(zip(block, errors, pivots, strict=True)):
@@ -259,9 +260,7 @@ def _descend(block: Tensor, scale: Tensor, local: Tensor, old: Tensor) -> tuple[
     """New codes of a group and what they change of the weights, both [128, N], inputs first as is the gradient `block`,
     which is used up. `local` is the group's part of H.
     """
-    if _has_kernel(block.device):
-        from ...ops.backends.triton.group_codes import group_codes
-
+    if (group_codes := group_codes_kernel(block.device)) is not None:
         return group_codes(block, scale, local.contiguous(), local.diagonal().reciprocal(), old)
     steps = local.diagonal().reciprocal().tolist()
     new, changes = torch.empty_like(old), scale * old
@@ -271,10 +270,6 @@ def _descend(block: Tensor, scale: Tensor, local: Tensor, old: Tensor) -> tuple[
         torch.sub(code, old[i], out=change).mul_(scale)
         block[i + 1 :].addr_(local[i, i + 1 :], change, alpha=-1)
     return new, changes
-
-
-def _has_kernel(device: torch.device) -> bool:
-    return triton.unavailable(device) is None
 
 
 def nearest(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:

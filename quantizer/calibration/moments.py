@@ -111,5 +111,6 @@ class Moments:
             gates = self.gates.clamp_min(1e-30)
             return (self.cross / gates[:, None]).float(), (self.mean_cross / gates).float()
         if self.shift is not None:
-            return dense @ (self.shift / self.count).float(), dense @ (self.mean_shift / self.count).float()
+            count = self.count.clamp_min(1e-30)  # a gate that is shut weighs all tokens with nothing
+            return dense @ (self.shift / count).float(), dense @ (self.mean_shift / count).float()
         return torch.zeros_like(dense), dense.new_zeros(len(dense))

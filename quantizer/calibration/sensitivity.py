@@ -19,7 +19,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.layer import LayerPlan
 from ..files.precision import PRECISIONS, int8, int8_tensors, metadata, precisions_of
 from ..files.summary import stated_errors
-from ..files.ternary import TernaryFile, create_ternary
+from ..files.ternary import TernaryFile, write_ternary
 from ..model.flux import Tokens, linear_of
 from ..model.teacher import Teacher
 from ..pictures.states import Batch
@@ -149,12 +149,9 @@ def write_mixed(
         weights[name], errors[name] = two_terms(teacher.tensor(f"{name}.weight"))
         plans[name] = LayerPlan.of(weights[name], file.layers[name].packing)
     dense = {name: file.tensor(name) for name in file.dense} | int8_tensors(teacher, precisions)
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
     errors = {name: round(errors[name], 4) for name in plans if name in errors}
     described = dict(file.metadata) | metadata(precisions_of(file) | dict(precisions))
     described["ternary.weight_errors"] = json.dumps(errors)
-    with create_ternary(path, plans, specs, described, overwrite=overwrite) as writer:
-        for name in plans:
-            writer.layer(name, weights.get(name) or file.weight(name))
-        for name, tensor in dense.items():
-            writer.dense(name, tensor)
+    write_ternary(
+        path, plans, lambda name: weights.get(name) or file.weight(name), dense, described, overwrite=overwrite
+    )

@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     options.add_freeze_dense(parser)
     parser.add_argument(
         "--growth",
-        type=positive,
+        type=options.part,
         default=0.0,
         help="part by which the file may grow for the most sensitive Linears in two terms or 8 bits (default: none)",
     )
@@ -54,9 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="json: an object in each line of stdout, for programs (default: %(default)s)",
     )
     parser.add_argument(
-        "--end-with-stdin",
-        action="store_true",
-        help="stop as on Ctrl-C when stdin ends: for programs that keep it open, so that this ends when they do",
+        "--stop-at-eof", action="store_true", help="stop when stdin ends, as for Ctrl-C: for programs that start it"
     )
     parser.set_defaults(interrupted="give the same command again to go on", shared=True)
 
@@ -67,7 +65,10 @@ def size(text: str) -> int:
     for letter, factor in (("G", 1e9), ("M", 1e6)):
         if number.endswith(letter):
             number, unit = number[:-1], factor
-    return int(positive(number) * unit)
+    try:
+        return int(options.number(number, float, 1.0, "", 1e15) * unit)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} is not a size, such as 22GB or 22e9") from None
 
 
 def show_plan(args: argparse.Namespace) -> None:
@@ -106,12 +107,14 @@ def show_plan(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.plan:
         return show_plan(args)
+    if args.device_memory or args.tflops:
+        raise ValueError("--device-memory and --tflops describe another GPU to --plan: give that, or leave them out")
     from ..console import Bars, Events
-    from ..interrupts import end_with_stdin
+    from ..interrupts import terminate_at_eof
     from ..pipeline.convert import Amounts, Run, expectation
 
-    if args.end_with_stdin:
-        end_with_stdin()
+    if args.stop_at_eof:
+        terminate_at_eof()
     target = options.choose_output(args, args.source)
     report = Events() if args.progress == "json" else Bars()
     with report, options.open_workspace(args, args.source, target, on_progress=report.show) as work:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     from ..files.ternary import check_original, open_ternary
     from ..pipeline.budget import settings_for
     from ..pipeline.decisions import Decisions
-    from ..pipeline.stages import check_rank, distill_file
+    from ..pipeline.distill_file import check_rank, distill_file
 
     start = open_ternary(args.start)
     check_original(start, open_checkpoint(args.teacher))
@@ -154,7 +155,10 @@ def run(args: argparse.Namespace) -> None:
             on_step=step,
             on_block=lambda result: say(f"{result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
-        for path in (snapshot, kept) if ranks.first() else ():
+        blocks = work.folder / "blocks"
+        for path in (snapshot, kept, blocks.with_suffix(".safetensors")) if ranks.first() else ():
             with contextlib.suppress(OSError):  # the file is written
                 path.unlink(missing_ok=True)
+        if ranks.first():
+            shutil.rmtree(blocks, ignore_errors=True)
     say(f"{target}: velocity error {before.error:.4f} -> {distiller.best_error:.4f} on held-out prompts")

@@ -16,10 +16,11 @@ LIGHT = True  # it runs where torch does not
 _PACK = Path(__file__).resolve().parents[2]
 _COMFYUI = (0, 30, 0)
 _TORCH = (2, 8)
-# kind of Linear -> activations of those whose scales allow nothing else
+# kinds of layers -> whether they have float group scales, and whether they ask for full precision
 _KINDS = {
-    "ternary, row x integer scales (of `convert`)": "auto",
-    "ternary, a scale for each group (of `import`)": "full",
+    "ternary, row x integer scales (of `convert`)": (False, False),
+    "ternary, scales that 8 bits would change too much (some of `import`)": (True, False),
+    "ternary, marked for full precision (some of `calibrate`)": (False, True),
 }
 
 
@@ -139,8 +140,8 @@ def _backends(torch) -> Iterator[tuple[str, str]]:
     from ...ops import resolve
 
     device = _device(torch)
-    for kind, activations in _KINDS.items():
-        choice = resolve(device, activations)
+    for kind, (float_groups, full_precision) in _KINDS.items():
+        choice = resolve(device, float_groups=float_groups, full_precision=full_precision)
         yield kind, f"backend {choice.backend.NAME}, {choice.activations} activations ({choice.reason})"
 
 

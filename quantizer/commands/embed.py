@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     source = args.prompts or PROMPTS
     check_target(args.output, 0, args.force, [*args.text_encoders, source])
-    lines = read_text(source, "a text file with a prompt in each line").splitlines()
+    lines = read_text(source, "a text file with a prompt in each line").split("\n")
     prompts = [line.strip() for line in lines if line.strip()][: args.count]
     if not prompts:
         raise ValueError(f"{source}: there are no prompts; put one in each line")

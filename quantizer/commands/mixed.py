@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 
 from . import options
-from .options import count, positive
+from .options import count
 
 EXAMPLE = (
     "flux1-dev-rounded.safetensors --teacher flux1-dev.safetensors --conditioning prompts.safetensors "
@@ -31,7 +31,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     options.add_arguments(parser)
     options.add_work(parser)
-    parser.add_argument("--growth", type=positive, default=0.25, help="of the file (default: %(default)s: a quarter)")
+    parser.add_argument(
+        "--growth", type=options.part, default=0.25, help="of the file (default: %(default)s: a quarter)"
+    )
     parser.add_argument(
         "--precisions",
         nargs="+",
@@ -39,6 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=("two-terms", "int8"),
         help="what they may become (default: both)",
     )
+    parser.set_defaults(interrupted="give the same command again to go on")
     parser.add_argument("--pictures", type=count, default=8, help="whose states are measured (default: %(default)s)")
 
 
@@ -64,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
         batches = work.hold_out(args.pictures).batches
         measured = sensitivities(file, work.teacher, batches, precisions=args.precisions, on_layer=show)
         chosen = best_upgrades(measured, int(args.growth * args.start.stat().st_size))
+        if not chosen:
+            raise ValueError(f"no Linear gains within --growth {args.growth:g}: give more, or take START as it is")
         precisions = {name: result.precision for name, result in chosen.items()}
         write_mixed(target, file, work.teacher.checkpoint, precisions, overwrite=args.force)
     for result in sorted(chosen.values(), key=lambda result: -result.gain):

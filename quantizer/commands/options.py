@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,44 +17,46 @@ if TYPE_CHECKING:
 
 _DENSE = ("diffusion_models", "checkpoints", "diffusers")
 _SUFFIXES = (".safetensors", ".sft")  # that ComfyUI lists
-_SEEDS = "a whole number from 0 to 2,147,483,647"
 _OTHER_FORMATS = (".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pkl", ".gguf", ".onnx", ".zip", ".json", ".html")
 
 
 def count(text: str) -> int:
     """A whole number from 1."""
-    return _number(text, int, 1, "a whole number from 1")
+    return number(text, int, 1, "a whole number from 1 (a million at most)", 1_000_000)
 
 
 def natural(text: str) -> int:
     """A whole number from 0."""
-    return _number(text, int, 0, "a whole number from 0")
+    return number(text, int, 0, "a whole number from 0 (a million at most)", 1_000_000)
 
 
 def positive(text: str) -> float:
     """A number above 0."""
-    return _number(text, float, math.ulp(0.0), "a number above 0")
+    return number(text, float, math.ulp(0.0), "a number above 0 (a billion at most)", 1e9)
+
+
+def part(text: str) -> float:
+    """A number above 0 and below 1."""
+    return number(text, float, math.ulp(0.0), "a number above 0 and below 1", math.nextafter(1, 0))
 
 
 def guidance(text: str) -> float:
-    """A finite number from 0."""
-    return _number(text, float, 0.0, "a number from 0")
+    """A number from 0 to 1000."""
+    return number(text, float, 0.0, "a number from 0 to 1000", 1e3)
 
 
 def seed(text: str) -> int:
     """A whole number that a seed of torch can be made of."""
-    value = _number(text, int, 0, _SEEDS)
-    if value >= 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text} is not {_SEEDS}")
-    return value
+    return number(text, int, 0, "a whole number from 0 to 2,147,483,647", (1 << 31) - 1)
 
 
-def _number(text: str, kind: type, least: float, wanted: str):
+def number(text: str, kind: type, least: float, wanted: str, most: float = math.inf):
+    """A number of this kind within bounds; what is not is refused as not being what is `wanted`."""
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not least <= value < math.inf:
+    if not (least <= value <= most and value < math.inf):
         raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
     return value
 
@@ -81,12 +84,16 @@ def clip_vision(text: str) -> Path:
 def _find(text: str, *kinds: str) -> Path:
     from ..comfyui import find_model
 
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty; give a file or a folder")
     return find_model(Path(text), *kinds)
 
 
 def output(text: str) -> Path:
     """A file to write, with a suffix that ComfyUI lists: .safetensors is added where there is none."""
     path = Path(text)
+    if not text.strip() or text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"{text or 'an empty name'}: give the name of a file to write")
     if path.suffix.lower() in _OTHER_FORMATS:
         raise argparse.ArgumentTypeError(f"{text}: the file will be in safetensors format; call it .safetensors")
     if path.suffix.lower() in _SUFFIXES or path.exists() or not path.name:
@@ -173,7 +180,7 @@ def open_workspace(
     )
     work.check(target, target is None or args.force, *sources)
     check_work_folder(folder)
-    if target is not None and target.absolute().is_relative_to(folder.absolute()):
+    if target is not None and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{target} would lie in the work folder {folder}; choose another place for one of them")
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -32,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--vae", type=options.vae, help="the model's VAE, read by ComfyUI; without it latents have false colours"
     )
+    parser.set_defaults(interrupted="give the same command again to go on")
     parser.add_argument("--pictures", type=count, default=4, help="to show (default: %(default)s)")
     parser.add_argument("--held-out", type=count, default=16, help="pictures to measure on (default: %(default)s)")
 
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
     from ..report.decoders import vae_decoder
     from ..report.page import check_report, report
 
+    if args.work and not args.work.is_dir():
+        raise ValueError(f"{args.work}: there is no such folder; give the work folder of a conversion with --work")
     files = {}
     for stage, name in (("round", "rounded"), ("calibrate", "calibrated")):
         path = (args.work or args.output) / f"{name}.safetensors"

@@ -25,8 +25,10 @@ def run(args: argparse.Namespace) -> int:
     from ..console import progress, say
     from ..files.atomic import in_bytes
     from ..files.container import read_header
+    from ..files.inputs import check_regular
     from ..files.verify import verify
 
+    check_regular(args.file, "a .safetensors file")
     entries = read_header(args.file).entries
     size = sum(entry.nbytes for entry in entries.values())
     started = time.monotonic()

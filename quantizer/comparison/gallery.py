@@ -40,15 +40,14 @@ class Gallery:
         ValueError where the folder holds one with other settings, FileExistsError where it holds something else.
         """
         gallery = cls(folder, prompts, seeds)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; give the name of a folder")
         if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
             if not _is_comparison(folder):
                 raise FileExistsError(f"{folder} is not empty, and no comparison; give another folder")
             if overwrite:
                 gallery.clear()
         texts = digest(json.dumps(list(prompts)).encode())
-        keep_settings(folder, {"format": _FORMAT, "prompts": texts, "seeds": seeds} | settings)
+        kept = {"format": _FORMAT, "prompts": texts, "seeds": seeds} | settings
+        keep_settings(folder, kept, "give another folder, or --force to remove what is there")
         return gallery
 
     def clear(self) -> None:

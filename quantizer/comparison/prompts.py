@@ -20,7 +20,7 @@ def read_prompts(path: str | os.PathLike, count: int | None = None) -> list[dict
     if is_encoded(path):
         rows = [{"prompt": prompt} for prompt in conditioning.read(path).prompts]
     else:
-        lines = enumerate(read_text(path, _WANTED).splitlines(), 1)
+        lines = enumerate(read_text(path, _WANTED).split("\n"), 1)
         parse = (
             _parse if Path(path).suffix.lower() in (".jsonl", ".json") else lambda path, number, line: {"prompt": line}
         )

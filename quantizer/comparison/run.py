@@ -4,7 +4,6 @@ One model is in memory at a time, and one picture. What is painted and measured 
 was stopped.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -78,12 +77,20 @@ def compare(
     import_comfyui()
     vae = load_vae(inputs.vae, arch)
     embed = scores.image_embedder(inputs.clip_vision) if inputs.clip_vision else None
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):
+        new = not (folder / "settings.json").exists()
         kept = asdict(settings) | {"steps": steps} | _identities(inputs)
         gallery = Gallery.open(folder, inputs.prompts, settings.seeds, kept, overwrite)
         progress = _Counter(on_progress)
-        encoded = _conditioning(inputs, gallery, arch, progress)
+        try:
+            encoded = _conditioning(inputs, gallery, arch, progress)
+        except BaseException:
+            if new:  # the settings were never used, and others may follow
+                gallery.clear()
+            raise
         run = _Run(inputs, gallery, encoded, vae, settings, steps)
         return _evaluate(run, run.paint(progress), embed, progress)
 
@@ -115,7 +122,7 @@ def _identities(inputs: Inputs) -> dict[str, str]:
     encoders = [of(path) for path in (*([inputs.conditioning] if inputs.conditioning else ()), *inputs.text_encoders)]
     return {
         "original": fingerprint(inputs.original),
-        "ternary": digest(str(inputs.ternary.file.size).encode(), json.dumps(inputs.ternary.metadata).encode()),
+        "ternary": inputs.ternary.fingerprint,
         "vae": of(inputs.vae),
         "conditioning": digest(*(encoder.encode() for encoder in encoders)),
     }
@@ -155,7 +162,7 @@ class _Run:
         attention, paths = self.gallery.folder / "work" / "attention.json", self.gallery.folder / "work" / "paths"
         numbers = sum(map(self._path_needed, self.measured)) * 3 * self.steps * math.prod(self.shape)
         check_space(self.gallery.folder, 4 * numbers, "velocities on the original's paths take")
-        if self._missing(ORIGINAL) or self._missing(AGAIN):
+        if self._missing(ORIGINAL) or self._missing(AGAIN) or not attention.exists():
             write_json(attention, self._paint_original(progress))
             painter.release()
         if self._missing(TERNARY):

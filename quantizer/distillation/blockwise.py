@@ -7,7 +7,7 @@ of a model far larger than the device can be trained. The idea is that of BRECQ 
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import ranks
 from ..files.checkpoint import Checkpoint
 from ..files.layer import LayerPlan
-from ..files.ternary import TernaryFile, create_ternary, open_ternary
+from ..files.ternary import TernaryFile, open_ternary, write_ternary
 from ..files.work_folder import open_kept
 from ..model.flux import Flux, Tokens
 from ..model.student import (
@@ -61,6 +61,12 @@ class BlockResult:
     name: str
     before: float
     after: float
+
+
+def block_run(start: TernaryFile, pool: Pool, settings: BlockSettings) -> dict:
+    """What tells one block-wise pass from another, as JSON takes it (`work_folder.keep_settings`)."""
+    said = asdict(settings) | {"stream": str(settings.stream)}
+    return said | {"start": start.fingerprint, "pool": pool.fingerprint}
 
 
 def train_blocks(
@@ -189,7 +195,7 @@ def _write_part(
     parameters = {f"{name}.{leaf}": p for leaf, p in block.named_parameters()}
     dense = {key: t for key, t in stored_dense(start, parameters).items() if key.startswith(f"{name}.")}
     plans = {layer: LayerPlan.of(weight) for layer, weight in weights.items()}
-    _write(path, plans, weights.__getitem__, dense, {}, False)
+    write_ternary(path, plans, weights.__getitem__, dense, {})
 
 
 def _assemble(target, start: TernaryFile, parts: Sequence[TernaryFile], overwrite: bool) -> None:
@@ -197,13 +203,4 @@ def _assemble(target, start: TernaryFile, parts: Sequence[TernaryFile], overwrit
     plans = {name: replace(part.layers[name], packing=start.layers[name].packing) for name, part in origin.items()}
     dense = {name: start.tensor(name) for name in start.dense}
     dense |= {name: part.tensor(name) for part in parts for name in part.dense}
-    _write(target, plans, lambda name: origin[name].weight(name), dense, start.metadata, overwrite)
-
-
-def _write(path, plans: dict[str, LayerPlan], weight: Callable, dense: dict[str, Tensor], metadata, overwrite) -> None:
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
-    with create_ternary(path, plans, specs, metadata, overwrite=overwrite) as writer:
-        for name in plans:
-            writer.layer(name, weight(name))
-        for name, tensor in dense.items():
-            writer.dense(name, tensor)
+    write_ternary(target, plans, lambda name: origin[name].weight(name), dense, start.metadata, overwrite=overwrite)

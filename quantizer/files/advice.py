@@ -26,6 +26,15 @@ def model_name(path: Path) -> str:
 def quoted(path: Path) -> str:
     """A path as a shell takes it, always in quotes."""
     text = str(path)
+    if os.name != "nt" and not text.isprintable():
+        return f"$'{''.join(map(_escaped, text))}'"
     if os.name == "nt" or not any(character in text for character in '"$`\\!'):
         return f'"{text}"'
     return shlex.quote(text)
+
+
+def _escaped(character: str) -> str:
+    """As it is written between $' and ', by its bytes where it cannot be seen."""
+    if character in "'\\":
+        return f"\\{character}"
+    return character if character.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))

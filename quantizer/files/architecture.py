@@ -158,8 +158,15 @@ class Architecture:
         yield from linear("final_layer.adaLN_modulation.1", 2 * h, h, self.bias)
 
 
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # of torch
+
+
 def canonical(name: str) -> str:
-    """BFL's name of a parameter: ComfyUI holds and saves the `scale` of query and key norms as `weight`."""
+    """BFL's name of a parameter: ComfyUI holds and saves the `scale` of query and key norms as `weight`, and training
+    tools leave names of their wrappers within.
+    """
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
     return f"{name.removesuffix('weight')}scale" if name.endswith(("query_norm.weight", "key_norm.weight")) else name
 
 
@@ -184,6 +191,12 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
             f"img_in.weight has shape {[hidden, inputs]}: FLUX.{version} has outputs in multiples of 128 "
             f"and inputs in multiples of {patch}"
         )
+    channels = 16 if version == 1 else 128
+    if inputs // patch < channels:
+        raise ValueError(
+            f"img_in.weight has shape {[hidden, inputs]}: FLUX.{version} has {channels} latent channels and more, "
+            f"not {inputs // patch}"
+        )
     if empty := next((name for name, shape in shapes.items() if name in _SIZES and 0 in shape), None):
         raise ValueError(f"{empty} has shape {list(shapes[empty])} and holds nothing")
     arch = Architecture(
@@ -192,7 +205,7 @@ def detect(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         depth=_count(shapes, "double_blocks."),
         depth_single=_count(shapes, "single_blocks."),
         in_channels=inputs // patch,
-        out_channels=16 if version == 1 else 128,
+        out_channels=channels,
         context_dim=shapes["txt_in.weight"][1],
         vec_dim=shapes["vector_in.in_layer.weight"][1] if version == 1 else None,
         guidance="guidance_in.in_layer.weight" in shapes,

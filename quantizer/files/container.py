@@ -16,8 +16,9 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,6 +53,7 @@ _MOST_TENSORS = 50_000
 _MOST_BRACKETS = 4 * _MOST_TENSORS
 _MOST_DIMENSIONS = 16
 _ALIGNMENT = 64
+_AGAIN = "download or convert the file again"  # the remedy
 _CHECKSUMS = "ternary.crc32"  # the metadata's key
 _FOREIGN = {
     b"GGUF": "a GGUF file",
@@ -141,14 +143,14 @@ def read_header(path: str | os.PathLike) -> Header:
         if start[8:9] != b"{":
             raise FormatError(path, _what_else(start, size))
         if length > _MAX_HEADER:
-            raise FormatError(path, f"a header of {length:,} bytes is not read; download or convert the file again")
+            raise FormatError(path, f"a header of {length:,} bytes is not read; {_AGAIN}")
         if 8 + length > size:
             raise FormatError(path, "the file is truncated within its header; download or convert it again")
         file.seek(8)
         header = _parse(path, file.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(path, "the header's metadata is not a map of strings", "__metadata__")
+        raise FormatError(path, f"the header's metadata is not a map of strings; {_AGAIN}", "__metadata__")
     checksums = metadata.pop(_CHECKSUMS, None)  # they hold for these bytes alone and are not handed on
     entries = {key: _entry(path, key, value, 8 + length) for key, value in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
@@ -170,7 +172,7 @@ def _parse(path: Path, text: bytes) -> dict:
     def unique(pairs):
         keys = dict(pairs)
         if len(keys) != len(pairs):
-            raise FormatError(path, "a key occurs twice in the header")
+            raise FormatError(path, f"a key occurs twice in the header; {_AGAIN}")
         return keys
 
     try:
@@ -178,9 +180,9 @@ def _parse(path: Path, text: bytes) -> dict:
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
-        raise FormatError(path, f"the header is not valid JSON ({error}); download or convert the file again") from None
+        raise FormatError(path, f"the header is not valid JSON ({error}); {_AGAIN}") from None
     if len(header) > _MOST_TENSORS:
-        problem = f"a header with {len(header):,} tensors is not read; download or convert the file again"
+        problem = f"a header with {len(header):,} tensors is not read; {_AGAIN}"
         raise FormatError(path, problem)
     return header
 
@@ -190,27 +192,27 @@ def _entry(path: Path, key: str, value: object, data_start: int) -> Entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
             pass
         case _:
-            raise FormatError(path, "the header's entry is not a dtype, shape and data_offsets", key)
+            raise FormatError(path, f"the header's entry is not a dtype, shape and data_offsets; {_AGAIN}", key)
     if dtype not in _BITS:
-        raise FormatError(path, f"unknown dtype {dtype:.32}", key)
+        raise FormatError(path, f"unknown dtype {dtype:.32}; {_AGAIN}", key)
     if len(shape) > _MOST_DIMENSIONS or not all(type(length) is int and 0 <= length < 1 << 63 for length in shape):
-        raise FormatError(path, f"invalid shape {str(shape[:_MOST_DIMENSIONS]):.200}", key)
+        raise FormatError(path, f"invalid shape {str(shape[:_MOST_DIMENSIONS]):.200}; {_AGAIN}", key)
     if start < 0 or (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:
-        raise FormatError(path, f"{stop - start} bytes do not hold {dtype} {shape}", key)
+        raise FormatError(path, f"{stop - start} bytes do not hold {dtype} {shape}; {_AGAIN}", key)
     return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
 
 
 def _check_contiguous(path: Path, entries: Mapping[str, Entry], position: int, size: int) -> None:
     for key, entry in entries.items():
         if entry.start != position:
-            raise FormatError(path, "the tensor overlaps another or leaves a hole", key)
+            raise FormatError(path, f"the tensor overlaps another or leaves a hole; {_AGAIN}", key)
         position = entry.stop
     if position > size:
         short = next(key for key, entry in entries.items() if entry.stop > size)
         message = f"the file is truncated: it has {size:,} of {position:,} bytes; download or convert it again"
         raise FormatError(path, message, short)
     if position < size:
-        raise FormatError(path, f"{size - position:,} bytes follow the last tensor; download or convert the file again")
+        raise FormatError(path, f"{size - position:,} bytes follow the last tensor; {_AGAIN}")
 
 
 class MappedFile:
@@ -219,6 +221,15 @@ class MappedFile:
     path: Path
     entries: Mapping[str, Entry]
     status: tuple[int, ...]  # changes when the file is written to or replaced
+
+    @cached_property
+    def ends(self) -> Mapping[str, Sequence[str]]:
+        """What precedes the last full stop of a key -> what follows it, in all keys."""
+        ends: dict[str, list[str]] = {}
+        for key in self.entries:
+            start, _, end = key.rpartition(".")
+            ends.setdefault(start, []).append(end)
+        return ends
 
     def _open_map(self, path: str | os.PathLike) -> None:
         with open(path, "rb") as file:
@@ -358,7 +369,11 @@ def create(
         offsets[key] = Entry(DTYPE_NAMES[dtype], tuple(shape), position, position + size_of(dtype, shape))
         position = offsets[key].stop
     unknown = Checksums(0, dict.fromkeys(offsets, 0)).text
-    header = _header_bytes(offsets, dict(metadata) | {_CHECKSUMS: unknown}, header_room)
+    header = _header_bytes(offsets, _in_utf8(metadata) | {_CHECKSUMS: unknown}, header_room)
+    if len(header) > _MAX_HEADER:
+        largest = max(metadata, key=lambda key: len(metadata[key]))
+        problem = f"the header would have {len(header):,} bytes, and {_MAX_HEADER:,} are read"
+        raise ValueError(f"{path}: {problem}; most are metadata, of which {largest!r:.80} is the largest")
     data_start = len(header)
     entries = {key: Entry(e.dtype, e.shape, e.start + data_start, e.stop + data_start) for key, e in offsets.items()}
     with atomic_file(path, data_start + position, overwrite) as file:
@@ -368,8 +383,9 @@ def create(
             if writer.written.get(key, 0) != entry.nbytes:
                 raise ValueError(f"{path}: {key}: {writer.written.get(key, 0)} of {entry.nbytes} bytes were written")
         checksums = {key: writer.checksums.get(key, 0) for key in offsets}
-        found = Checksums(header_checksum(writer.metadata, entries), checksums).text
-        header = _header_bytes(offsets, writer.metadata | {_CHECKSUMS: found}, 0)
+        final = _in_utf8(writer.metadata)
+        found = Checksums(header_checksum(final, entries), checksums).text
+        header = _header_bytes(offsets, final | {_CHECKSUMS: found}, 0)
         if len(header) > data_start:
             raise ValueError(f"{path}: the metadata outgrew its room by {len(header) - data_start} bytes")
         file.seek(0)
@@ -389,11 +405,17 @@ def save(
             file.write(name, tensor)
 
 
+def _in_utf8(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Names of files may hold bytes that no text has, which other readers of the format refuse: those, escaped."""
+    return {key: value.encode("utf-8", "backslashreplace").decode() for key, value in metadata.items()}
+
+
 def _header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str], header_room: int) -> bytes:
     tensors = {
         key: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.start, entry.stop)}
         for key, entry in entries.items()
     }
-    text = json.dumps({"__metadata__": dict(metadata), **tensors}, separators=(",", ":")).encode() + b" " * header_room
+    whole = {"__metadata__": dict(metadata), **tensors}
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode() + b" " * header_room
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text

@@ -7,6 +7,7 @@ import torch
 
 from .atomic import check_target
 from .container import create
+from .metadata import TITLE
 from .ternary import TernaryFile, open_ternary
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -30,10 +31,8 @@ def export_checkpoint(
     check_target(target, 0, overwrite, [file.path])
     eight_bit = {f"{name}.{part}" for name in file.int8 for part in ("weight_scale", "comfy_quant")}
     plan = {name: (dtype, shape) for name, shape in file.shapes.items() if name not in eight_bit}
-    metadata = {key: value for key, value in file.metadata.items() if key.startswith("modelspec.")}
-    with create(
-        target, plan, metadata | {"ternary.exported_from": file.path.name}, header_room=0, overwrite=overwrite
-    ) as writer:
+    metadata = {key: value.removesuffix(TITLE) for key, value in file.metadata.items() if key.startswith("modelspec.")}
+    with create(target, plan, metadata | {"ternary.exported_from": file.path.name}, overwrite=overwrite) as writer:
         for name in file.dense.keys() - eight_bit:
             writer.write(name, file.parameter(name).to(dtype))
         for name, layer in file.layers.items():

@@ -5,6 +5,7 @@ A whole FLUX transformer is recognised by its own keys; whatever else lies in th
 
 import importlib.util
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -66,6 +67,9 @@ def identify(source: Source | TensorFile | str | os.PathLike) -> Identity:
         source = open_source(source)
     prefix = find_prefix(source.entries)
     if prefix is not None and _is_ternary(source, prefix):
+        if len(source.files) > 1:
+            what = f"this is a ternary FLUX in {len(source.files)} parts, and ternary files are read from one"
+            return Identity("ternary", what, "Get it as one file, or put the parts' tensors and metadata into one")
         dense = command("export", source.path, "-dense")
         return Identity(
             "ternary", "this is a ternary FLUX", f"Load it with the node Load Ternary FLUX; as dense: {dense}"
@@ -227,6 +231,19 @@ _FORMATS = (
         "Load it with the nodes of OrbitQuant",
     ),
     ("optimum-quanto's format", (".weight._data", ".weight._scale"), "Load it with optimum-quanto"),
+    (
+        "diffusers' names with fused projections",
+        (".to_qkv.weight", ".to_added_qkv.weight"),
+        "Save it with unfused ones (unfuse_qkv_projections)",
+    ),
+    (
+        "a training tool's form, with an adapter that is not merged (PEFT)",
+        (".base_layer.weight",),
+        "Merge the adapter (merge_and_unload) and save it again",
+    ),
+    ("torchao's format", (".weight._weight_qdata", "._weight_qdata"), "Load it with diffusers and torchao"),
+    ("flux-fp8-api's format", (".float8_data",), "Load it with flux-fp8-api"),
+    ("SDNQ's format", (".zero_point", ".svd_up"), "Load it with diffusers and sdnq"),
     ("gemlite's or HQQ's packing", (".W_q",), _IMPORT),
     ("MLX's packing", (".biases",), _IMPORT),
     ("GPTQ's or AWQ's format", (".qweight", ".qzeros"), "Load it with the library that made it"),
@@ -248,17 +265,9 @@ _CONTROLNET = "Move it to models/controlnet and load it with the node Load Contr
 _LORA = "Move it to models/loras and apply it with the node Load LoRA, to a ternary model too"
 _VAE = "Move it to models/vae and load it with the node Load VAE"
 _TEXT = "Move it to models/text_encoders and load it with the node Load CLIP"
-_LORA_MARKS = (
-    ".lora_A",
-    ".lora_B",
-    ".lora_up",
-    ".lora_down",
-    "lora_unet_",
-    "lora_transformer_",
-    ".hada_w",
-    ".lokr_w",
-    ".dora_scale",
-    ".oft_blocks",
+_LORA_MARKS = re.compile(
+    r"lora[_.](A|B|up|down|mid|unet|transformer|te\d?|linear_layer)\b|lora_(unet|transformer|te\d?)_|lora[12]?\.(up|down)\."
+    r"|\.(hada|lokr)_[wt]|\.(dora_scale|oft_blocks|oft_diag|boft_\w+)|\.diff(_b)?$|\.[ab][12]\.weight$|lycoris_"
 )
 # What shares FLUX's block names and is not FLUX.
 _VARIANTS = (
@@ -322,7 +331,7 @@ def _relative(keys: Mapping[str, object], relatives: tuple[_Relative, ...]) -> I
 
 
 def _lora(keys: Mapping[str, object]) -> Identity | None:
-    if not any(mark in key for key in keys for mark in _LORA_MARKS):
+    if not any(map(_LORA_MARKS.search, keys)):
         return None
     control = any(key.endswith(("img_in.lora_A.weight", "x_embedder.lora_A.weight")) for key in keys)
     return Identity("lora", "this is a control LoRA" if control else "this is a LoRA", _LORA)

@@ -37,7 +37,7 @@ def read_text(path: str | os.PathLike, wanted: str = "a text file") -> str:
     return text
 
 
-def read_json(path: str | os.PathLike, *kept: type, remedy: str = "delete it") -> Any:
+def read_json(path: str | os.PathLike, *kept: type, remedy: str = "delete it, and give the command again") -> Any:
     """The JSON value of a file, of one of the types `kept`. ValueError, naming the file, where it is damaged."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from .layer import FORMAT
 from .sources.locate import SUFFIXES
 
 UNKNOWN_SHA256 = "0" * 64
+TITLE = " (ternary, 1.58-bit)"  # the end of a ternary file's title
 
 
 def build(
@@ -32,7 +33,8 @@ def build(
     """
     title = source_metadata.get("modelspec.title", source.stem if source.suffix.lower() in SUFFIXES else source.name)
     kept = {key: value for key, value in source_metadata.items() if key.startswith("modelspec.")}
-    kept.pop("modelspec.hash_sha256", None)
+    for key in ("modelspec.hash_sha256", "modelspec.thumbnail"):  # of the source alone; the latter may be megabytes
+        kept.pop(key, None)
     before = {"ternary.source_encoding": lossy} if lossy else {}
     implementation = "flux2" if architecture.version == 2 else "flux"
     return (
@@ -42,7 +44,7 @@ def build(
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": kept.get("modelspec.architecture", architecture.family.lower()),
             "modelspec.implementation": f"https://github.com/black-forest-labs/{implementation}",
-            "modelspec.title": f"{title} (ternary, 1.58-bit)",
+            "modelspec.title": f"{title}{TITLE}",
             "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "ternary.format": FORMAT,
             "ternary.quantizer": f"comfyui-ternary-flux {version()}",

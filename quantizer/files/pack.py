@@ -29,7 +29,7 @@ def pack(
     layers = {name: replace(layer, packing=packing) for name, layer in file.layers.items()}
     entries = {name: file.file.entries[key] for name, key in file.dense.items()}
     dense = {name: (DTYPES[entry.dtype], entry.shape) for name, entry in entries.items()}
-    with create_ternary(target, layers, dense, _metadata(file, packing), header_room=0, overwrite=overwrite) as writer:
+    with create_ternary(target, layers, dense, _metadata(file, packing), overwrite=overwrite) as writer:
         for name in dense:
             writer.dense(name, file.tensor(name))
         for name, layer in layers.items():

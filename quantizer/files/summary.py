@@ -149,7 +149,7 @@ def _layer(name: str, plan: LayerPlan, error: float | None) -> str:
 
 
 def stated_errors(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Relative error of each layer's weight, as a file's metadata has it; {} where it says nothing."""
+    """Relative error of each layer's weight, as a ternary file's metadata has it; {} where it says nothing."""
     try:
         return {name: float(error) for name, error in stated(metadata, "ternary.weight_errors").items()}
     except (ValueError, TypeError, OverflowError):

@@ -9,7 +9,8 @@ A ternary Linear X of logical shape [N, K], the sum of P terms, 1 or 2, with G =
     X.weight_down   bf16 [r, K], and X.weight_up bf16 [N, r], optional: W = ternary + up @ down
     X.weight_column bf16 or fp32 [K], optional: W = trits * scales * column[k] (+ up @ down)
     X.comfy_quant   uint8, JSON: {"format": "ternary_v1", "packing": ..., "group_size": 128, "shape": [N, K]}, and
-                    "terms": 2 where there are two
+                    "terms": 2 where there are two, "full_precision_matrix_mult": true where 8-bit activations lose
+                    too much
 
 Everything else is dense (fp32, fp16 or bf16) under its own name. The header's metadata informs people and is not needed
 to decode. Files of the mixed profile have some Linears in ComfyUI's own 8-bit format beside the ternary ones:
@@ -18,8 +19,10 @@ to decode. Files of the mixed profile have some Linears in ComfyUI's own 8-bit f
 """
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,13 +34,16 @@ from ...ops import TernaryWeight
 from ...ops.packing import pack_base3
 from ..threads import single_threaded_pool
 from .architecture import Architecture, canonical, detect
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, digest
 from .checks import check_dense, check_int8, check_values, is_int8
-from .container import FormatError, TensorFile, TensorWriter, create
+from .container import FormatError, TensorFile, TensorWriter, checksums_of, create
 from .identity import find_prefix, identify
 from .layer import PARTS, SUFFIXES, Get, LayerPlan, chunks, read_plan, read_weight, stored
 from .sources.encodings import check_finite
 from .sources.source import Source, open_source
+
+_LOOKED_AT = 8  # Linears by which a file is compared with its original
+_UNLIKE = 1.0  # relative error of weights; those of another model have about 1.3, ternary ones of their own 0.4 to 0.6
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,24 @@ def create_ternary(
         yield TernaryWriter(tensors, layers)
 
 
+def write_ternary(
+    path: str | os.PathLike,
+    layers: Mapping[str, LayerPlan],
+    weight: Callable[[str], TernaryWeight],
+    dense: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a ternary file atomically, of layers that `weight` gives by name, one at a time, and tensors in memory."""
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
+    with create_ternary(path, layers, specs, metadata, overwrite=overwrite) as writer:
+        for name in layers:
+            writer.layer(name, weight(name))
+        for name, tensor in dense.items():
+            writer.dense(name, tensor)
+
+
 @dataclass(frozen=True)
 class TernaryFile:
     """A checked ternary file, memory-mapped. Names are BFL's, without the file's prefix."""
@@ -117,6 +141,20 @@ class TernaryFile:
     @property
     def metadata(self) -> dict[str, str]:
         return self.file.header.metadata
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells files apart without reading all of them: metadata, layers, and checksums or what the middle of every
+        tensor holds.
+        """
+        said = {key: value for key, value in self.metadata.items() if key != "modelspec.date"}
+        checksums = checksums_of(self.file.header)
+        if checksums is not None:
+            held: object = checksums.tensors
+        else:
+            middles = {key: self.file.bytes(key) for key in self.file.entries}
+            held = {key: zlib.crc32(data[len(data) // 2 :][:4096].tobytes()) for key, data in middles.items()}
+        return digest(json.dumps([said, held], sort_keys=True).encode())
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -172,13 +210,29 @@ class TernaryFile:
 
 
 def check_original(file: "TernaryFile", original: Checkpoint) -> None:
-    """Raise ValueError where a ternary file has another shape than the checkpoint that it should be made from."""
+    """Raise ValueError where a ternary file cannot be made from this checkpoint: of another shape, or, unless it was
+    made elsewhere and trained there, without likeness in the middle rows of some Linears.
+    """
     ours, theirs = file.architecture, original.architecture
     if ours != theirs:
         raise ValueError(
             f"{file.path} is {ours.name} of {ours.hidden} channels and {ours.depth} + {ours.depth_single} blocks, and "
             f"{original.path} {theirs.name} of {theirs.hidden} channels and {theirs.depth} + {theirs.depth_single}: "
             "give the checkpoint that it was made from"
+        )
+    if file.metadata.get("ternary.method") in (None, "import"):
+        return
+    names = list(file.layers)
+    wrong = power = 0.0
+    for name in names[:: max(1, len(names) // _LOOKED_AT)]:
+        middle = file.layers[name].shape[0] // 2
+        row = original.rows(f"{name}.weight", middle, middle + 1).float()
+        wrong += float((file.weight(name).rows(middle, middle + 1).dequantize() - row).square().sum())
+        power += float(row.square().sum())
+    if wrong > _UNLIKE**2 * power:
+        raise ValueError(
+            f"{file.path} was not made from {original.path}, but from a model with other weights "
+            f"({file.metadata.get('ternary.source', 'unknown'):.80}): give that one"
         )
 
 

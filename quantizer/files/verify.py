@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..interrupts import held_back
 from .container import Entry, FormatError, checksums_of, header_checksum, read_header
+from .identity import identify
 
 HEADER = "the header"
 _PIECE = 1 << 20  # bytes read at a time: within the caches
@@ -22,7 +23,9 @@ def verify(path: str | os.PathLike, on_progress: Callable[[int], object] = lambd
     checksums = checksums_of(header)
     if checksums is None:
         problem = "the file has no checksums, so nothing says whether it is whole"
-        remedy = "`inspect` checks that it can be read; `pack` writes a copy that has them"
+        remedy = "`inspect` checks that it can be read"
+        if identify(path).kind == "ternary":
+            remedy += "; `pack` writes a copy that has them"
         raise FormatError(path, f"{problem} (an older version of this pack wrote it, or another program); {remedy}")
     damaged = []
     if header_checksum(header.metadata, header.entries) != checksums.header:

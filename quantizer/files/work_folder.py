@@ -55,16 +55,16 @@ def open_kept(path: str | os.PathLike) -> TensorFile:
 _verified: set[tuple[int, ...]] = set()
 
 
-def keep_settings(folder: Path, settings: dict) -> str:
+def keep_settings(folder: Path, settings: dict, remedy: str = "give another folder, or delete this one") -> str:
     """Write `settings.json` in the folder; ValueError where it holds others: a resumed run must be the same run.
 
     Returns when the run was started first, in UTC as ISO 8601 has it.
     """
     with ranks.first_alone():
-        return _keep(folder / "settings.json", json.loads(json.dumps(settings)))
+        return _keep(folder / "settings.json", json.loads(json.dumps(settings)), remedy)
 
 
-def _keep(path: Path, settings: dict) -> str:
+def _keep(path: Path, settings: dict, remedy: str) -> str:
     folder, now = path.parent, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +76,6 @@ def _keep(path: Path, settings: dict) -> str:
         if settings.get(key) != found.get(key):
             raise ValueError(
                 f"{folder} holds the work of another run: its {key} is {found.get(key)}, not {settings.get(key)}; "
-                "give another folder, or delete this one"
+                f"{remedy}"
             )
     return started

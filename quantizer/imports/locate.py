@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..files.container import FormatError
-from ..files.sources.locate import PICKLES
+from ..files.sources.locate import PICKLES, hub_snapshot, visible
 from ..files.sources.locate import locate as locate_dense
 
 _STATE = "state_dict.pt"
@@ -37,11 +37,11 @@ def locate(path: str | os.PathLike) -> tuple[Path, ...]:
 
 
 def _with_weights(folder: Path) -> Iterator[Path]:
-    """The folder itself, those of transformers in it, and of downloads in a hub's cache."""
-    for pattern in ("", "transformer*", "snapshots/*", "snapshots/*/transformer*"):
-        for place in sorted(folder.glob(pattern)) if pattern else [folder]:
-            if place.is_dir() and ((place / _STATE).is_file() or any(place.glob("*.safetensors*"))):
-                yield place
+    """The folder itself and those of transformers in it; of a model in a hub's cache, its snapshot's."""
+    folder = hub_snapshot(folder) or folder
+    for place in (folder, *sorted(each for each in visible(folder) if each.name.startswith("transformer"))):
+        if place.is_dir() and any(each.name == _STATE or ".safetensors" in each.name for each in visible(place)):
+            yield place
 
 
 def configuration(files: tuple[Path, ...]) -> dict:

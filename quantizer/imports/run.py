@@ -157,9 +157,7 @@ def import_model(
         sum(path.stat().st_size for path in source.files),
     )
     with held_back() as let_through, hashing(source.files) as digest:
-        with create_ternary(
-            target, layers, dense, _metadata(source, packing), header_room=0, overwrite=overwrite
-        ) as writer:
+        with create_ternary(target, layers, dense, _metadata(source, packing), overwrite=overwrite) as writer:
             for name in dense:
                 writer.dense(name, _dense(source, name))
                 tensors.release()

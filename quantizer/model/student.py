@@ -13,7 +13,7 @@ from ...ops import TernaryWeight
 from ..files.architecture import Architecture
 from ..files.checkpoint import Checkpoint
 from ..files.layer import LayerPlan
-from ..files.ternary import TernaryFile, create_ternary
+from ..files.ternary import TernaryFile, write_ternary
 from .flux import Flux, make_block
 from .ternary_linear import TernaryLinear, svd_low_rank
 
@@ -136,12 +136,7 @@ def save_student(
     layers = stored_layers(start, ternary_linears(model))
     plans = {name: LayerPlan.of(weight, packing or start.layers[name].packing) for name, weight in layers.items()}
     dense = stored_dense(start, dict(model.named_parameters()))
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
-    with create_ternary(path, plans, specs, metadata, overwrite=overwrite) as writer:
-        for name, weight in layers.items():
-            writer.layer(name, weight)
-        for name, tensor in dense.items():
-            writer.dense(name, tensor)
+    write_ternary(path, plans, layers.__getitem__, dense, metadata, overwrite=overwrite)
 
 
 def stored_layers(

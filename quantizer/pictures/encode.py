@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..comfyui import import_comfyui
+from ..files.container import read_header
 from ..files.inputs import check_regular
 from .conditioning import create_conditioning
 
@@ -38,6 +39,7 @@ def embed(
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: there is no such text encoder file")
         check_regular(path, "a text encoder's file")
+        read_header(path)
     import_comfyui()
     clip = _load(encoders)
     files = ", ".join(Path(path).name for path in encoders)

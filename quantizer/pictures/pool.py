@@ -19,7 +19,7 @@ from .kinds import kind_of
 from .quality import BINS, HeldOut
 from .sampler import Velocities, noise_levels, sample_together, with_control_channels
 from .states import Batch, LabelledStates, States
-from .trajectories import Picture, Trajectories, batches, initial_noise
+from .trajectories import Picture, Trajectories, batches, check_painted, initial_noise
 
 _CHUNK = 64  # states whose velocities are kept in one file
 _HOLDOUT_TIMES = 10  # at most, of one held-out trajectory
@@ -93,7 +93,8 @@ def training_pool(
     folder.mkdir(parents=True, exist_ok=True)
     groups = trajectories.labelled_states(pictures, count, seed)
     on_progress(sum(int(group.known.sum()) for group in groups))
-    chunks = [(group, rows) for group in groups for rows in torch.nonzero(~group.known).flatten().split(_CHUNK)]
+    unknown = [(group, torch.nonzero(~group.known).flatten()) for group in groups]
+    chunks = [(group, rows) for group, missing in unknown for rows in missing.split(_CHUNK) if len(rows)]
     paths = [folder / f"{_digest(group.states, rows)}.safetensors" for group, rows in chunks]
     missing = ranks.agree([number for number, path in enumerate(paths) if not path.exists()])
     on_progress(sum(len(rows) for number, (_, rows) in enumerate(chunks) if number not in missing))
@@ -128,6 +129,7 @@ def hold_out(
         numbers = missing[start : start + together]
         recorded = _record(velocities, trajectories, [parts[number] for number in numbers])
         for number, tensors in zip(numbers, recorded, strict=True):
+            check_painted(tensors)
             save(paths[number], tensors, overwrite=True)
     ranks.wait()
     states, swapped, kinds = [], [], []

@@ -110,7 +110,7 @@ def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
         pairs = [[int(side) for side in size.split("x")] for size in text.lower().split(",")]
     except ValueError:
         pairs = []
-    if not pairs or any(len(pair) != 2 for pair in pairs):
+    if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
         raise ValueError(f"sizes {text!r} are not of the form 1024x1024,832x1216 (width x height in pixels)")
     if largest := next((side for pair in pairs for side in pair if side > _LARGEST), None):
         raise ValueError(f"sizes {text!r}: {largest} pixels are too many, {_LARGEST} on a side is the most")

@@ -9,7 +9,7 @@ passed and fresh states differ.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,7 +134,7 @@ class Trajectories:
 
         Every rank paints its share of the batches, and waits for the others. `on_progress` counts all pictures. A batch
         that an interruption cut is painted again: among others a picture is not the same to the last bit. ValueError
-        where a picture is not finite.
+        where a picture is not finite, or its velocities are all zero.
         """
         missing = ranks.agree({picture for picture in pictures if not self._path(picture).exists()})
         on_progress(len(pictures) - len(missing))
@@ -163,11 +163,7 @@ class Trajectories:
                     "passed": torch.stack(states),
                     "velocity": torch.stack(steps),
                 }
-                if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                    raise ValueError(
-                        "the original paints pictures that are not finite: its weights or the prompts' encodings are "
-                        "damaged; download the checkpoint again, or write the conditioning file again with `embed`"
-                    )
+                check_painted(tensors)
                 save(self._path(picture), tensors, overwrite=True)
             on_progress(len(wanted))
             missing.difference_update(wanted)
@@ -246,6 +242,22 @@ def batches(pictures: Sequence[Picture], size: int) -> Iterator[list[Picture]]:
         by_shape.setdefault(picture.shape, []).append(picture)
     for same in by_shape.values():
         yield from (same[start : start + size] for start in range(0, len(same), size))
+
+
+def check_painted(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for pictures of the original, or its velocities ("velocity..."), that nothing can be learnt
+    from: not finite, or velocities that are all zero.
+    """
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(
+            "the original paints pictures that are not finite: its weights or the prompts' encodings are damaged; "
+            "download the checkpoint again, or write the conditioning file again with `embed`"
+        )
+    if not any(tensor.any() for key, tensor in tensors.items() if key.startswith("velocity")):
+        raise ValueError(
+            "the original's velocities are all zero, so there is nothing to learn from it: its checkpoint is damaged, "
+            "or was never trained; download it again"
+        )
 
 
 def _guidance(pictures: Sequence[Picture]) -> Tensor | None:

@@ -42,7 +42,7 @@ from .budget import (
     settings_for,
 )
 from .decisions import Decisions, Training
-from .stages import distill_file
+from .distill_file import distill_file
 from .workspace import Workspace
 
 _LEAST_TRAINING, _RESERVE = 0.05, 0.02  # of the budget: where nothing is left; for the last measurement and the file
@@ -58,7 +58,7 @@ class Amounts:
 
 
 @dataclass(frozen=True)
-class Stage:
+class FinishedStage:
     """A finished stage: its file's size and quality on held-out prompts, and the seconds it took this time."""
 
     name: str
@@ -69,7 +69,7 @@ class Stage:
 
 
 class Run:
-    """One conversion; `run` does what is not done yet and returns a Stage for each of round, calibrate and distill."""
+    """One conversion; `run` does what is not done yet and returns each FinishedStage: round, calibrate and distill."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Run:
         """Seconds of the budget."""
         return self.budget - self.used
 
-    def run(self) -> list[Stage]:
+    def run(self) -> list[FinishedStage]:
         work, folder = self.work, self.work.folder
         work.check(self.target, self.overwrite)
         settings = {"dense": work.dense.name, "rank": self.rank, "codes": self.codes, "minutes": self.budget / 60}
@@ -127,7 +127,7 @@ class Run:
             if ranks.first():
                 replace(self.decisions, spent=self.used).save(self._kept)
 
-    def _stages(self) -> list[Stage]:
+    def _stages(self) -> list[FinishedStage]:
         work, folder = self.work, self.work.folder
         rounded, calibrated = folder / "rounded.safetensors", folder / "calibrated.safetensors"
         seconds = self._timed("round", rounded, lambda: ranks.once(partial(self._round, rounded)))
@@ -174,10 +174,10 @@ class Run:
         if self.work.device.type == "cpu":
             leave_busy_processors(self.threads)
 
-    def _finished(self, name: str, file: Path, seconds: float, held_out: HeldOut) -> Stage:
+    def _finished(self, name: str, file: Path, seconds: float, held_out: HeldOut) -> FinishedStage:
         quality = self.work.measure(file, held_out)
         self.on_message(f"  {name}: velocity error {quality.error:.4f} on held-out prompts, {seconds:.0f} s")
-        return Stage(name, str(file), os.path.getsize(file) / 1e6, seconds, quality)
+        return FinishedStage(name, str(file), os.path.getsize(file) / 1e6, seconds, quality)
 
     def _left_text(self) -> str:
         return f"about {max(0, round(self.left / 60))} min left" if self.left > 90 else "less than 2 min left"
@@ -308,7 +308,7 @@ class Run:
         return Training(plan, codes, self.amounts.steps, seconds=None, blocks=blocks, accumulate=ranks.world())
 
 
-def expectation(stages: list[Stage]) -> str:
+def expectation(stages: list[FinishedStage]) -> str:
     """The table of stages and what the last one's numbers mean for pictures."""
     lines = ["stage       velocity error   response to prompts   size"]
     for stage in stages:

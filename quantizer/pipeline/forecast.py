@@ -3,7 +3,8 @@
 The same formulas decide in a real run (`budget`, `model.teacher`, `calibration`); here a described machine takes the
 place of the clock. Times are those of products: a forward reaches 0.7 of the speed of a large product, as FLUX.1 [dev]
 at 1024 pixels does on an H200 (docs/kernels.md), and calibration takes 0.9 ms for each input of a Linear beside its
-forwards, as the miniature does there (benchmarks/results/checks-NVIDIA-H200.json).
+forwards, as the miniature did there (benchmarks/results/checks-NVIDIA-H200.json) before a kernel chose the codes: more
+than it takes now, by how much is not measured.
 """
 
 import time
@@ -47,7 +48,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedStage:
     """What a stage would do, with the bytes of device memory at its peak, and those of the original that it reads."""
 
     name: str
@@ -59,7 +60,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Forecast:
-    stages: tuple[Stage, ...]
+    stages: tuple[PlannedStage, ...]
     resident: bool  # the original is held in the device's memory
     passes: float  # over the blocks of the original for each state that it answers
     work: float  # bytes of the work folder
@@ -122,13 +123,13 @@ def forecast(
     sampled += blocks if placement.resident else 0
 
     rounding = sum(n * k for n, k in arch.linear_shapes.values()) / _ROUNDING
-    stages = [Stage("round", f"{len(arch.linears)} Linears", 0, blocks, rounding)]
+    stages = [PlannedStage("round", f"{len(arch.linears)} Linears", 0, blocks, rounding)]
     pictures = int(sampling_seconds(seconds, steps) / (steps * each))
     pictures = max(LEAST_PICTURES, min(most_pictures(_CAPACITY), pictures))
     held_out = held_out_pictures(pictures, prompts)
 
-    def answered(name: str, amount: str, states: float) -> Stage:
-        return Stage(name, amount, sampled, states * passes * blocks, states * each)
+    def answered(name: str, amount: str, states: float) -> PlannedStage:
+        return PlannedStage(name, amount, sampled, states * passes * blocks, states * each)
 
     stages += [
         answered("hold out", f"{held_out} pictures", held_out * (steps + STATES_EACH)),
@@ -138,7 +139,7 @@ def forecast(
     left = seconds - sum(stage.seconds for stage in stages)
     states = calibration_states(seconds, left, each, enough_states(arch, tokens))
     solving = _SOLVING * sum(k for _, k in arch.linear_shapes.values())
-    calibrating = Stage(
+    calibrating = PlannedStage(
         "calibrate",
         f"{states} states",
         calibration_memory(arch, batch * tokens, width),
@@ -152,7 +153,7 @@ def forecast(
     left = max(0.05 * seconds, 0.98 * seconds - sum(stage.seconds for stage in stages))
     what = "codes and scales" if way.codes else "scales"
     amount = f"{int(left / step)} steps of {way.batch} states, {what}"
-    stages.append(Stage("distill", amount, training_memory(arch, tokens, way), 0, left))
+    stages.append(PlannedStage("distill", amount, training_memory(arch, tokens, way), 0, left))
     latent = arch.out_channels * sum(height * width for _, height, width in shapes) / len(shapes)
     activations = 2 * width * states * (text + sum(images) / len(images)) * arch.hidden
     codes = sum(n * k for n, k in arch.linear_shapes.values())

@@ -25,7 +25,7 @@ from ..pictures.trajectories import Picture, PictureSettings, Trajectories
 from .budget import LEAST_PICTURES, MAX_PICTURES, STATES_EACH
 
 Progress = Callable[[str, int, int], object]  # (what, done, total)
-_LEAST_PICTURES = 64
+_FEWEST_WITHOUT_BUDGET = 64
 _MEMORY = 0.2  # of the free main memory, for states
 _LOT = 0.1  # of the time for sampling, after which the clock is looked at
 
@@ -136,7 +136,7 @@ class Workspace:
         and for each of its states where the velocity is not known.
         """
         affordable = seen // (self.trajectories.steps + STATES_EACH // 2)
-        return min(max(_LEAST_PICTURES, affordable), MAX_PICTURES, max(1, self.state_capacity // STATES_EACH))
+        return min(max(_FEWEST_WITHOUT_BUDGET, affordable), MAX_PICTURES, max(1, self.state_capacity // STATES_EACH))
 
     def time_state(self, clock: Callable[[], float] = time.monotonic) -> float:
         """Seconds of a teacher forward for one state now: the mean of three, or of as many as two seconds allow.

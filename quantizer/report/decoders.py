@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..comfyui import import_comfyui
 from ..files.architecture import Architecture
+from ..files.container import read_header
 
 Decode = Callable[[Tensor], np.ndarray]  # latents [B, C, H, W] -> pictures [B, h, w, 3] in 0..1
 
@@ -50,6 +51,8 @@ def load_vae(path: str | os.PathLike, arch: Architecture):
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such VAE file")
+    if Path(path).suffix.lower() in (".safetensors", ".sft"):
+        read_header(path)
     import_comfyui()
     import comfy.sd
     import comfy.utils

@@ -34,15 +34,43 @@ def test_ternary_files_come_first(comfy, models):
     ]
 
 
-def test_a_name_in_both_folders_is_two_choices(comfy, models, path):
-    shutil.copy(path, models / "checkpoints" / "z.safetensors")
-    shutil.copy(path, models / "checkpoints" / "a-broken.safetensors")
-    names = comfy.files.names()
-    second = ["checkpoints/a-broken.safetensors", "c.safetensors", "checkpoints/z.safetensors"]
-    assert names == [os.path.join("flux", "y.safetensors"), "z.safetensors", *second, "a-broken.safetensors"]
-    assert comfy.files.find("z.safetensors") == str(models / "diffusion_models" / "z.safetensors")
-    for name in ("checkpoints/z.safetensors", "checkpoints\\z.safetensors"):
-        assert comfy.files.find(name) == str(models / "checkpoints" / "z.safetensors")
+def test_one_name_in_two_folders(comfy, models, tmp_path):
+    """Both are offered, and each means one file, also when the other is gone."""
+    first, second = (models / folder / "c.safetensors" for folder in ("diffusion_models", "checkpoints"))
+    tiny.write(first, seed=5)
+    assert [name for name in comfy.files.names() if "c.safe" in name] == ["c.safetensors", "checkpoints/c.safetensors"]
+    assert comfy.files.find("c.safetensors") == str(first)
+    for name in ("checkpoints/c.safetensors", "checkpoints\\c.safetensors"):
+        assert comfy.files.find(name) == str(second)
+    with pytest.raises(FileNotFoundError):
+        comfy.files.find("checkpoints/z.safetensors")
+
+
+def test_a_model_is_described_as_it_was_loaded(comfy, models):
+    """Also where its file is another one by now, or no model at all."""
+    from ternary_flux.nodes import info
+
+    path = models / "diffusion_models" / "z.safetensors"
+    model = comfy.loader.load(str(path), "full")
+    lines, errors = info.of_model(model)
+    assert lines[0] == "z.safetensors: FLUX.1"
+    for replace in (lambda: path.write_bytes(b"<!doctype html>"), path.unlink):
+        replace()
+        assert info.of_model(model) == ([*lines, "its file was replaced or removed since it was loaded"], errors)
+
+
+def test_what_happens_to_files_is_counted(comfy, tmp_path):
+    watch, path = comfy.files.Watch(), tmp_path / "x"
+    path.write_text("a")
+    watch.add(path)
+    assert watch.changes() == watch.changes() == 0
+    path.write_text("other")
+    assert watch.changes() == watch.changes() == 1
+    path.unlink()
+    assert watch.changes() == watch.changes() == 2
+    path.write_text("again")
+    watch.add(path)
+    assert watch.changes() == 2
 
 
 @pytest.mark.parametrize("name", ["flux/y.safetensors", "flux\\y.safetensors"])
@@ -113,19 +141,3 @@ def test_a_file_that_is_still_read_is_reported_when_it_changes(comfy, models, tm
     with pytest.raises(RuntimeError, match="z.safetensors was written over.*Run again"):
         model.partially_load(tiny.CPU, 1e32)
     assert comfy.loader.LoadTernaryFlux.fingerprint_inputs(None) != before  # a linked name is loaded again
-
-
-@pytest.mark.parametrize("change", ["replaced", "gone"])
-def test_info_describes_a_model_whose_file_changed_as_it_was_loaded(comfy, models, change):
-    from ternary_flux.nodes import info
-
-    file = models / "diffusion_models" / "z.safetensors"
-    model = comfy.loader.load(str(file), "full")
-    before, errors = info.of_model(model)
-    file.unlink()
-    if change == "replaced":
-        file.write_bytes(b"no model")
-    lines, after = info.of_model(model)
-    assert lines[:-1] == before and after == errors
-    assert lines[-1].startswith("z.safetensors has changed or gone since it was loaded")
-    assert lines[0].startswith("z.safetensors: FLUX.1")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from ternary_flux.ops import resolve
+from ternary_flux.ops.backends import eager
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.tests.nodes import adapters, tiny
 
@@ -94,16 +95,30 @@ def test_every_form_of_the_format_loads(comfy, tmp_path, variant, activations):
     assert error < (1e-4 if activations == "full" else 0.05)
 
 
-def test_layers_that_lose_too_much_with_8_bits_have_full_activations_unless_told_not_to(comfy, tmp_path):
+def test_layers_that_lose_too_much_with_8_bits_have_full_activations_unless_told_not_to(comfy, tmp_path, monkeypatch):
+    monkeypatch.setattr(eager, "formats", lambda device: ("int8", "full"))
+    comfy.layout.choice_for.cache_clear()
     path = tiny.write(tmp_path / "file.safetensors", columns="half")
     marked = [name for name, plan in open_ternary(path).layers.items() if plan.full_precision]
     assert 0 < len(marked) < len(open_ternary(path).layers) / 2
     for chosen, expected in (("auto", {"full"}), ("int8", {"int8"}), ("full", {"full"})):
         model = comfy.loader.load(str(path), chosen).model.diffusion_model
-        layers = {name: model.get_submodule(name).weight._params for name in open_ternary(path).layers}
-        assert {comfy.layout.activations_of(layers[name]) for name in marked} == expected
-        others = {comfy.layout.activations_of(params) for name, params in layers.items() if name not in marked}
-        assert others == {chosen}
+        used = {name: model.get_submodule(name)._choice.activations for name in open_ternary(path).layers}
+        assert {used.pop(name) for name in marked} == expected
+        assert set(used.values()) == {"full" if chosen == "full" else "int8"}
+    comfy.layout.choice_for.cache_clear()
+
+
+def test_float_group_scales_stay_where_8_bit_floats_are_fastest(comfy, tmp_path, monkeypatch):
+    """A B200 multiplies e4m3 faster than int8, and needs no row x integer scales for it."""
+    monkeypatch.setattr(eager, "formats", lambda device: ("e4m3", "int8", "full"))
+    comfy.layout.choice_for.cache_clear()
+    path = tiny.write(tmp_path / "imported.safetensors", float_groups=True)
+    for chosen, activations in (("auto", "e4m3"), ("int8", "int8"), ("full", "full")):
+        layer = comfy.loader.load(str(path), chosen).model.diffusion_model.double_blocks[0].img_attn.qkv
+        assert layer._choice.activations == activations
+        assert layer.weight._params.scale.ndim == (1 if chosen == "int8" else 2)
+    comfy.layout.choice_for.cache_clear()
 
 
 def test_group_scales_of_an_imported_file_are_rounded_for_int8_only_and_saved_as_they_were(comfy, tmp_path):
@@ -214,7 +229,7 @@ def test_clones_stay_ternary_without_dynamic_vram(comfy, path):
     assert type(make(*arguments, disable_dynamic=True)) is comfy.patcher.TernaryPatcher
 
 
-@pytest.mark.feature("Copies of a model (copy.deepcopy)")
+@pytest.mark.feature("Copies of a model (copy.deepcopy)", "of its diffusion_model; core's own object cannot be copied")
 @pytest.mark.parametrize("kind", [None, "lora", "dora"])
 def test_a_copy_of_a_model_is_a_model(comfy, path, kind):
     loras = [(adapters.KINDS[kind](1), 1.0)] if kind else []

@@ -1,14 +1,23 @@
 """The parts of Quantize FLUX to Ternary that need no server."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 from ternary_flux.benchmarks import miniature
 from ternary_flux.quantizer.cli import run
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.pictures import conditioning
+from ternary_flux.tests import builders
 from ternary_flux.tests.nodes import adapters
+from ternary_flux.tests.quantizer import synthetic
 from ternary_flux.tests.quantizer.pictures import narrow
 
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "double_blocks.0.img_attn.proj"
 
 
@@ -87,6 +96,39 @@ def test_a_ternary_model_is_refused(comfy, quantize, tmp_path, path):
         pass
 
 
+CONVERTING = """
+import sys, _pack; _pack.load()
+from pathlib import Path
+from ternary_flux.benchmarks import comfyui
+comfyui.make_importable()
+from ternary_flux.nodes.conversion import Display, convert
+convert(sys.argv[2:], Display(None), Path(sys.argv[1]) / "pictures")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.feature("ComfyUI killed while Quantize FLUX to Ternary runs", "the conversion stops, and goes on later")
+def test_a_conversion_ends_with_comfyui(tmp_path):
+    dense, encoded = synthetic.write(tmp_path / "dense.safetensors"), tmp_path / "cond.safetensors"
+    builders.write_conditioning(encoded, synthetic.FLUX1, 8)
+    target, work = tmp_path / "out.safetensors", tmp_path / "work"
+    options = ["--size", "64x64", "--sampler-steps", 2, "--device", "cpu", "--budget", 60, "--work", work]
+    command = [sys.executable, "-c", CONVERTING, work, dense, "--output", target, "--conditioning", encoded, *options]
+    with subprocess.Popen([str(part) for part in command], cwd=ROOT) as comfyui:
+        try:
+            while not list(work.glob("pictures/*.safetensors")):
+                assert comfyui.poll() is None
+                time.sleep(0.1)
+            (conversion,) = psutil.Process(comfyui.pid).children()
+        finally:
+            comfyui.kill()
+    deadline = time.monotonic() + 120
+    while conversion.is_running() and conversion.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not target.exists() and (work / "decisions.json").exists()
+
+
 @pytest.mark.parametrize("channels", [16, 128])
 def test_previews_without_a_vae(comfy, channels):
     from ternary_flux.nodes import conversion
@@ -95,38 +137,26 @@ def test_previews_without_a_vae(comfy, channels):
     assert conversion.picture(torch.randn(channels, 8, 8)).size == (side, side)
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a\\b"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a\\b"])
 def test_names_of_files_only(quantize, name):
-    assert "without a folder" in quantize._name_problem(name)
-    assert quantize._name_problem("flux-1.58bit") is None
+    assert "give the name of a file, without a folder" in quantize.QuantizeFlux.validate_inputs(name=name)
+    assert quantize.QuantizeFlux.validate_inputs(name="flux-1.58bit", size="64x64") is True
 
 
-@pytest.mark.parametrize(
-    ("name", "problem"),
-    [
-        ("a\0b", "control characters"),
-        ("a\nb", "control characters"),
-        ("\ud800", "control characters"),
-        ("a:b", "have no :"),
-        ('what?"', 'have no " ?'),
-        ("con", "name of a device"),
-        ("NUL.safetensors", "name of a device"),
-        ("com1 .txt", "name of a device"),
-        ("flux.", "dot or a blank"),
-        ("flux ", "dot or a blank"),
-        (100 * "ü" + "x", "201 bytes are too many"),
-    ],
-)
-def test_names_that_some_system_cannot_have(comfy, quantize, name, problem):
-    from ternary_flux.nodes import save
-
-    assert problem in quantize.QuantizeFlux.validate_inputs(name=name)
-    assert problem in save.SaveTernaryFlux.validate_inputs(filename_prefix=f"folder/{name}")
+STRANGE = ("a\0b", "a\nb", "a:b", "what?", "CON", "com1.safetensors", "dot.", "blank ", "ü" * 150)
 
 
-@pytest.mark.parametrize("name", ["flux-1.58bit", "console", "モデル　一", "%year%-flux", 100 * "ü"])
-def test_names_that_all_systems_can_have(comfy, quantize, name):
-    from ternary_flux.nodes import save
+@pytest.mark.parametrize("name", STRANGE)
+def test_names_that_some_system_does_not_have(quantize, name):
+    """They fail on the system that the file is shared with, if not here."""
+    from ternary_flux.nodes.save import SaveTernaryFlux
 
-    assert quantize.QuantizeFlux.validate_inputs(name=name) is True
-    assert save.SaveTernaryFlux.validate_inputs(filename_prefix=f"../{name}\\{name}") is True
+    problem = quantize.QuantizeFlux.validate_inputs(name=name)
+    assert isinstance(problem, str) and problem.isprintable()
+    assert SaveTernaryFlux.validate_inputs(f"folder/{name}") == problem
+    assert SaveTernaryFlux.validate_inputs("folder/%date:yyyy-MM-dd%/console") is True
+
+
+@pytest.mark.parametrize("size", ["64", "axb", "16384x16384", "-64x64", "0x0"])
+def test_sizes_are_refused_before_anything_runs(quantize, size):
+    assert size in quantize.QuantizeFlux.validate_inputs(size=size)

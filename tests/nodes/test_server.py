@@ -130,7 +130,6 @@ def test_a_picture_is_sampled_with_progress(server):
     assert "FLUX.1" in status and "13 ternary layers" in status and "bits per weight" in status and "eager" in status
 
 
-@pytest.mark.feature("A file that was replaced is loaded again")
 def test_a_converted_again_file_is_loaded_again(server):
     server.execute(workflow())
     cached = server.execute(workflow())
@@ -138,43 +137,6 @@ def test_a_converted_again_file_is_loaded_again(server):
     assert cached.outputs["model"]["text"]  # shown again although the node did not run
     tiny.write(server.base / "models" / "diffusion_models" / "tiny.safetensors", seed=3)
     assert "model" not in cached_nodes(server.execute(workflow()))
-
-
-def test_a_replaced_file_is_loaded_again_where_its_name_comes_from_another_node(server):
-    folder = server.base / "models" / "diffusion_models"
-    tiny.write(folder / "replaced.safetensors", seed=1)
-    graph = {
-        "name": {"class_type": "TestAnyName", "inputs": {"value": "replaced.safetensors"}},
-        "model": {"class_type": NODE, "inputs": {"file": ["name", 0], "activations": "full"}},
-        "of model": {"class_type": "TernaryFluxInfo", "inputs": {"file": "tiny.safetensors", "model": ["model", 0]}},
-        "of file": {"class_type": "TernaryFluxInfo", "inputs": {"file": ["name", 0]}},
-    }
-    server.execute(graph)
-    assert {"model", "of model", "of file"} <= cached_nodes(server.execute(graph))
-    tiny.write(folder / "new.safetensors", seed=2, rank=8).rename(folder / "replaced.safetensors")
-    again = server.execute(graph)
-    assert not {"model", "of model", "of file"} & cached_nodes(again)
-    assert "low rank" in "".join(again.outputs["of file"]["text"])
-    assert {"model", "of model", "of file"} <= cached_nodes(server.execute(graph))
-
-
-def test_a_saved_file_that_was_deleted_is_written_again(server):
-    graph = {
-        "model": {"class_type": NODE, "inputs": {"file": "tiny.safetensors", "activations": "full"}},
-        "save": {
-            "class_type": "TernaryFluxSave",
-            "inputs": {"model": ["model", 0], "filename_prefix": "deleted", "packing": "as loaded"},
-        },
-    }
-    server.execute(graph)
-    assert "save" in cached_nodes(server.execute(graph))
-    (path,) = (server.base / "output" / "diffusion_models").glob("deleted_*")
-    path.unlink()
-    server.execute(graph)
-    assert path.exists()
-    cached = server.execute(graph)
-    assert "save" in cached_nodes(cached) and cached.outputs["save"]["text"]
-    (path,) = (server.base / "output" / "diffusion_models").glob("deleted_*")
 
 
 def test_unloading_and_running_again(server):
@@ -210,6 +172,19 @@ def test_names_from_other_systems_and_other_nodes(server, name, linked):
         graph["name"] = {"class_type": "TestAnyName", "inputs": {"value": name}}
         graph["model"]["inputs"]["file"] = ["name", 0]
     assert server.execute(graph).outputs["save"]["images"]
+
+
+@pytest.mark.feature("A file that was replaced is loaded again", "also where its name comes from another node")
+def test_a_replaced_file_is_loaded_again_by_a_linked_name(server):
+    graph = workflow()
+    graph["name"] = {"class_type": "TestAnyName", "inputs": {"value": "replaced.safetensors"}}
+    graph["model"]["inputs"]["file"] = ["name", 0]
+    path = server.base / "models" / "diffusion_models" / "replaced.safetensors"
+    for seed in (1, 2):
+        tiny.write(path, seed=seed)
+        assert "model" not in cached_nodes(server.execute(graph))
+        assert "model" in cached_nodes(server.execute(graph))
+        path.unlink()
 
 
 def test_a_linked_name_is_checked_when_it_runs(server):

@@ -256,6 +256,23 @@ def test_int8_is_offered_where_it_is_fast(monkeypatch):
     assert choice.activations == "full" and "no int8 kernel for cpu, full instead" in choice.reason
 
 
+def test_float_group_scales_are_multiplied_by_what_takes_them(monkeypatch):
+    w, x = ternary_weight(16, 128, "bf16"), torch.randn(2, 128)
+    for formats, expected in ((("int8", "e4m3", "full"), "full"), (("e4m3", "int8", "full"), "e4m3")):
+        monkeypatch.setattr(eager, "formats", lambda device, formats=formats: formats)
+        choice = resolve("cpu", float_groups=True)
+        assert choice.activations == expected and ("row x integer" in choice.reason) == (expected == "full")
+        assert resolve("cpu", float_groups=True, full_precision=True).activations == "full"
+    monkeypatch.setattr(eager, "formats", lambda device: ("int8", "full"))
+    torch.testing.assert_close(ternary_linear(x, w, activations="auto"), ternary_linear(x, w))
+
+
+def test_a_backend_that_is_asked_for_runs_or_is_refused():
+    assert resolve("cpu", backend="eager").backend is eager
+    with pytest.raises(ValueError, match="the backend triton cannot run here: .*Choose auto"):
+        resolve("cpu", backend="triton")
+
+
 @pytest.mark.parametrize("name", registry.BACKENDS)
 def test_every_backend_has_the_same_interface(name):
     backend, reference = registry.BACKENDS[name], eager

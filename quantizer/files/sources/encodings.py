@@ -6,6 +6,7 @@ tensor `X.comfy_quant` or as an entry of `_quantization_metadata` in the header.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,9 @@ from .gguf import TYPES, GgufFile, decode
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _SCALES = ("weight_scale", "scale_weight")  # decoded here
-_OTHER_SCALES = ("weight_scale_inv", "scale_inv", "weight_scale_2", "scale_weight_2")
+# What else may lie beside a weight; other names like these change what it is worth, in ways that are not known here.
+_HARMLESS = ("weight", "bias", "input_scale", "scale_input", "comfy_quant", "scaled_fp8", "alpha", "lora_scale")
+_CHANGES = re.compile("scale|zero|quant|absmax|svd|smooth|outlier|codebook")
 _SHORT = {"F8_E4M3": "fp8 (e4m3)", "F8_E5M2": "fp8 (e5m2)", "I8": "int8"}
 _MOST_JSON = 1 << 16
 _CHECKED = 1 << 22  # values looked at together
@@ -124,7 +127,8 @@ def encoding_of(file: TensorFile | GgufFile, key: str, layers: Mapping[str, obje
     said = stated_format(file, layer, layers) if layer != key else None
     if isinstance(said, str):
         return said
-    scales = [end for end in (*_SCALES, *_OTHER_SCALES) if layer != key and f"{layer}.{end}" in file.entries]
+    beside = file.ends.get(layer, ()) if layer != key else ()
+    scales = sorted(end for end in beside if end in _SCALES or (end not in _HARMLESS and _CHANGES.search(end)))
     stated = said is not None or entry.dtype in _FP8.values()
     if len(scales) > stated or not set(scales) <= set(_SCALES):
         return f"{entry.dtype} with {' and '.join(scales)} beside it"

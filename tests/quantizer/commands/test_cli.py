@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -104,7 +105,15 @@ def test_no_command_replaces_what_it_reads(source, tmp_path, monkeypatch, capsys
         ("--sampler-steps", "0", "a whole number from 1"),
         ("--budget", "0", "a number above 0"),
         ("--budget", "nan", "a number above 0"),
-        ("--growth", "-0.1", "a number above 0"),
+        ("--budget", "1e300", "a number above 0 (a billion at most)"),
+        ("--growth", "-0.1", "a number above 0 and below 1"),
+        ("--growth", "1", "a number above 0 and below 1"),
+        ("--guidance", "inf", "a number from 0 to 1000"),
+        ("--seed", "-1", "a whole number from 0 to 2,147,483,647"),
+        ("--seed", "2147483648", "a whole number from 0 to 2,147,483,647"),
+        ("--tflops", "1e300", "a number above 0"),
+        ("--device-memory", "1E400", "a size"),
+        ("--device-memory", "GB", "a size"),
     ],
 )
 def test_numbers_out_of_bounds(capsys, option, value, wanted):
@@ -112,6 +121,53 @@ def test_numbers_out_of_bounds(capsys, option, value, wanted):
         run(["convert", "in", "-o", "out", "--conditioning", "cond", option, value])
     assert stop.value.code == 2
     assert f"argument {option}: {value} is not {wanted}" in capsys.readouterr().err
+
+
+def test_outputs_that_are_no_files(source, tmp_path, capsys):
+    for output in (f"{tmp_path}/new/", ""):
+        with pytest.raises(SystemExit):
+            run(["round", str(source), "-o", output])
+        assert "give the name of a file to write" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(["inspect", ""])
+    assert "the name is empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_package_is_one_line(monkeypatch, tmp_path, capsys):
+    broken = Mock(side_effect=ImportError("libcudnn.so.9: cannot open shared object file"))
+    monkeypatch.setattr("ternary_flux.quantizer.files.summary.summarize", broken)
+    assert run(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "a package cannot be imported (libcudnn.so.9" in said and "doctor says more" in said
+
+
+def test_what_is_for_the_plan_alone(capsys):
+    assert run(["convert", "in", "-o", "out", "--conditioning", "cond", "--device-memory", "24GB"]) == 2
+    assert "--device-memory and --tflops describe another GPU to --plan" in capsys.readouterr().err
+
+
+def test_names_are_printed_as_they_are(tmp_path, capsys):
+    assert run(["inspect", f"{tmp_path}/two  blanks\tand\nlines"]) == 2
+    assert f"{tmp_path}/two  blanks\\tand\\nlines: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. GPU 0 has 2 GiB")])
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr("ternary_flux.quantizer.files.summary.summarize", Mock(side_effect=error))
+    assert run(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("inspect: not enough memory (") and "close other programs" in said
+    assert "GPU 0" not in said
+
+
+def test_folders_in_the_place_of_files(source, tmp_path, capsys):
+    assert run(["verify", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder; give a .safetensors file" in capsys.readouterr().err
+    more = ["--teacher", str(source), "--conditioning", "cond", "--work", str(tmp_path / "typo")]
+    assert run(["report", "-o", str(tmp_path / "page"), *more]) == 2
+    assert f"{tmp_path / 'typo'}: there is no such folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_that_are_not_finite_name_the_tensor(tmp_path, capsys):

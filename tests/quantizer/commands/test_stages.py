@@ -3,12 +3,17 @@
 import json
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from ternary_flux.quantizer import cli, console
 from ternary_flux.quantizer.calibration.sensitivity import write_mixed
+from ternary_flux.quantizer.distillation.blockwise import BlockSettings, block_run
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
-from ternary_flux.quantizer.files.ternary import open_ternary
+from ternary_flux.quantizer.files.ternary import check_original, open_ternary
+from ternary_flux.quantizer.files.work_folder import keep_settings
+from ternary_flux.quantizer.pipeline.distill_file import distill_file
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests import builders
@@ -139,6 +144,100 @@ def test_mixed_grows_as_far_as_it_may(folder, capsys):
     layers = open_ternary(again).layers
     assert {name for name, plan in layers.items() if plan.terms == 2} == double
     assert all(plan.rank == (0 if name in double else 2) for name, plan in layers.items())
+
+
+@pytest.mark.slow
+def test_an_original_that_says_nothing_is_refused(folder, tmp_path, capsys):
+    """Its velocities are zero, and nothing can be measured against them."""
+    state = synthetic.tensors()
+    for part in ("weight", "bias"):
+        state[f"final_layer.linear.{part}"].zero_()
+    silent, rounded = tmp_path / "silent.safetensors", tmp_path / "rounded.safetensors"
+    synthetic.save_file(state, silent)
+    (tmp_path / "cond.safetensors").write_bytes((folder / "cond.safetensors").read_bytes())
+    round_checkpoint(silent, rounded)
+    output = tmp_path / "out.safetensors"
+    for command, start, *more in (
+        ("calibrate", silent, "--pictures", 2),
+        ("mixed", rounded, "--teacher", silent, "--pictures", 2),
+        ("distill", rounded, "--teacher", silent, "--pictures", 2, "--steps", 1),
+        ("convert", silent, "--budget", 0.01),
+    ):
+        assert run(command, start, "-o", output, *more) == 2
+        assert "the original's velocities are all zero" in capsys.readouterr().err
+        assert not output.exists()
+
+
+@pytest.mark.slow
+def test_dead_parts_of_a_model_are_converted(folder, tmp_path, capsys):
+    """A block that is skipped by its modulation, and Linears of zeros, before which and behind which all is zero."""
+    state = synthetic.tensors()
+    for name, tensor in state.items():
+        if name.startswith(("single_blocks.1.modulation", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear2")):
+            tensor.zero_()
+    synthetic.save_file(state, tmp_path / "dead.safetensors")
+    (tmp_path / "cond.safetensors").write_bytes((folder / "cond.safetensors").read_bytes())
+    output, more = tmp_path / "out.safetensors", ("--pictures", 2, "--states", 4, "--sweeps", 1, "--rank", 1)
+    assert run("calibrate", tmp_path / "dead.safetensors", "-o", output, *more) == 0
+    file = open_ternary(output)
+    assert all(file.weight(name).dequantize().isfinite().all() for name in file.layers)
+    assert "velocity error nan" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_blocks_of_another_run_are_not_taken(folder, tmp_path, capsys):
+    """Finished blocks are kept for the run that trained them; another start or other settings are another run."""
+    more = ("--block-steps", 2, "--codes", "--work", tmp_path / "work")
+    assert distill(folder, "blocks.safetensors", *more) == 0
+    assert not list((tmp_path / "work").glob("blocks*"))
+    work = Workspace(folder / "dense.safetensors", folder / "cond.safetensors", tmp_path / "other", ((64, 64),))
+    settings = BlockSettings(2, batch=4, rank=2)
+    start, pool = open_ternary(folder / "calibrated.safetensors"), SimpleNamespace(fingerprint="states")
+    (tmp_path / "other" / "blocks").mkdir(parents=True)
+    (tmp_path / "other" / "blocks.safetensors").write_bytes((folder / "blocks.safetensors").read_bytes())
+    keep_settings(tmp_path / "other" / "blocks", block_run(start, pool, settings))
+    for changed in (replace(settings, steps=60), replace(settings, rates={"scale": 1.0})):
+        with pytest.raises(ValueError, match="holds the work of another run: its"):
+            distill_file(
+                work,
+                folder / "calibrated.safetensors",
+                tmp_path / "out.safetensors",
+                pool=pool,
+                held_out=None,
+                settings=None,
+                rank=2,
+                block_settings=changed,
+            )
+    other = tmp_path / "rounded.safetensors"
+    round_checkpoint(folder / "dense.safetensors", other)
+    assert block_run(open_ternary(other), pool, settings) != block_run(start, pool, settings)
+
+
+def test_an_original_of_the_same_shape_but_another_model_is_refused(folder, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(7)
+    state = {name: torch.randn(t.shape, generator=generator).bfloat16() for name, t in synthetic.tensors().items()}
+    synthetic.save_file(state, tmp_path / "other.safetensors")
+    rounded = tmp_path / "rounded.safetensors"
+    round_checkpoint(folder / "dense.safetensors", rounded)
+    for file in (rounded, folder / "calibrated.safetensors"):
+        check_original(open_ternary(file), open_checkpoint(folder / "dense.safetensors"))
+        with pytest.raises(ValueError, match="was not made from .*other.safetensors.*dense.safetensors"):
+            check_original(open_ternary(file), open_checkpoint(tmp_path / "other.safetensors"))
+
+
+@pytest.mark.slow
+def test_nothing_to_gain_is_said_and_not_written(folder, tmp_path, capsys):
+    rounded, output = folder / "for-mixed.safetensors", folder / "nothing.safetensors"
+    round_checkpoint(folder / "dense.safetensors", rounded)
+    more = ("--teacher", folder / "dense.safetensors", "--growth", 1e-6, "--pictures", 1, "--precisions", "int8")
+    assert run("mixed", rounded, "-o", output, *more) == 2
+    assert "no Linear gains within --growth 1e-06" in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.slow
+def test_one_state_is_enough_to_train_on(folder, capsys):
+    assert distill(folder, "one.safetensors", "--states", 1, "--pictures", 1, "--steps", 1) == 0
 
 
 def test_mixed_wants_a_rounded_file(folder, capsys):

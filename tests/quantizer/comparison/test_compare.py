@@ -166,7 +166,7 @@ def test_scores_of_other_programs_are_taken_in(files, done, monkeypatch, capsys)
 @pytest.mark.slow
 def test_other_work_is_not_replaced(files, done, tmp_path, capsys):
     assert compare(files, done, "--sampler-steps", 4) == 2
-    assert "its steps is 3, not 4" in capsys.readouterr().err
+    assert "its steps is 3, not 4; give another folder, or --force" in capsys.readouterr().err
     (tmp_path / "letter.txt").write_text("mine")
     assert compare(files, tmp_path, "--force") == 2
     assert "is not empty, and no comparison" in capsys.readouterr().err
@@ -188,7 +188,15 @@ def test_mistakes(files, tmp_path, capsys):
     assert "CLIP vision" in mistake("--clip-vision", files / "vae.safetensors")
     builders.write_flux(tmp_path / "other", ARCH)
     assert "give the checkpoint that it was made from" in mistake(original=tmp_path / "other")
+    (tmp_path / "page.safetensors").write_text("<!doctype html>")
+    assert "page.safetensors: this is a web page" in mistake("--vae", tmp_path / "page.safetensors")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").touch()
+    assert "is a file; give the name of a folder" in mistake()
+    (tmp_path / "out").unlink()
+    said = mistake("--prompts", tmp_path / "prompts.txt", "--text-encoders", files / "vae.safetensors")
+    assert "vae.safetensors" in said and "text encoders" in said
+    assert [path for path in (tmp_path / "out").iterdir() if path.name != ".lock"] == []  # others may follow
 
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=narrow.CONTEXT, vec_dim=narrow.POOLED, guidance=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from ternary_flux.quantizer.files.atomic import atomic_file
 from ternary_flux.quantizer.files.container import (
@@ -17,6 +18,7 @@ from ternary_flux.quantizer.files.container import (
     create,
     read_header,
 )
+from ternary_flux.quantizer.files.verify import verify
 
 
 def plan(tensors):
@@ -75,6 +77,28 @@ def test_large_tensors_start_at_multiples_of_64(tmp_path):
     assert entries["trits"].start % 64 == 0 and entries["scale"].start % 8 == 0
 
 
+def test_metadata_of_bytes_that_are_no_text(tmp_path):
+    """Names of files may be such; other readers of the format must read what quotes them."""
+    with create(tmp_path / "x", {"a": (torch.uint8, (1,))}, {"source": "flux\udcff\ud800"}) as writer:
+        writer.write("a", torch.zeros(1, dtype=torch.uint8))
+    with safe_open(tmp_path / "x", "pt") as theirs:
+        assert theirs.metadata()["source"] == "flux\\udcff\\ud800" == TensorFile(tmp_path / "x").metadata["source"]
+    assert verify(tmp_path / "x") == []
+
+
+def test_headers_that_would_not_be_read_are_not_written(tmp_path):
+    with (
+        pytest.raises(ValueError, match="x: the header would have .*of which 'thumbnail' is the largest"),
+        create(tmp_path / "x", {}, {"thumbnail": "a" * (1 << 24), "title": "b"}),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+    prompts = "图" * 2_000_000  # three bytes each, as UTF-8 has it
+    with create(tmp_path / "x", {}, {"prompts": prompts}):
+        pass
+    assert TensorFile(tmp_path / "x").metadata["prompts"] == prompts and verify(tmp_path / "x") == []
+
+
 def test_a_tensor_in_pieces(tmp_path):
     with create(tmp_path / "x", {"a": (torch.uint8, (4,))}, {}) as writer:
         writer.write_bytes("a", b"cd", 2)  # waits for those before it, as the halves that diffusers swaps
@@ -131,7 +155,7 @@ BAD = {
 @pytest.mark.parametrize("header, size, message", BAD.values(), ids=BAD)
 def test_bad_headers(tmp_path, header, size, message):
     path = raw(tmp_path / "bad.safetensors", header, bytes(size))
-    with pytest.raises(FormatError, match=f"bad.safetensors: {message}"):
+    with pytest.raises(FormatError, match=f"bad.safetensors: {message}.*; download or convert (the file|it) again"):
         TensorFile(path)
 
 

@@ -1,15 +1,19 @@
 """What a file is: one sentence with a remedy, whoever asks."""
 
 import json
+import os
 import resource
 import shlex
+import shutil
 import struct
+import subprocess
 import time
+from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from ternary_flux.quantizer import cli
 from ternary_flux.quantizer.files.advice import model_name, quoted
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
@@ -55,6 +59,22 @@ def stated(**value):
 ONE = torch.ones(1)
 # what a file is -> its tensors, the kind, what the sentence says, and a part of its remedy
 KINDS = {
+    "LoRA of XLabs": (tensors("double_blocks.0.processor.proj_lora1.down.weight"), "lora", "LoRA", "Load LoRA"),
+    "LoRA of a processor": (tensors("transformer.x_embedder.lora.down.weight"), "lora", "LoRA", "Load LoRA"),
+    "LoRA of old diffusers": (tensors("single_blocks.0.attn.to_q_lora.up.weight"), "lora", "LoRA", "Load LoRA"),
+    "LoRA of a text encoder": (tensors("lora_te1_text_model_encoder.alpha"), "lora", "LoRA", "Load LoRA"),
+    "differences": (
+        tensors("diffusion_model.img_in.diff", "diffusion_model.img_in.diff_b"),
+        "lora",
+        "LoRA",
+        "Load LoRA",
+    ),
+    "GLoRA": (
+        tensors("diffusion_model.img_in.a1.weight", "diffusion_model.img_in.b2.weight"),
+        "lora",
+        "LoRA",
+        "Load LoRA",
+    ),
     "LoRA of kohya": (
         tensors("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
         "lora",
@@ -135,6 +155,34 @@ KINDS = {
         flux(packed({"comfy_quant": foreign.json_tensor({"format": "nvfp4"}), "weight_scale": ONE})),
         "quantized",
         "a FLUX in NVFP4",
+        "Give the original",
+    ),
+    "fused diffusers": (
+        {"transformer_blocks.0.attn.to_qkv.weight": ONE, "single_transformer_blocks.0.attn.to_qkv.weight": ONE.clone()},
+        "quantized",
+        "a FLUX in diffusers' names with fused projections",
+        "unfuse_qkv_projections",
+    ),
+    "PEFT": (
+        {
+            "double_blocks.0.img_attn.qkv.base_layer.weight": ONE,
+            "double_blocks.0.img_attn.qkv.lora_A.weight": ONE.clone(),
+        },
+        "quantized",
+        "an adapter that is not merged",
+        "Merge the adapter",
+    ),
+    "torchao": (flux(lambda weight: {f"{LINEAR}._weight_qdata": weight}), "quantized", "torchao's format", "torchao"),
+    "SDNQ": (
+        flux(
+            lambda weight: {
+                f"{LINEAR}.weight": weight.byte(),
+                f"{LINEAR}.scale": ONE,
+                f"{LINEAR}.zero_point": ONE.clone(),
+            }
+        ),
+        "quantized",
+        "a FLUX",
         "Give the original",
     ),
     "NVFP4 without": (
@@ -282,6 +330,14 @@ def test_names_for_what_is_made_of_a_path(tmp_path):
 def test_paths_are_quoted(tmp_path):
     assert quoted(tmp_path / "a b") == f'"{tmp_path / "a b"}"'
     assert shlex.split(quoted(tmp_path / '$a"b`')) == [str(tmp_path / '$a"b`')]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not there")
+@pytest.mark.parametrize("name", [b"a\nb", b"\x1b[31m 'red'", b"back\\slash\t", b"\xff\xfe", "é \u200f".encode()])
+def test_names_that_a_terminal_does_not_show(name):
+    text = quoted(Path(os.fsdecode(name)))
+    assert text.isprintable()
+    assert subprocess.run(["bash", "-c", f"printf %s {text}"], capture_output=True, check=True).stdout == name
 
 
 def test_flux1_without_guidance_is_not_called_schnell(tmp_path):
@@ -496,6 +552,9 @@ STRAY = {
     "F32 with weight_scale beside it": ("weight_scale", torch.float32),
     "F32 with weight_scale_inv beside it": ("weight_scale_inv", torch.float32),
     "F8_E4M3 with weight_scale_inv beside it": ("weight_scale_inv", torch.float8_e4m3fn),
+    "F8_E4M3 with scale beside it": ("scale", torch.float8_e4m3fn),
+    "F32 with pre_quant_scale beside it": ("pre_quant_scale", torch.float32),
+    "F32 with zero_points beside it": ("zero_points", torch.float32),
 }
 
 
@@ -508,6 +567,17 @@ def test_scales_that_would_be_left_out_are_refused(tmp_path, what):
     save_file(state, tmp_path / "flux.safetensors")
     found = identify(tmp_path / "flux.safetensors")
     assert found.kind == "quantized" and what in found.what and layer in found.what
+
+
+def test_a_ternary_model_in_parts_is_called_that(tmp_path, capsys):
+    """No command that is offered for whole files would read it."""
+    round_checkpoint(synthetic.write(tmp_path / "dense.safetensors"), tmp_path / "whole.safetensors")
+    foreign.shards(load_file(tmp_path / "whole.safetensors"), tmp_path / "parts", 2, stem="model")
+    for command in ("export", "round", "pack"):
+        more = ["--packing", "base3"] if command == "pack" else []
+        assert cli.run([command, str(tmp_path / "parts"), "-o", str(tmp_path / "out.safetensors"), *more]) == 2
+        said = capsys.readouterr().err
+        assert "this is a ternary FLUX in 2 parts" in said and "python -m quantizer" not in said
 
 
 def test_a_parameter_under_two_names_is_refused(tmp_path):

@@ -228,3 +228,16 @@ def test_the_header_is_plain_safetensors(tmp_path):
     (length,) = struct.unpack("<Q", path.read_bytes()[:8])
     assert (8 + length) % 64 == 0
     assert read_header(path).metadata == {"note": "n"}
+
+
+def test_fingerprints_tell_files_apart(tmp_path):
+    """By checksums, and without them by what the tensors hold; the date does not count."""
+    file = open_ternary(write(tmp_path / "a.safetensors", ternary_weight(16, 128)))
+    tensors = {key: file.file.tensor(key).clone() for key in file.file.entries}
+    metadata = dict(file.metadata) | {"modelspec.date": "2026-01-01"}
+    for name in ("b", "c"):
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata | {"modelspec.date": name})
+    scale = next(key for key in tensors if key.endswith("weight_scale"))
+    save_file(tensors | {scale: tensors[scale] * 2}, tmp_path / "d.safetensors", metadata)
+    prints = [open_ternary(tmp_path / f"{name}.safetensors").fingerprint for name in "bcd"]
+    assert prints[0] == prints[1] != prints[2]

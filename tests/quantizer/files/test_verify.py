@@ -74,6 +74,9 @@ def test_files_without_checksums_say_so(ternary, tmp_path):
     save_file(load_file(ternary), tmp_path / "old.safetensors", read_header(ternary).metadata)
     with pytest.raises(FormatError, match="old.safetensors: the file has no checksums.*older version.*`pack`"):
         verify(tmp_path / "old.safetensors")
+    synthetic.write(tmp_path / "dense.safetensors")
+    with pytest.raises(FormatError, match="no checksums.*`inspect` checks that it can be read$"):  # `pack` cannot
+        verify(tmp_path / "dense.safetensors")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"header":1,"tensors":{}}', '{"header":"xy","tensors":{}}', "null"])

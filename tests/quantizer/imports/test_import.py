@@ -269,6 +269,11 @@ DAMAGES = {
     "four bits": ("gemlite-2bit", poke(f"{FIRST}.metadata", 1, 4), f"{FIRST}.metadata: 4 bits"),
     "groups of 64": ("gemlite-2bit", poke(f"{FIRST}.metadata", 2, 64), f"{FIRST}.metadata: .*groups of 64"),
     "integers": ("unpacked", lambda state: state.update({f"{FIRST}.weight": torch.ones(128, 128).int()}), "I32"),
+    "dtypes that torch lacks": (
+        "unpacked",
+        lambda state: state.update({f"{FIRST}.weight": torch.ones(128, 128).to(torch.uint64)}),
+        "U64",
+    ),
     "no FLUX": ("unpacked", no_blocks, "not a FLUX"),
 }
 
@@ -342,6 +347,12 @@ def test_pickles_are_never_run(tmp_path):
     torch.save([torch.ones(2)], path)
     with pytest.raises(FormatError, match="no dictionary of tensors"):
         open_source(path)
+
+
+def test_tensors_without_values_are_refused(tmp_path):
+    torch.save({"x_embedder.weight": torch.ones(2, device="meta")}, tmp_path / "state_dict.pt")
+    with pytest.raises(FormatError, match="no dictionary of tensors"):
+        open_source(tmp_path / "state_dict.pt")
 
 
 def test_paths_that_are_no_model(roots, model, tmp_path, capsys):

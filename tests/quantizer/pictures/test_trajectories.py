@@ -11,6 +11,7 @@ from ternary_flux.quantizer.pictures import sampler
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
 from ternary_flux.quantizer.pictures.pool import hold_out, training_pool
 from ternary_flux.quantizer.pictures.trajectories import PictureSettings, Trajectories, initial_noise
+from ternary_flux.quantizer.pipeline.workspace import choose_device
 
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=12, vec_dim=5, guidance=True)
 
@@ -292,6 +293,14 @@ def test_sizes():
             sampler.parse_sizes(text)
     with pytest.raises(ValueError, match="multiples of 16"):
         sampler.latent_shape(ARCH, (1000, 1024))
+    with pytest.raises(ValueError, match="8208 pixels are too many, 8192"):
+        sampler.parse_sizes("8208x1024")
+
+
+def test_devices_that_do_not_compute():
+    for name in ("meta", "cuda:99", "nonsense"):
+        with pytest.raises(ValueError, match=f"device '{name}' cannot be used"):
+            choose_device(name)
 
 
 def test_broken_teachers_are_noticed(tmp_path):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from ternary_flux.quantizer.files.checkpoint import fingerprint, open_checkpoint
 from ternary_flux.quantizer.files.container import FormatError, TensorFile
 from ternary_flux.quantizer.files.summary import summarize
+from ternary_flux.quantizer.imports.locate import locate as locate_ternary
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 from ternary_flux.tests.quantizer import synthetic
 from ternary_flux.tests.quantizer.files.sources import foreign
@@ -224,7 +225,55 @@ def test_a_folder_with_one_file(tmp_path):
 
 def test_the_hubs_cache(tmp_path):
     foreign.pipeline(foreign.diffusers(synthetic.tensors()), tmp_path / "models--x--y" / "snapshots" / "a1b2", "Flux")
-    assert open_checkpoint(tmp_path / "models--x--y").name == "models--x--y"
+    model = tmp_path / "models--x--y"
+    assert open_checkpoint(model).name == "models--x--y"
+    synthetic.write((model / "snapshots" / "c3d4").with_suffix(".safetensors"))  # no folder, so no snapshot
+    foreign.pipeline(foreign.diffusers(synthetic.tensors()), model / "snapshots" / "e5f6", "Flux")
+    refused(model, "2 snapshots of a model; give one of them: .*a1b2, .*e5f6")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("e5f6\n")
+    assert {path.parents[1].name for path in open_checkpoint(model).files} == {"e5f6"}
+    assert {path.parents[1].name for path in locate_ternary(model)} == {"e5f6"}
+
+
+def test_what_macos_lays_beside_files_is_not_read(tmp_path):
+    foreign.pipeline(foreign.diffusers(synthetic.tensors()), tmp_path / "flux", "Flux")
+    expected = open_checkpoint(tmp_path / "flux").files
+    for path in [path for path in (tmp_path / "flux").rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7" + bytes(60))
+    assert open_checkpoint(tmp_path / "flux").files == expected == locate_ternary(tmp_path / "flux")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "._flux.safetensors").write_bytes(b"\0\5\x16\7")
+    one = synthetic.write(tmp_path / "one" / "flux.safetensors")
+    assert open_checkpoint(tmp_path / "one").files == (one,)
+
+
+def test_a_single_file_in_the_folder_of_a_pipeline(tmp_path):
+    """As Black Forest Labs' repositories are without their folder transformer."""
+    one = synthetic.write(tmp_path / "flux1-dev.safetensors")
+    (tmp_path / "model_index.json").write_text("\ufeff" + json.dumps({"_class_name": "FluxPipeline"}), "utf-8")
+    assert open_checkpoint(tmp_path).files == (one,)
+    save_file({"decoder.conv_in.weight": torch.zeros(2)}, tmp_path / "ae.safetensors")
+    refused(tmp_path, r"give one of the files in it: ae.safetensors, flux1-dev.safetensors")
+
+
+def test_a_whole_file_beside_an_index_of_parts_that_are_gone(tmp_path):
+    foreign.shards(foreign.diffusers(synthetic.tensors()), tmp_path)
+    for part in tmp_path.glob("*-of-*.safetensors"):
+        part.unlink()
+    refused(tmp_path, "missing in")
+    save_file(foreign.diffusers(synthetic.tensors()), tmp_path / "diffusion_pytorch_model.safetensors")
+    assert set(open_checkpoint(tmp_path).names) == synthetic.FLUX1.shapes.keys()
+
+
+def test_names_that_wrappers_of_torch_leave(tmp_path):
+    state = synthetic.tensors()
+    wrapped = {name.replace("_blocks.0.", "_blocks.0._orig_mod."): tensor for name, tensor in state.items()}
+    wrapped = {name.replace(".img_mlp.", "._fsdp_wrapped_module.img_mlp."): tensor for name, tensor in wrapped.items()}
+    save_file(wrapped, tmp_path / "wrapped.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "wrapped.safetensors")
+    assert wrapped.keys() != state.keys() == set(checkpoint.names)
+    assert all(torch.equal(checkpoint.tensor(name).bfloat16(), tensor) for name, tensor in state.items())
 
 
 def test_a_variant_with_its_own_index(tmp_path):

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from .. import ranks
-from ..distillation.blockwise import BlockResult, BlockSettings, train_blocks
+from ..distillation.blockwise import BlockResult, BlockSettings, block_run, train_blocks
 from ..distillation.distill import Distiller, DistillSettings, distill
 from ..files import metadata
 from ..files.ternary import TernaryFile, open_ternary
-from ..files.work_folder import open_kept
+from ..files.work_folder import keep_settings, open_kept
 from ..model.student import add_low_rank, input_power, load_student, save_student, ternary_linears, train_codes
 from ..pictures.pool import Pool
 from ..pictures.quality import HeldOut
@@ -47,6 +47,7 @@ def distill_file(
     check_rank(open_ternary(start), rank)
     if block_settings is not None:
         block_file = work.folder / "blocks.safetensors"
+        keep_settings(work.folder / "blocks", block_run(open_ternary(start), pool, block_settings))
         if ranks.agree(not block_file.exists()):
             train_blocks(
                 open_ternary(start),
@@ -97,6 +98,6 @@ def check_rank(start: TernaryFile, rank: int) -> None:
 
     Factors from what the weights miss undo what the codes of one calibrated Linear make up for in others.
     """
-    method, ranks = start.metadata.get("ternary.method"), {plan.rank for plan in start.layers.values()}
-    if rank and method not in (None, *METHODS) and ranks == {0}:
+    method, found = start.metadata.get("ternary.method"), {plan.rank for plan in start.layers.values()}
+    if rank and method not in (None, *METHODS) and found == {0}:
         raise ValueError(f"{start.file.path}: {method} made it without low-rank factors; use `calibrate --rank {rank}`")
