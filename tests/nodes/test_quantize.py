@@ -140,7 +140,7 @@ def test_previews_without_a_vae(comfy, channels):
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a\\b"])
 def test_names_of_files_only(quantize, name):
     assert "give the name of a file, without a folder" in quantize.QuantizeFlux.validate_inputs(name=name)
-    assert quantize.QuantizeFlux.validate_inputs(name="flux-1.58bit", size="64x64") is True
+    assert quantize.QuantizeFlux.validate_inputs(name="flux-1.58bit") is True
 
 
 STRANGE = ("a\0b", "a\nb", "a:b", "what?", "CON", "com1.safetensors", "dot.", "blank ", "ü" * 150)
@@ -158,5 +158,6 @@ def test_names_that_some_system_does_not_have(quantize, name):
 
 
 @pytest.mark.parametrize("size", ["64", "axb", "16384x16384", "-64x64", "0x0"])
-def test_sizes_are_refused_before_anything_runs(quantize, size):
-    assert size in quantize.QuantizeFlux.validate_inputs(size=size)
+def test_sizes_are_refused_before_anything_connected_is_loaded(quantize, size):
+    with pytest.raises(ValueError, match=size):
+        quantize.QuantizeFlux.check_lazy_status("any", size=size, clip=None)
