@@ -161,3 +161,24 @@ def test_names_that_some_system_does_not_have(quantize, name):
 def test_sizes_are_refused_before_anything_connected_is_loaded(quantize, size):
     with pytest.raises(ValueError, match=size):
         quantize.QuantizeFlux.check_lazy_status("any", size=size, clip=None)
+
+
+@pytest.mark.slow
+def test_a_conversion_whose_stdin_ends_goes_on_later(tmp_path):
+    dense, encoded = synthetic.write(tmp_path / "dense.safetensors"), tmp_path / "cond.safetensors"
+    builders.write_conditioning(encoded, synthetic.FLUX1, 8)
+    target, work = tmp_path / "out.safetensors", tmp_path / "work"
+    amounts = ["--pictures", 16, "--calibration-states", 16, "--steps", 2]
+    options = ["--size", "64x64", "--sampler-steps", 4, "--device", "cpu", *amounts, "--work", work]
+    command = ["convert", dense, "--output", target, "--conditioning", encoded, *options]
+    arguments = [str(part) for part in command]
+    pipes = dict.fromkeys(("stdin", "stderr"), subprocess.PIPE)
+    stopped = subprocess.Popen([sys.executable, "-m", "quantizer", *arguments, "--stop-at-eof"], cwd=ROOT, **pipes)
+    while not list(work.glob("pictures/*.safetensors")):
+        assert stopped.poll() is None
+        time.sleep(0.02)
+    _, errors = stopped.communicate()  # closes stdin
+    assert stopped.returncode == 143 and b"give the same command again to go on" in errors
+    kept = {path: path.stat().st_mtime_ns for path in work.glob("pictures/*.safetensors")}
+    assert run(arguments) == 0 and target.exists()
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
