@@ -3,7 +3,6 @@
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -32,7 +31,7 @@ def convert(arguments: Sequence[str], show: "Display", pictures: Path) -> list[s
     events: queue.Queue[str | None] = queue.Queue()
     process = subprocess.Popen(
         [sys.executable, str(COMMAND), "convert", *arguments, "--progress", "json", "--stop-at-eof"],
-        stdin=subprocess.PIPE,  # ends when this process does, whatever ends it
+        stdin=subprocess.PIPE,  # ends when it is closed, or this process does, whatever ends it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -65,7 +64,7 @@ def convert(arguments: Sequence[str], show: "Display", pictures: Path) -> list[s
     finally:
         if process.poll() is None:
             show.text("stopping after this step")
-            _stop(process)
+        _stop(process)
     if process.returncode:
         message = next((line.strip() for line in reversed(errors) if line.strip()), "it ended without a message")
         raise RuntimeError(message.removeprefix("convert: "))
@@ -88,7 +87,7 @@ def _show(event: dict, show: "Display", said: list[str], pictures: Path) -> None
 
 
 def _stop(process: subprocess.Popen) -> None:
-    process.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGTERM)
+    process.stdin.close()
     try:
         process.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:

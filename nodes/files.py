@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Callable
 
 import folder_paths
 
@@ -11,6 +12,13 @@ from ..quantizer.files.identity import identify
 FOLDERS = ("diffusion_models", "checkpoints")  # Save Checkpoint writes into the second
 EXTENSIONS = (".safetensors", ".sft")
 _LONGEST_NAME = 200  # bytes; systems have 255, and files that are being written have longer names
+
+
+class AnyName(list):
+    """The names that a combo offers, of which ComfyUI lets every other pass: the node itself finds the file, or not."""
+
+    def __contains__(self, name) -> bool:
+        return True
 
 
 def names() -> list[str]:
@@ -63,29 +71,38 @@ class Watch:
         self._changes = 0
 
     def add(self, path: str | os.PathLike) -> None:
-        """A file as it is now."""
-        self._states[str(path)] = self._state(path)
+        """A file as it is now; one that is another than before is a change, for other nodes that have it."""
+        self._look(str(path))
 
     def changes(self) -> int:
-        """How often files were replaced, lost or came back until now."""
-        for path, known in self._states.items():
-            if (now := self._state(path)) != known:
-                self._states[path] = now
-                self._changes += 1
+        """How often files were replaced or lost until now."""
+        for path in self._states:
+            self._look(path)
         return self._changes
 
-    @staticmethod
-    def _state(path: str | os.PathLike) -> tuple | None:
+    def _look(self, path: str) -> None:
         try:
-            return stamp(path)
+            now = stamp(path)
         except OSError:
-            return None
+            now = None
+        self._changes += self._states.get(path) not in (None, now)
+        self._states[path] = now
 
 
 READ = Watch()
 
 
 _RESERVED = frozenset(("con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))))
+
+
+def state(name: str | None, find: Callable[[str], str | os.PathLike] = find) -> int | tuple | str:
+    """What changes with the file of this name; None is a name that comes from another node: any that was read."""
+    if name is None:
+        return READ.changes()
+    try:
+        return stamp(find(name))
+    except (OSError, ValueError):
+        return "missing"
 
 
 def name_problem(name: str) -> str | None:

@@ -107,11 +107,7 @@ class LoadTernaryFlux(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, **settings) -> str:
         """A file that was converted again is loaded again; where the name comes from another node, when any was."""
-        try:
-            state = files.READ.changes() if file is None else files.stamp(files.find(file))
-        except OSError:
-            state = "missing"
-        return f"{file} {state} {settings}"
+        return f"{file} {files.state(file)} {settings}"
 
     @classmethod
     def execute(cls, file: str, activations: str, backend: str = "auto") -> io.NodeOutput:

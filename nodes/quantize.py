@@ -18,7 +18,7 @@ from ..quantizer.files.identity import identify
 from ..quantizer.pictures import SIZES
 from ..quantizer.pictures.conditioning import create_conditioning
 from ..quantizer.pictures.encode import PROMPTS, encode
-from ..quantizer.pictures.sampler import parse_sizes
+from ..quantizer.pictures.sampler import latent_shape, parse_sizes
 from . import files
 from .compat import accepted, core
 from .conversion import Display, convert
@@ -27,6 +27,7 @@ from .loader import explain
 comfy = core()
 
 FOLDER = "diffusion_models"
+_made = files.Watch()
 
 
 class QuantizeFlux(io.ComfyNode):
@@ -46,7 +47,7 @@ class QuantizeFlux(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=files.dense_names(),
+                    options=files.AnyName(files.dense_names()),
                     tooltip="The dense FLUX in models/diffusion_models, where no model is connected.",
                 ),
                 io.String.Input(
@@ -71,13 +72,23 @@ class QuantizeFlux(io.ComfyNode):
                     tooltip="For clip: a prompt in each line; empty for this pack's own list of 2,560.",
                 ),
                 io.Model.Input(
-                    "model", optional=True, tooltip="A dense FLUX with what LoRAs do to it, in the place of file."
+                    "model",
+                    optional=True,
+                    lazy=True,
+                    tooltip="A dense FLUX with what LoRAs do to it, in the place of file.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoders of the model: encodes the prompts."),
+                io.Clip.Input(
+                    "clip", optional=True, lazy=True, tooltip="The text encoders of the model: encodes the prompts."
+                ),
                 io.Conditioning.Input(
-                    "conditioning", optional=True, tooltip="Encoded prompts, in the place of clip and prompts."
+                    "conditioning",
+                    optional=True,
+                    lazy=True,
+                    tooltip="Encoded prompts, in the place of clip and prompts.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Decodes the previews; without it they are rough colours."),
+                io.Vae.Input(
+                    "vae", optional=True, lazy=True, tooltip="Decodes the previews; without it they are rough colours."
+                ),
                 io.String.Input(
                     "conditioning_file",
                     default="",
@@ -153,24 +164,25 @@ class QuantizeFlux(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, name: str | None = None, size: str | None = None):
-        """What is known before anything runs. The file is looked at when no model takes its place."""
-        if name is not None and (problem := files.name_problem(name)):
-            return problem
-        try:
-            parse_sizes(SIZES if size is None else size)
-        except ValueError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, name: str | None = None):
+        """Of the name alone: ComfyUI shows what is said here at every input that it was asked about."""
+        return True if name is None else files.name_problem(name) or True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str | None = None, name: str | None = None, **_) -> str:
-        """Runs again where the file was replaced, or what was made of it is gone."""
-        try:
-            state = files.READ.changes() if file is None else files.stamp(files.find(file))
-        except OSError:
-            state = "missing"
-        return f"{state} {name is not None and _target(name).exists()}"
+    def check_lazy_status(cls, file: str, size: str = SIZES, **inputs) -> list[str]:
+        """Refuse what can be refused before anything that is connected is loaded or computed."""
+        sizes = parse_sizes(size)
+        if "model" not in inputs:
+            arch = open_checkpoint(_dense(file)).architecture
+            for pair in sizes:
+                latent_shape(arch, pair)
+        return [name for name in ("model", "clip", "conditioning", "vae") if name in inputs and inputs[name] is None]
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None, conditioning_file: str | None = "", **_) -> str:
+        """Runs again where a file was replaced, or what was made of it is gone."""
+        conditioning = conditioning_file == "" or files.state(conditioning_file, _in_input_folder)
+        return f"{files.state(file)} {conditioning} {_made.changes()}"
 
     @classmethod
     def execute(
@@ -204,22 +216,24 @@ class QuantizeFlux(io.ComfyNode):
             work = base / f"{target.stem}-{request}"
             if target.exists():
                 return _done(target, request, work, show)
+            record = base / f"{target.stem}.json"
             work.mkdir(exist_ok=True)
-            stack.callback(_remove_empty, work)
+            stack.callback(_remove_empty, work, record)
             encoded = _conditioning(work, words, clip, conditioning, conditioning_file, show)
             comfy.unload_all_models()  # the process needs the memory
             # A conversion that ends after ComfyUI did is known by this.
-            write_json(base / f"{target.stem}.json", {"request": request, "report": []})
+            write_json(record, {"request": request, "report": []})
             command = [source, "--output", target, "--conditioning", encoded, "--work", work / "run", *arguments]
             lines = convert([str(part) for part in command], show, work / "run" / "pictures")
-        write_json(base / f"{target.stem}.json", {"request": request, "report": lines})
+        write_json(record, {"request": request, "report": lines})
         shutil.rmtree(work)
         return _result(target, lines)
 
 
-def _remove_empty(folder: Path) -> None:
+def _remove_empty(folder: Path, record: Path) -> None:
     with contextlib.suppress(OSError):  # where something was kept
         folder.rmdir()
+        record.unlink()
 
 
 def _done(target: Path, request: str, work: Path, show: Display) -> io.NodeOutput:
@@ -237,6 +251,7 @@ def _done(target: Path, request: str, work: Path, show: Display) -> io.NodeOutpu
 
 def _result(target: Path, lines: Sequence[str]) -> io.NodeOutput:
     report = "\n".join(lines)
+    _made.add(target)
     return io.NodeOutput(target.name, report, ui=ui.PreviewText(report))
 
 
@@ -314,6 +329,7 @@ def _in_input_folder(name: str) -> Path:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder) or not path.is_file():
         raise ValueError(f"{name} is not in ComfyUI's input folder: put the file that `embed` wrote there")
+    files.READ.add(path)
     return path
 
 

@@ -71,6 +71,9 @@ def test_what_happens_to_files_is_counted(comfy, tmp_path):
     path.write_text("again")
     watch.add(path)
     assert watch.changes() == 2
+    path.write_text("seen by another node first")
+    watch.add(path)
+    assert watch.changes() == watch.changes() == 3
 
 
 @pytest.mark.parametrize("name", ["flux/y.safetensors", "flux\\y.safetensors"])

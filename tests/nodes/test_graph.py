@@ -201,6 +201,7 @@ def test_quantizing_in_the_graph(server, known):
         ({"conditioning_file": "../secret.safetensors"}, "is not in ComfyUI's input folder"),
         ({"name": "../x"}, "give the name of a file, without a folder"),
         ({"size": "63x64"}, "63x64"),
+        ({"size": "large"}, "sizes 'large' are not of the form"),
     ],
 )
 def test_what_quantizing_refuses(server, known, inputs, message):
@@ -211,8 +212,23 @@ def test_what_quantizing_refuses(server, known, inputs, message):
         graph.nodes[-1].inputs["size"] = values["size"]
     else:
         graph = quantizing(known, name, **values)
-    with pytest.raises(comfyui.WorkflowError, match=re.escape(message)):
+    events = []
+    with pytest.raises(comfyui.WorkflowError, match=re.escape(message)) as refused:
+        server.execute(graph.prompt(), on_event=lambda *event: events.append(event))
+    prompts = str(graph.nodes[0].number)
+    assert "conditioning_file" in inputs or not any(data.get("node") == prompts for _, data in events)
+    if "name" in inputs:
+        (error,) = refused.value.details["node_errors"][str(graph.nodes[-1].number)]["errors"]
+        assert error["extra_info"]["input_name"] == "name"
+
+
+def test_a_refused_conversion_leaves_no_folder(server, known):
+    (server.base / "input").mkdir(exist_ok=True)
+    (server.base / "input" / "prompts.safetensors").write_bytes(b"no prompts")
+    graph = quantizing(known, "refused-later", conditioning_file="prompts.safetensors")
+    with pytest.raises(comfyui.WorkflowError, match="prompts.safetensors"):
         server.execute(graph.prompt())
+    assert not list((server.base / "output" / "quantize").glob("refused-later*"))
 
 
 @pytest.mark.parametrize("node", NODES)

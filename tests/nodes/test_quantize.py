@@ -140,7 +140,7 @@ def test_previews_without_a_vae(comfy, channels):
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a\\b"])
 def test_names_of_files_only(quantize, name):
     assert "give the name of a file, without a folder" in quantize.QuantizeFlux.validate_inputs(name=name)
-    assert quantize.QuantizeFlux.validate_inputs(name="flux-1.58bit", size="64x64") is True
+    assert quantize.QuantizeFlux.validate_inputs(name="flux-1.58bit") is True
 
 
 STRANGE = ("a\0b", "a\nb", "a:b", "what?", "CON", "com1.safetensors", "dot.", "blank ", "ü" * 150)
@@ -158,5 +158,27 @@ def test_names_that_some_system_does_not_have(quantize, name):
 
 
 @pytest.mark.parametrize("size", ["64", "axb", "16384x16384", "-64x64", "0x0"])
-def test_sizes_are_refused_before_anything_runs(quantize, size):
-    assert size in quantize.QuantizeFlux.validate_inputs(size=size)
+def test_sizes_are_refused_before_anything_connected_is_loaded(quantize, size):
+    with pytest.raises(ValueError, match=size):
+        quantize.QuantizeFlux.check_lazy_status("any", size=size, clip=None)
+
+
+@pytest.mark.slow
+def test_a_conversion_whose_stdin_ends_goes_on_later(tmp_path):
+    dense, encoded = synthetic.write(tmp_path / "dense.safetensors"), tmp_path / "cond.safetensors"
+    builders.write_conditioning(encoded, synthetic.FLUX1, 8)
+    target, work = tmp_path / "out.safetensors", tmp_path / "work"
+    amounts = ["--pictures", 16, "--calibration-states", 16, "--steps", 2]
+    options = ["--size", "64x64", "--sampler-steps", 4, "--device", "cpu", *amounts, "--work", work]
+    command = ["convert", dense, "--output", target, "--conditioning", encoded, *options]
+    arguments = [str(part) for part in command]
+    pipes = dict.fromkeys(("stdin", "stderr"), subprocess.PIPE)
+    stopped = subprocess.Popen([sys.executable, "-m", "quantizer", *arguments, "--stop-at-eof"], cwd=ROOT, **pipes)
+    while not list(work.glob("pictures/*.safetensors")):
+        assert stopped.poll() is None
+        time.sleep(0.02)
+    _, errors = stopped.communicate()  # closes stdin
+    assert stopped.returncode == 143 and b"give the same command again to go on" in errors
+    kept = {path: path.stat().st_mtime_ns for path in work.glob("pictures/*.safetensors")}
+    assert run(arguments) == 0 and target.exists()
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
