@@ -209,7 +209,7 @@ class QuantizeFlux(io.ComfyNode):
                 source = _dense(file)
             else:
                 show.text("writing the model")
-                source = stack.enter_context(_written(model, base))
+                source = stack.enter_context(_written(model, base / f"{target.stem}.safetensors"))
             arguments = _options(minutes, **options)
             words = _words(prompts, clip, conditioning, conditioning_file)
             request = _digest(fingerprint(open_checkpoint(source)), arguments, words)
@@ -275,11 +275,10 @@ def _dense(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _written(model, folder: Path) -> Iterator[Path]:
-    """A MODEL with its patches as a file, for as long as the block runs."""
+def _written(model, path: Path) -> Iterator[Path]:
+    """A MODEL with its patches as a file, for as long as the block runs; the ternary model's title is its name."""
     comfy.load_models_gpu([model])
     tensors = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
-    path = folder / "model.safetensors"
     save(path, tensors, overwrite=True)
     try:
         if identify(path).kind != "dense":

@@ -11,6 +11,7 @@ import torch
 from ternary_flux.benchmarks import miniature
 from ternary_flux.quantizer.cli import run
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
+from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.tests import builders
 from ternary_flux.tests.nodes import adapters
@@ -77,12 +78,14 @@ def test_a_model_is_written_with_its_lora(comfy, quantize, tmp_path):
     n, k = original.shape(f"{NAME}.weight")
     lora = adapters.bfl_lora(1, shapes={NAME: (n, k)})
     model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-    with quantize._written(model, tmp_path) as path:
+    with quantize._written(model, tmp_path / "mine.safetensors") as path:
         written = open_checkpoint(path)
         assert set(written.names) == set(original.names)
         change = written.tensor(f"{NAME}.weight").float() - original.tensor(f"{NAME}.weight").float()
         other = "double_blocks.1.img_attn.proj.weight"
         assert torch.equal(written.tensor(other), original.tensor(other))
+        assert run(["round", str(path), "-o", str(tmp_path / "out.safetensors")]) == 0
+    assert open_ternary(tmp_path / "out.safetensors").metadata["modelspec.title"] == "mine (ternary, 1.58-bit)"
     assert torch.linalg.matrix_rank(change, rtol=0.1) < n and change.norm() > 0.01
     assert not path.exists()
 
@@ -91,7 +94,7 @@ def test_a_ternary_model_is_refused(comfy, quantize, tmp_path, path):
     model = comfy.loader.load(str(path), "full")
     with (
         pytest.raises(ValueError, match="this MODEL is no dense FLUX"),
-        quantize._written(model, tmp_path),
+        quantize._written(model, tmp_path / "mine.safetensors"),
     ):
         pass
 
