@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from ternary_flux.ops import TernaryWeight
+from ternary_flux.ops.backends.triton import configs
 from ternary_flux.quantizer.files.layer import LayerPlan
 from ternary_flux.quantizer.files.ternary import create_ternary
 
@@ -97,6 +98,23 @@ def test_the_checks_on_a_gpu():
     for run in checks["quantizer"][:2]:
         numbers = [run["calibrated"], run["distill, scales"], run["distill, codes"]]
         assert all(f"{number:.4f}" in page for number in numbers)
+
+
+def test_the_tiles_of_the_machine_codes_table():
+    """Those of the table that kernels run with, which for sm_90 are the measured ones."""
+    measured = results("tiles-NVIDIA-H200.json")["NVIDIA H200"]
+    for kernel, entries in configs.TABLE["sm_90"].items():
+        assert [configs._row(limit, tile) for limit, tile in entries] == measured[kernel], kernel
+    rows = re.findall(
+        r"^\| (\d+)\.(\d) \| (int8|e4m3|full), (row|group)s?(?: scales)?(?:, (\d+) tokens)? \| (.+?) \|",
+        text("docs", "kernels.md"),
+        re.MULTILINE,
+    )
+    assert len(rows) == 10
+    for major, minor, activations, scales, tokens, stated in rows:
+        kernel = "a16" if activations == "full" else f"{activations}_{scales}"
+        tile = configs.tile(configs.nvidia("", int(major + minor), 1), kernel, int(tokens or 4608))
+        assert stated == f"{tile.block_m} x {tile.block_n}, {tile.warps}, {tile.stages}", (major, kernel, tokens)
 
 
 def test_what_the_file_commands_take():
