@@ -1,7 +1,5 @@
 """Trits in bytes: planes32 (2 bits a trit, the layout the kernels read) and base3 (1.6 bits, for sharing).
 
-Every function takes torch tensors on any device or numpy arrays, and returns the same kind.
-
 planes32  A trit is 2-bit two's complement: 00 = 0, 01 = +1, 11 = -1; 10 is invalid. Byte i (0..31) of a block of 128
           inputs holds the inputs i, 32+i, 64+i, 96+i in bits 7:6, 5:4, 3:2, 1:0. Blocks are stored block-major,
           uint8 [ceil(K/128), N, 32], so that a tile of rows of one block is one contiguous run. K is padded with zeros.
@@ -11,9 +9,6 @@ The codes of a weight with two ternary terms lie side by side, int8 [N, 2 * K]. 
 has all groups of the first term, then all of the second; a base3 row has the bytes of one, then those of the other.
 """
 
-import functools
-
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -22,17 +17,6 @@ GROUP_SIZE = 128
 PACKINGS = ("planes32", "base3")
 
 _POWERS_OF_3 = (1, 3, 9, 27, 81)
-
-
-def _torch_or_numpy(function):
-    @functools.wraps(function)
-    def wrapper(array, *args, **kwargs):
-        if isinstance(array, np.ndarray):
-            result = function(torch.from_numpy(array), *args, **kwargs)
-            return result.numpy() if isinstance(result, Tensor) else result
-        return function(array, *args, **kwargs)
-
-    return wrapper
 
 
 def groups_of(inputs: int) -> int:
@@ -50,7 +34,6 @@ def packed_shape(shape: tuple[int, int], packing: str, terms: int = 1) -> tuple[
     raise ValueError(f"unknown packing {packing!r}; known: {', '.join(PACKINGS)}")
 
 
-@_torch_or_numpy
 def pack_planes32(codes: Tensor, terms: int = 1) -> Tensor:
     """int8 [N, terms * K] of -1, 0, +1 -> uint8 [terms * ceil(K/128), N, 32]."""
     n, k = codes.shape[0], codes.shape[1] // terms
@@ -63,7 +46,6 @@ def pack_planes32(codes: Tensor, terms: int = 1) -> Tensor:
     return packed.transpose(0, 1).contiguous().view(torch.uint8)
 
 
-@_torch_or_numpy
 def unpack_planes32(trits: Tensor, inputs: int) -> Tensor:
     """uint8 [terms * ceil(K/128), N, 32] -> int8 [N, terms * K] of -1, 0, +1, with K = `inputs`."""
     groups, n, _ = trits.shape
@@ -95,7 +77,6 @@ def decode_planes32(trits: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-@_torch_or_numpy
 def pack_base3(codes: Tensor, terms: int = 1) -> Tensor:
     """int8 [N, terms * K] of -1, 0, +1 -> uint8 [N, terms * ceil(K/5)]."""
     n, k = codes.shape[0], codes.shape[1] // terms
@@ -106,7 +87,6 @@ def pack_base3(codes: Tensor, terms: int = 1) -> Tensor:
     return packed
 
 
-@_torch_or_numpy
 def unpack_base3(packed: Tensor, inputs: int) -> Tensor:
     """uint8 [N, terms * ceil(K/5)] -> int8 [N, terms * K] of -1, 0, +1, with K = `inputs`."""
     values = torch.arange(256)[:, None] // torch.tensor(_POWERS_OF_3) % 3 - 1
@@ -115,7 +95,6 @@ def unpack_base3(packed: Tensor, inputs: int) -> Tensor:
     return digits.view(n, terms, -1)[:, :, :inputs].reshape(n, terms * inputs)
 
 
-@_torch_or_numpy
 def first_invalid(packed: Tensor, packing: str) -> int | None:
     """Flat index of the first byte that is no packed trits (a code 10, or a base3 value over 242); None if all are."""
     flat = packed.flatten()
