@@ -1,1 +1,1 @@
-"""Implementations of the ternary linear. Each module states NAME, `unavailable(device)` and `linear(...)`."""
+"""Implementations of the ternary linear: modules with NAME, `unavailable`, `formats` and `linear`."""

@@ -15,7 +15,7 @@ from ..model.flux import linear_of
 
 _ROWS = 1024  # tokens that are looked at together
 # Noise of 8-bit activations beside the error that ternary weights make, in power: what they may add to the latter. In
-# the miniatures they add 1 to 3 % to the velocity error, calibrated and distilled alike.
+# the miniatures they add at most 5 % to the velocity error of calibrated and distilled models (docs/quality.md).
 SHARE = 0.05
 
 

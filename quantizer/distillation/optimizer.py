@@ -135,7 +135,7 @@ class Adam:
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a state written by `state`."""
+        """Take over a state written by `state_dict`."""
         for key, own in self.state_dict().items():
             if key == "count":
                 self.count = int(tensors[key])

@@ -92,7 +92,7 @@ def train_codes(layers: Mapping[str, TernaryLinear], teacher: Checkpoint, dtype:
 
 
 def freeze_dense(model: nn.Module) -> None:
-    """Leave the layers that are not ternary as they are: weights and biases of the Linears outside the blocks."""
+    """Leave the dense Linears as they are; norms, and biases of 8-bit and two-term Linears, are still trained."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
             layer.requires_grad_(False)
