@@ -43,7 +43,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 MISTAKE = 2
 INTERRUPTED = 130
-TERMINATED = 143
 _HEAVY = ("torch", "safetensors", "tqdm")
 # Threads that wait for one another spin, on a busy machine in front of those they wait for: beside two other programs
 # on two cores `pack` took four times as long. Not spinning for long costs a few percent where nothing else runs.

@@ -136,12 +136,6 @@ def read_weight(get: Get, plan: LayerPlan) -> TernaryWeight:
     return TernaryWeight(trits, shape=plan.shape, full_precision=plan.full_precision, **parts)
 
 
-def stored(weight: TernaryWeight) -> dict[str, Tensor]:
-    """What a weight is stored as, in planes32, by suffix: the inverse of `read_plan` and `read_weight`."""
-    tensors = {SUFFIXES[field]: tensor for field, tensor in weight.tensors.items()}
-    return tensors | {"comfy_quant": LayerPlan.of(weight).comfy_quant}
-
-
 def _named(dtype: torch.dtype) -> str:
     return DTYPE_NAMES.get(dtype, str(dtype))
 

@@ -38,7 +38,7 @@ from .checkpoint import Checkpoint, digest
 from .checks import check_dense, check_int8, check_values, is_int8
 from .container import FormatError, TensorFile, TensorWriter, checksums_of, create
 from .identity import find_prefix, identify
-from .layer import PARTS, SUFFIXES, Get, LayerPlan, chunks, read_plan, read_weight, stored
+from .layer import PARTS, SUFFIXES, Get, LayerPlan, chunks, read_plan, read_weight
 from .sources.encodings import check_finite
 from .sources.source import Source, open_source
 
@@ -200,13 +200,6 @@ class TernaryFile:
     def weight(self, name: str) -> TernaryWeight:
         """The weight of a ternary Linear: memory-mapped, except that base3 trits are unpacked to planes32."""
         return read_weight(_tensors_of(self.file, f"{self.prefix}{name}"), self.layers[name])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor under its key of the format, as planes32: what ComfyUI's loader takes."""
-        state = {name: self.tensor(name) for name in self.dense}
-        for name in self.layers:
-            state |= {f"{name}.{suffix}": tensor for suffix, tensor in stored(self.weight(name)).items()}
-        return state
 
 
 def check_original(file: "TernaryFile", original: Checkpoint) -> None:

@@ -45,10 +45,6 @@ class Placement:
         """Batches of so many states with so many tokens each that share one reading of the blocks."""
         return 1 if self.resident else max(1, self.tokens // (batch * tokens))
 
-    def readings(self, states: int, batch: int, tokens: int) -> int:
-        """How often all blocks are read for the velocities of so many states."""
-        return 0 if self.resident else -(-states // (batch * self.together(batch, tokens)))
-
 
 def place(arch: Architecture, free: int, device: str, width: int, batch_tokens: int = 4608) -> Placement:
     """What fits `free` bytes of a device ("cuda", "cpu") with weights and activations of `width` bytes.

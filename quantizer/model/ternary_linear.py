@@ -64,13 +64,6 @@ class TernaryLinear(nn.Module):
         self.latent = nn.Parameter(latent.clamp_(low, high).to(dtype))
         self.frozen = None
 
-    def freeze_codes(self, packed: bool = False) -> None:
-        """Turn latents back into a buffer of codes."""
-        if self.latent is not None:
-            codes = self.codes()
-            self.frozen = TernaryWeight.from_codes(codes, self.start_scale).trits if packed else codes
-            self.latent = None
-
     def codes(self) -> Tensor:
         """int8 [N, K] of -1, 0, +1."""
         if self.latent is not None:

@@ -113,7 +113,7 @@ def killed(folder: Path, name: str, times: str) -> None:
         # Asked to end, it may not wait for ever for a thread; before it has begun it cannot be asked.
         end = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[number % 3 if moment > 0.05 else 0]
         os.kill(child, end)
-        if wait(child) not in (0, -end, cli.INTERRUPTED, cli.TERMINATED):
+        if wait(child) not in (0, -end, cli.INTERRUPTED, 128 + signal.SIGTERM):
             print(f"run {number} failed:", log.read_text()[-2000:])
         if target.is_file():
             TensorFile(target)

@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from ternary_flux.quantizer.calibration.sensitivity import write_mixed
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.container import FormatError
@@ -77,7 +77,7 @@ def test_other_files(tmp_path):
 
 def test_metadata_that_comfyui_dropped_or_somebody_edited(tmp_path):
     round_checkpoint(synthetic.write(tmp_path / "dense.safetensors"), tmp_path / "t.safetensors")
-    state = {key: tensor.clone() for key, tensor in open_ternary(tmp_path / "t.safetensors").state_dict().items()}
+    state = {key: tensor.clone() for key, tensor in load_file(tmp_path / "t.safetensors").items()}
     for metadata in (None, {"ternary.weight_errors": "[1"}, {"ternary.weight_errors": '["a"]'}):
         save_file(state, tmp_path / "saved.safetensors", metadata)
         assert "ternary FLUX" in summarize(tmp_path / "saved.safetensors")[0]

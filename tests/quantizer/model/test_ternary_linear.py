@@ -42,8 +42,6 @@ def test_latents_reproduce_any_starting_codes(shape):
     layer.train_codes(dense(shape))
     assert torch.equal(layer.codes(), codes)
     assert torch.equal(layer.weight(), before)
-    layer.freeze_codes(packed=True)
-    assert layer.latent is None and torch.equal(layer.codes(), codes)
 
 
 def test_what_is_trained_is_what_is_written():
