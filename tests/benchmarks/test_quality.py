@@ -1,5 +1,6 @@
 """The quality benchmark's parts, with untrained models: rounding to bits, intervals, scores, the picture."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from ternary_flux.benchmarks.miniature import autoencoder, scenes
 from ternary_flux.benchmarks.miniature.text import TextEncoder
-from ternary_flux.benchmarks.quality import chart, massive, run
+from ternary_flux.benchmarks.quality import chart, massive, run, scores
 from ternary_flux.benchmarks.quality.models import (
     dense_of,
     round_by_peer,
@@ -20,6 +21,7 @@ from ternary_flux.benchmarks.quality.peer import PEERS
 from ternary_flux.benchmarks.quality.scores import Stage, evaluate, interval
 from ternary_flux.benchmarks.quality.stress import LEVELS
 from ternary_flux.ops import ternary_linear
+from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.model.flux import Flux, Inputs
@@ -140,19 +142,19 @@ def test_scores_of_the_teacher_and_of_another_model(teacher, stage):
     reference = evaluate(teacher, stage, teacher, None)
     assert reference.summary["velocity"]["error"] == 0 and "psnr" not in reference.summary
     assert reference.pictures.shape == (12, 2, 32, 32, 3)
-    scores = evaluate(lambda *inputs: 0.9 * teacher(*inputs), stage, teacher, reference)
-    assert scores.summary["velocity"]["error"] == pytest.approx(0.01, rel=1e-3)
-    assert scores.summary["velocity"]["response"] == pytest.approx(0.9, rel=1e-3)
-    assert set(scores.summary["accuracy"]) == {"overall", *scenes.CATEGORIES}
-    value, low, high = scores.summary["psnr"]
+    other = evaluate(lambda *inputs: 0.9 * teacher(*inputs), stage, teacher, reference)
+    assert other.summary["velocity"]["error"] == pytest.approx(0.01, rel=1e-3)
+    assert other.summary["velocity"]["response"] == pytest.approx(0.9, rel=1e-3)
+    assert set(other.summary["accuracy"]) == {"overall", *scenes.CATEGORIES}
+    value, low, high = other.summary["psnr"]
     assert low <= value <= high
     rows = [
         {"name": name, "accuracy": s.summary["accuracy"], "velocity": s.summary["velocity"]}
-        for name, s in (("original", reference), ("other", scores))
+        for name, s in (("original", reference), ("other", other))
     ]
-    drawn = chart.draw(rows, {"original": reference.examples, "other": scores.examples}, stage.examples)
+    drawn = chart.draw(rows, {"original": reference.examples, "other": other.examples}, stage.examples)
     shown = [axes.images[0].get_array() for axes in drawn.axes if axes.images]
-    expected = [*reference.examples, *scores.examples]
+    expected = [*reference.examples, *other.examples]
     assert len(shown) == len(expected) and all(np.allclose(a, b) for a, b in zip(shown, expected, strict=True))
     (velocity,) = [axes for axes in drawn.axes if axes.lines and axes.get_xlabel() == "t"]
     assert len(velocity.lines) == 1 and np.allclose(velocity.lines[0].get_ydata(), 0.01, rtol=1e-3)
@@ -186,8 +188,18 @@ def write_weights(teacher, stage, folder):
     return folder
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Shorter paths, fewer resamples and a simpler solver: the benchmark's parts are what its tests are about."""
+    monkeypatch.setattr(scores, "STEPS", 4)
+    monkeypatch.setattr(Stage, "steps", 4)
+    monkeypatch.setattr(scores, "_RESAMPLES", 20)
+    simple = partial(calibrate.CalibrationSettings, exponents=(), sweeps=1)
+    monkeypatch.setattr(calibrate, "CalibrationSettings", simple)
+
+
 @pytest.mark.slow
-def test_a_whole_run(teacher, stage, tmp_path):
+def test_a_whole_run(quick, teacher, stage, tmp_path):
     weights = write_weights(teacher, stage, tmp_path / "weights")
     scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=14, calibration_states=16)
     outputs = tmp_path / "quality.json", tmp_path / "quality.png"
@@ -204,7 +216,7 @@ def test_a_whole_run(teacher, stage, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_stages_on_a_stressed_model(teacher, stage, tmp_path):
+def test_the_stages_on_a_stressed_model(quick, teacher, stage, tmp_path):
     weights = write_weights(teacher, stage, tmp_path / "weights")
     scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=4, calibration_states=16)
     levels = {"harsh": LEVELS["harsh"]}

@@ -1,12 +1,15 @@
 """The command in children of a process that has torch already: dozens of runs that can be killed or starved.
 
-`main` prints what went wrong, and nothing where all is well. The children are forked before any thread is started.
+`main` does one test after the other, says what went wrong (nothing where all is well), then DONE. The children are
+forked while there is one thread.
 """
 
+import json
 import os
 import random
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,8 +24,9 @@ from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pipeline import convert as pipeline  # noqa: F401
 from ternary_flux.quantizer.report import page  # noqa: F401
 from ternary_flux.quantizer.rounding.round import round_checkpoint
-from ternary_flux.tests.quantizer import synthetic
+from ternary_flux.tests.quantizer import as_rank, synthetic
 
+DONE = "done"
 COMMON = "--size 64x64 --sampler-steps 2 --device cpu --conditioning".split()
 
 
@@ -92,14 +96,14 @@ def tensors(path: Path) -> dict[str, bytes] | list[str]:
     return {key: file.bytes(key).tobytes() for key in file.entries}
 
 
-def killed(folder: Path, name: str, times: str) -> None:
+def killed(folder: Path, name: str, times: int) -> None:
     """Kill or interrupt a command at so many moments: no file or a whole one, no leftovers after an undisturbed run."""
     inputs(folder)
     places = [folder / place / "out.safetensors" for place in ("whole", "killed")]
     whole, target = (path.with_suffix("") if name == "report" else path for path in places)
     for place in places:
         place.parent.mkdir()
-    log, took, rng = folder / "log", 10.0, random.Random(name)
+    log, took, rng = folder / "log", 5.0, random.Random(name)
     if name != "convert":
         started = time.monotonic()
         if wait(fork(commands(folder, places[0])[name], log=log)):
@@ -107,7 +111,7 @@ def killed(folder: Path, name: str, times: str) -> None:
             return
         took = time.monotonic() - started
     again = commands(folder, places[1])[name]
-    for number in range(int(times)):
+    for number in range(times):
         child, moment = fork([*again, "--force"] if target.exists() else again, log=log), rng.uniform(0, 1.1 * took)
         time.sleep(moment)
         # Asked to end, it may not wait for ever for a thread; before it has begun it cannot be asked.
@@ -169,8 +173,12 @@ def starved(folder: Path, name: str) -> None:
             print(f"{limit} bytes: left behind {found}")
 
 
-def main(folder: str, test: str, *arguments: str) -> None:
-    """One of this module's tests, in an empty folder."""
+def main() -> None:
+    """For every line of stdin, [folder, test, arguments...] in JSON, one of this module's tests in an empty folder."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    globals()[test](Path(folder), *arguments)
+    calibrate.CalibrationSettings = as_rank.QUICK  # what is solved is not what breaks
+    for line in sys.stdin:
+        folder, test, *arguments = json.loads(line)
+        torch.manual_seed(0)
+        globals()[test](Path(folder), *arguments)
+        print(DONE, flush=True)
