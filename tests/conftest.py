@@ -3,6 +3,7 @@
 import signal
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,14 @@ def pytest_fixture_setup(fixturedef):
     """Fixtures of modules and sessions come before `seed`: their numbers depend on their names alone."""
     if fixturedef.scope != "function":
         torch.manual_seed(zlib.crc32(fixturedef.argname.encode()))
+
+
+@pytest.fixture(scope="module")
+def simple_solver():
+    """Calibration without the search for column scales, for tests of what is around it."""
+    from ternary_flux.quantizer.calibration import calibrate
+
+    with pytest.MonkeyPatch.context() as patch:
+        simple = partial(calibrate.CalibrationSettings, exponents=(), sweeps=1)
+        patch.setattr(calibrate, "CalibrationSettings", simple)
+        yield

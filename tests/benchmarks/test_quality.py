@@ -1,6 +1,5 @@
 """The quality benchmark's parts, with untrained models: rounding to bits, intervals, scores, the picture."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +20,6 @@ from ternary_flux.benchmarks.quality.peer import PEERS
 from ternary_flux.benchmarks.quality.scores import Stage, evaluate, interval
 from ternary_flux.benchmarks.quality.stress import LEVELS
 from ternary_flux.ops import ternary_linear
-from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.quantizer.model.flux import Flux, Inputs
@@ -189,13 +187,11 @@ def write_weights(teacher, stage, folder):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Shorter paths, fewer resamples and a simpler solver: the benchmark's parts are what its tests are about."""
+def quick(monkeypatch, simple_solver):
+    """Shorter paths and fewer resamples, too: the benchmark's parts are what its tests are about."""
     monkeypatch.setattr(scores, "STEPS", 4)
     monkeypatch.setattr(Stage, "steps", 4)
     monkeypatch.setattr(scores, "_RESAMPLES", 20)
-    simple = partial(calibrate.CalibrationSettings, exponents=(), sweeps=1)
-    monkeypatch.setattr(calibrate, "CalibrationSettings", simple)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from ternary_flux.tests.quantizer import synthetic
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, simple_solver):
     """A dense checkpoint, prompts, and the file that `calibrate` makes of them."""
     folder = tmp_path_factory.mktemp("stages")
     arch = synthetic.FLUX1

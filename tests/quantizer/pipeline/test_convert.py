@@ -31,6 +31,8 @@ from ternary_flux.quantizer.pipeline.decisions import Decisions, Training
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.tests import builders
 
+pytestmark = pytest.mark.usefixtures("simple_solver")
+
 ARCH = Architecture(1, 128, 1, 1, 16, 16, context_dim=32, vec_dim=24, guidance=False)
 DEV = Architecture(1, 3072, 19, 38, 16, 16, context_dim=4096, vec_dim=768, guidance=True)
 TOKENS = 4096 + 512
@@ -54,7 +56,7 @@ def steady_clock():
 
 
 @pytest.fixture(scope="module")
-def printed(source):
+def printed(source, simple_solver):
     """What a conversion of 0.1 minutes prints."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert cli.run(command(source, source / "out.safetensors")) == 0
