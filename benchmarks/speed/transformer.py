@@ -28,7 +28,7 @@ from ternary_flux.ops import TernaryWeight, resolve, ternary_linear
 from ternary_flux.quantizer.files.architecture import Architecture
 from torch import Tensor, nn
 
-TINY = Architecture(1, 256, 1, 1, 16, 16, 64, 32, True)
+TINY = Architecture(1, 128, 1, 1, 16, 16, 64, 32, True)
 MODES = ("bf16", "int8", "e4m3", "full")
 TEXT_TOKENS = 512
 STEPS = 10

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ternary_flux.benchmarks.speed import gpu
+from ternary_flux.benchmarks import comfyui
+from ternary_flux.benchmarks.speed import files, gpu, transformer
+from ternary_flux.quantizer import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,19 +45,34 @@ def test_kernels(tmp_path):
     assert {"gemlite A16W2 g128 fp16", "comfy-kitchen int8", "torch._int_mm", "ours e4m3, row scales"} <= methods
 
 
-@pytest.mark.slow
-def test_files(tmp_path):
+def test_files(tmp_path, monkeypatch, capsys):
+    """Every command, here in this process."""
+
+    def in_process(command):
+        assert list(command[:2]) == ["-m", "quantizer"] and cli.run([str(part) for part in command[2:]]) == 0
+        return 1.0, 1 << 20, ""
+
     out = tmp_path / "files.json"
-    printed = run("speed.files", "--dry", "--folder", tmp_path, "--out", out)
-    report = json.loads(out.read_text())
-    (model,) = report["models"]
+    monkeypatch.setattr(files, "run", in_process)
+    monkeypatch.setattr(files, "_NOISE", 1 << 18)
+    monkeypatch.setattr(sys, "argv", ["files", "--dry", "--folder", str(tmp_path), "--out", str(out)])
+    files.main()
+    printed = capsys.readouterr().out
+    (model,) = json.loads(out.read_text())["models"]
     rows = {row["command"]: row for row in model["rows"]}
     assert {"round", "verify", "import", "inspect", "pack to base3"} < set(rows)
     assert rows["round"]["read"] > 3 * rows["round"]["written"] > 0 == rows["verify"]["written"]
     assert rows["pack to base3"]["written"] < rows["pack to planes32"]["written"]
     assert rows["pack to planes32"]["written"] == pytest.approx(rows["round"]["written"], rel=1e-3)  # but for blanks
-    assert all(row["peak"] > 0 and row["command"] in printed for row in rows.values())
+    assert all(command in printed for command in rows)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_command_is_measured_in_a_process_of_its_own():
+    seconds, peak, said = files.run(["-c", "print(len(bytearray(100 << 20)))"])
+    assert seconds > 0 and peak > 100 << 20 and said == f"{100 << 20}\n"
+    with pytest.raises(RuntimeError, match="on purpose"):
+        files.run(["-c", "raise SystemExit('on purpose')"])
 
 
 @pytest.mark.slow
@@ -74,12 +91,12 @@ def test_fallback(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("forward, modes", [("ComfyUI", ["int8"]), ("quantizer", ["bf16", "full"])])
-def test_transformer(tmp_path, forward, modes):
-    from ternary_flux.benchmarks import comfyui
-
+def test_transformer(tmp_path, monkeypatch, forward, modes):
     out = tmp_path / "transformer.json"
-    arguments = ("--dry", "--forward", forward, "--modes", ",".join(modes), "--out", out)
-    run("speed.transformer", *arguments, COMFYUI_PATH=str(comfyui.find()))
+    arguments = ["--dry", "--forward", forward, "--modes", ",".join(modes), "--out", str(out)]
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui.find()))
+    monkeypatch.setattr(sys, "argv", ["transformer", *arguments])
+    transformer.main()
     report = json.loads(out.read_text())
     for mode in modes:
         result = report["modes"][mode]
@@ -96,22 +113,32 @@ def test_tune(tmp_path):
     assert set(json.loads(tiles.read_text())["cpu"]) == {"int8_group"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["speed.kernels", "speed.transformer", "speed.gpu"])
-def test_without_a_gpu_it_says_so(module):
-    with pytest.raises(AssertionError, match="CUDA"):
-        run(module, CUDA_VISIBLE_DEVICES="")
+WITHOUT_A_GPU = """
+import json, runpy, sys
+for module, *arguments in json.loads(sys.stdin.read()):
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_path(module, run_name="__main__") if "/" in module else runpy.run_module(module, run_name="__main__")
+    except SystemExit as end:
+        print(json.dumps(str(end)))
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["kernels are right", "nodes are right, dynamic VRAM", "tiles"])
-def test_parts_of_the_gpu_run_start(part):
-    arguments, _ = gpu.PARTS[part]
-    command = [sys.executable, *arguments, *(() if "benchmarks.speed.tune" in arguments else ("--out", "part.json"))]
+def test_without_a_gpu_they_say_so():
+    parts = [arguments for arguments, _ in gpu.PARTS.values()]
+    programs = [["benchmarks.speed.gpu"], *(part[part[0] == "-m" :] for part in parts)]
     done = subprocess.run(
-        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", WITHOUT_A_GPU],
+        input=json.dumps(programs),
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    assert "CUDA" in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(said) == len(programs) and all("CUDA" in each for each in said), said
 
 
 def test_the_gpu_run_keeps_what_a_part_wrote_before_it_failed(tmp_path):
