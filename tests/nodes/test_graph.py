@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 from safetensors.torch import save_file
-from ternary_flux.benchmarks import comfyui, make_workflows, miniature
+from ternary_flux.benchmarks import comfyui, make_workflows, miniature, workflow_graph
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.ternary import open_ternary
 from ternary_flux.tests import builders
@@ -38,7 +38,7 @@ def known(server):
     return server.get_json("/object_info")
 
 
-def run(server, graph: make_workflows.Graph, **kwargs) -> dict[str, dict]:
+def run(server, graph: workflow_graph.Graph, **kwargs) -> dict[str, dict]:
     """Outputs by node type."""
     outputs = server.execute(graph.prompt(), **kwargs).outputs
     return {node.kind: outputs.get(str(node.number), {}) for node in graph.nodes}
@@ -55,7 +55,7 @@ def test_a_workflow_is_what_is_written(known, make):
     assert written == json.loads(json.dumps(graph.json(name)))
     note = written["nodes"][-1]["widgets_values"][0]
     assert note.startswith(f"## {title}\n") and "**Files**" in note
-    files = {v for node in graph.nodes for v in node.inputs.values() if str(v).endswith(".safetensors")}
+    files = set(make_workflows.files_of(graph))
     assert all(file in note for file in files - make_workflows.MINIATURE)
     stated = {m["name"]: m for node in written["nodes"] for m in node["properties"].get("models", ())}
     assert files & make_workflows.MODELS.keys() == stated.keys()
@@ -100,7 +100,7 @@ def test_comparing_and_looking_inside(server, known):
 
 
 def test_a_model_equals_itself(server, known):
-    g = make_workflows.Graph(known)
+    g = workflow_graph.Graph(known)
     model = g.add("TernaryFluxLoader", file=TERNARY)
     prompt = g.add("MiniatureTextEncode", prompt="a ring")
     compared = g.add(
@@ -123,7 +123,7 @@ def test_saving_keeps_a_lora_as_factors(server, known):
     folder.mkdir(exist_ok=True)
     save_file(adapters.bfl_lora(1, shapes=shapes), folder / "small.safetensors")
     server.get_json("/object_info")
-    g = make_workflows.Graph(known)
+    g = workflow_graph.Graph(known)
     model = g.add("TernaryFluxLoader", file=TERNARY)
     lora = g.add("LoraLoaderModelOnly", model=model, lora_name="small.safetensors", strength_model=0.5)
     saved = g.add("TernaryFluxSave", model=lora, filename_prefix="kept", packing="planes32")
@@ -136,7 +136,7 @@ def test_saving_keeps_a_lora_as_factors(server, known):
     assert after.metadata.items() >= before.metadata.items()
     assert path.name in text(outputs, "TernaryFluxInfo")
     assert path.name in text(outputs, "TernaryFluxSave")
-    again = make_workflows.Graph(server.get_json("/object_info"))
+    again = workflow_graph.Graph(server.get_json("/object_info"))
     again.add("TernaryFluxInfo", file=path.name)
     assert "low rank" in text(run(server, again), "TernaryFluxInfo")
     run(server, g)
@@ -149,15 +149,15 @@ def test_saving_keeps_a_lora_as_factors(server, known):
 
 
 def test_dense_models_are_refused(server, known):
-    g = make_workflows.Graph(known)
+    g = workflow_graph.Graph(known)
     dense = g.add("UNETLoader", unet_name=miniature.TRANSFORMER.name, weight_dtype="default")
     g.add("TernaryFluxSave", model=dense)
     with pytest.raises(comfyui.WorkflowError, match="this MODEL is not ternary: save it with the node Save Model"):
         server.execute(g.prompt())
 
 
-def quantizing(known, name, minutes=0.1, **inputs) -> make_workflows.Graph:
-    g = make_workflows.Graph(known)
+def quantizing(known, name, minutes=0.1, **inputs) -> workflow_graph.Graph:
+    g = workflow_graph.Graph(known)
     prompts = g.add("MiniatureTextEncode", prompt="\n".join(miniature.prompts("train", "binding", 8)))
     inputs = {"file": SMALL, "conditioning": prompts} | inputs
     g.add("TernaryFluxQuantize", name=name, minutes=minutes, size="64x64", codes="freeze", sampler_steps=4, **inputs)
