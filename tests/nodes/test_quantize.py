@@ -167,7 +167,7 @@ def test_sizes_are_refused_before_anything_connected_is_loaded(quantize, size):
 
 
 @pytest.mark.slow
-def test_a_conversion_whose_stdin_ends_goes_on_later(tmp_path):
+def test_a_conversion_whose_stdin_ends_goes_on_later(simple_solver, tmp_path):
     dense, encoded = synthetic.write(tmp_path / "dense.safetensors"), tmp_path / "cond.safetensors"
     builders.write_conditioning(encoded, synthetic.FLUX1, 8)
     target, work = tmp_path / "out.safetensors", tmp_path / "work"
