@@ -112,7 +112,7 @@ def _tell(text: str) -> None:
 
 
 def _chosen(argv: Sequence[str]) -> str | None:
-    return next((argument for argument in argv if argument in COMMANDS), None)
+    return argv[0] if argv and argv[0] in COMMANDS else None
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace | None:
@@ -126,7 +126,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace | None:
         if name == chosen:
             command = importlib.import_module(module, __package__)
             command.add_parser(subparsers)
-            subparser = subparsers.choices[name]
+            subparser = subparsers.choices[name]  # its line of help is for those who have not chosen
             subparser.formatter_class = _Help
             subparser.epilog = f"Example:\n  {subparser.prog} {command.EXAMPLE}"
             parser.set_defaults(run=command.run, light=getattr(command, "LIGHT", False))

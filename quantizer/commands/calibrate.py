@@ -12,7 +12,6 @@ HELD_OUT = 32  # pictures that the result is measured on
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "calibrate",
-        help="convert a FLUX checkpoint with its own activations (the second stage)",
         description="Quantize every Linear of FLUX's blocks to {-1, 0, +1} on the inputs that it gets in pictures that "
         "the model paints itself from the prompts of the conditioning file. One block at a time is in memory. "
         "It is much better than `round` and the start for `distill`, which is what makes good pictures.",

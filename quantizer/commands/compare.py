@@ -15,7 +15,6 @@ EXAMPLE = (
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "compare",
-        help="paint with a ternary model and its original in ComfyUI, and measure the pictures",
         description="Let the original, the original with another implementation of attention, and the ternary model "
         "paint the same prompts from the same noise with ComfyUI's sampler and VAE, and write a page with the "
         "pictures, PSNR, SSIM, MS-SSIM, fine detail and velocity errors, with intervals and the noise floor. The "

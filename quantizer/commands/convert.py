@@ -11,7 +11,6 @@ EXAMPLE = "flux1-dev.safetensors --conditioning prompts.safetensors --budget 240
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "convert",
-        help="round, calibrate and distill a checkpoint in one go",
         description="Convert a FLUX checkpoint to 1.58-bit weights: round, let the original paint from the prompts of "
         "the conditioning file, calibrate on what it computed, then distill until the time is used up. Nothing but the "
         "checkpoint and the prompts is needed. An interrupted run goes on when the same command is given again.",

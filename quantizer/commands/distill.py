@@ -22,7 +22,6 @@ EXAMPLE = (
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "distill",
-        help="train a ternary file to give the original's velocities",
         description="Train the scales, biases, norms and the layers that are not ternary (and, if asked, low-rank "
         "factors and the codes) of a ternary file so that its velocities follow the original's, at states of pictures "
         "that the original paints itself.",

@@ -27,7 +27,6 @@ _KINDS = {
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     subparsers.add_parser(
         "doctor",
-        help="say what this machine has, which backend it will use, and what to install",
         description="Say what this machine has for ternary models, a line for each part: Python, torch, the GPU, "
         "Triton, ComfyUI, the backend of each kind of layer and why, and what to install. Reports of problems should "
         "have it.",

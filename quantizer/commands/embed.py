@@ -12,7 +12,6 @@ EXAMPLE = "--text-encoders t5xxl_fp16.safetensors clip_l.safetensors -o prompts.
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "embed",
-        help="encode prompts with ComfyUI's text encoders",
         description="Encode prompts with the text encoders of the model that will be converted, as ComfyUI does, and "
         "write the conditioning file that `calibrate`, `distill` and `convert` take. ComfyUI is found through "
         "COMFYUI_PATH, or is the one this pack is installed in.",

@@ -10,7 +10,6 @@ EXAMPLE = "flux1-dev-1.58bit.safetensors -o flux1-dev-dense.safetensors"
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "export",
-        help="write a ternary file back as a dense checkpoint",
         description="Write a ternary file as a dense checkpoint that any FLUX loader reads: for comparison, and for "
         "other tools. It is as large as the original and holds the same values as the ternary file.",
     )

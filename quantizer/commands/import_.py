@@ -10,7 +10,6 @@ EXAMPLE = "bonsai-image-4b-unpacked -o bonsai-image-4b.safetensors"
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "import",
-        help="bring in a ternary FLUX made elsewhere, such as Bonsai Image 4B",
         description="Write a ternary FLUX made elsewhere as a file for ComfyUI, bit for bit: Bonsai Image 4B in its "
         "packagings unpacked, mlx-2bit and gemlite-2bit, and any checkpoint whose groups of 128 inputs are exactly "
         "{-s, 0, s}. Nothing is rounded: `export` gives the source's weights back.",

@@ -10,7 +10,6 @@ EXAMPLE = "flux1-dev-1.58bit.safetensors --layers"
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "inspect",
-        help="say what a file is: layers, bits per weight, sizes",
         description="Say what a file or a folder is. A FLUX is checked completely: keys, shapes, every code and value.",
     )
     parser.add_argument("file", type=options.model, metavar="FILE", help="a .safetensors file of any kind")

@@ -15,7 +15,6 @@ EXAMPLE = (
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "mixed",
-        help="give the most sensitive Linears of a ternary file two ternary terms or 8 bits",
         description="Measure how much each ternary Linear alone costs the original in velocity error, and store those "
         "that cost most for their bytes as two ternary terms (4.1 bits per weight) or int8, until the file has grown "
         "by --growth. Then `calibrate --like` the result, and `distill`: they fit the other Linears to these.",

@@ -10,7 +10,6 @@ EXAMPLE = "flux1-dev-1.58bit.safetensors --packing base3 -o flux1-dev-1.58bit-ba
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "pack",
-        help="write a ternary file in the other packing",
         description="Write a ternary file with its weights in another packing: base3 (1.6 bits) to share it, planes32 "
         "(2 bits) to load it fast. The weights are the same, bit for bit, in both directions.",
     )

@@ -17,7 +17,6 @@ EXAMPLE = (
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "report",
-        help="write a page that compares ternary files with the original",
         description="Write report.html and its charts: pictures from the same noise, velocity error by timestep, "
         "divergence of free-running trajectories, weight errors by layer, sizes.",
     )

@@ -14,7 +14,6 @@ the rounding. Calibration on the model's own activations and distillation from t
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "round",
-        help="convert a FLUX checkpoint from its weights alone",
         description="Round every Linear of FLUX's blocks to {-1, 0, +1} with a scale for each group of 128 inputs. "
         "It needs no GPU and under 2 GB of memory. Weights-only ternary FLUX is not expected to make good pictures: "
         "this is the start for the later stages, and a test of the pipeline.",

@@ -12,7 +12,6 @@ _DAMAGED = 1
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "verify",
-        help="check every byte of a file against the checksums it carries",
         description="Read every byte of a file written by this pack and compare it with the checksum of each tensor "
         "in its header. Exits with 0 for a whole file, 1 and the names of what is damaged otherwise.",
     )
