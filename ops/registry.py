@@ -1,6 +1,5 @@
 """Which backend multiplies by a layer's weight: asked once per layer, at load, never per call."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -11,15 +10,6 @@ from .backends.triton import backend as triton
 
 BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, eager)}
 ACTIVATIONS = ("auto", "int8", "e4m3", "full")
-
-
-def group_codes_kernel(device: torch.device) -> Callable | None:
-    """The kernel of error feedback and coordinate descent on `device` (`group_codes`); None where torch does that."""
-    if triton.unavailable(device) is not None:
-        return None
-    from .backends.triton.group_codes import group_codes
-
-    return group_codes
 
 
 @dataclass(frozen=True)

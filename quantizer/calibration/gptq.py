@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ops import GROUP_SIZE, TernaryWeight
-from ...ops.registry import group_codes_kernel
+from ...ops import GROUP_SIZE, TernaryWeight, group_codes
 from ...ops.scales import MAX_MULTIPLIER, fit_integer_groups
 from .moments import Moments
 
@@ -233,48 +232,12 @@ def error_feedback(target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
             local = inverse[columns, columns]
             scale = best_scale(w[:, columns], local.diagonal().square().reciprocal())
             block = w[:, columns].t().contiguous()
-            chosen, errors = _feed_back(block, scale, local)
+            chosen, errors = group_codes(block, scale, local, local.diagonal().reciprocal())
             w[:, rest].addmm_(errors.t(), inverse[columns, rest], alpha=-1)
             ordered[:, columns] = chosen.t()
             scales[rows, group] = scale
         codes[rows] = ordered[:, order.argsort()]
     return codes, scales
-
-
-def _feed_back(block: Tensor, scale: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and errors [128, N] of a group's weights, inputs first, which are used up. `local` is the group's part of
-    the inverse factor; errors are divided by its diagonal.
-    """
-    if (group_codes := group_codes_kernel(block.device)) is not None:
-        return group_codes(block, scale, local.contiguous(), local.diagonal().reciprocal())
-    errors, pivots = torch.empty_like(block), local.diagonal().tolist()
-    for i, (column, error, pivot) in enumerate(zip(block, errors, pivots, strict=True)):
-        error.copy_(column)
-        nearest(column, scale, out=column)
-        error.addcmul_(column, scale, value=-1).div_(pivot)
-        block[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
-    return block, errors
-
-
-def _descend(block: Tensor, scale: Tensor, local: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """New codes of a group and what they change of the weights, both [128, N], inputs first as is the gradient `block`,
-    which is used up. `local` is the group's part of H.
-    """
-    if (group_codes := group_codes_kernel(block.device)) is not None:
-        return group_codes(block, scale, local.contiguous(), local.diagonal().reciprocal(), old)
-    steps = local.diagonal().reciprocal().tolist()
-    new, changes = torch.empty_like(old), scale * old
-    for i, (code, change) in enumerate(zip(new, changes, strict=True)):
-        torch.add(change, block[i], alpha=steps[i], out=code)
-        nearest(code, scale, out=code)
-        torch.sub(code, old[i], out=change).mul_(scale)
-        block[i + 1 :].addr_(local[i, i + 1 :], change, alpha=-1)
-    return new, changes
-
-
-def nearest(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """The code in {-1, 0, +1} for which scale * code is nearest."""
-    return torch.div(weight, scale, out=out).nan_to_num_(0.0).clamp_(-1, 1).round_()
 
 
 def _chunks(rows: Tensor) -> list[slice]:
@@ -317,7 +280,8 @@ def descend(codes: Tensor, scales: Tensor, projected: Tensor, hessian: Tensor) -
         for group, scale in enumerate(scales[rows].unbind(1)):
             columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
             block, old = gradient[:, columns].t().contiguous(), codes[rows, columns].t().contiguous()
-            new, changes = _descend(block, scale, hessian[columns, columns], old)
+            local = hessian[columns, columns]
+            new, changes = group_codes(block, scale, local, local.diagonal().reciprocal(), old)
             gradient.addmm_(changes.t(), hessian[columns], alpha=-1)
             result[rows, columns] = new.t()
     return result

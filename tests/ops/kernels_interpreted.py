@@ -4,17 +4,16 @@ The interpreter must be chosen before Triton is imported, knows no inline PTX (t
 multiplies bf16 wrongly, so activations are fp16 and fp32 here.
 """
 
-import functools
 import math
 
 import pytest
 import torch
-from ternary_flux.ops import TernaryWeight, ternary_linear
+from ternary_flux.ops import TernaryWeight, group_codes, ternary_linear
 from ternary_flux.ops.backends import eager
 from ternary_flux.ops.backends.triton import backend as triton
 from ternary_flux.ops.backends.triton import configs, dispatch
 from ternary_flux.ops.backends.triton.quantize_rows import quantize_rows
-from ternary_flux.quantizer.calibration import gptq
+from ternary_flux.ops.codes import group_codes_in_torch
 
 SCALES = ("row", "integer", "float")
 
@@ -258,23 +257,18 @@ def test_the_interpreter_counts_as_a_device():
 
 @pytest.mark.parametrize("descent", [False, True])
 def test_group_codes(descent):
-    """The calibration's solver, against its own loops in torch; outputs without a scale stay without codes."""
+    """Against the loops in torch; outputs without a scale stay without codes."""
     n, g = 20, torch.Generator().manual_seed(1)
     root = torch.randn(128, 256, generator=g) / 16
     hessian = root @ root.t() + 0.03 * torch.eye(128)
+    weights = hessian if descent else torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     scale = torch.rand(n, generator=g) + 0.5
     scale[3] = 0
-    old = torch.randint(-1, 2, (128, n), generator=g).float()
+    old = torch.randint(-1, 2, (128, n), generator=g).float() if descent else None
     block = torch.randn(128, n, generator=g)
-    if descent:
-        call = functools.partial(gptq._descend, scale=scale, local=hessian, old=old)
-    else:
-        local = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-        call = functools.partial(gptq._feed_back, scale=scale, local=local)
-    codes, changes = call(block.clone())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptq, "group_codes_kernel", lambda device: None)
-        expected, expected_changes = call(block.clone())
+    given = scale, weights, weights.diagonal().reciprocal(), old
+    codes, changes = group_codes(block.clone(), *given)
+    expected, expected_changes = group_codes_in_torch(block.clone(), *given)
     same = (codes == expected).all(0)  # of an output: a tie that rounds the other way is passed on
     assert same.sum() >= n - 1 and codes.unique().tolist() == [-1, 0, 1] and not codes[:, 3].any()
     torch.testing.assert_close(changes[:, same], expected_changes[:, same], rtol=1e-4, atol=1e-4)

@@ -1,14 +1,5 @@
 """group_codes: ternary codes of a group's 128 inputs, one after the other, each change passed on to those after it.
 
-    block [128, N] fp32, inputs first    what codes are chosen from, less what earlier changes pass on
-    scale [N], weights [128, 128], factors [128], old [128, N], all fp32
-    -> codes [128, N] in {-1, 0, +1}, changes [128, N], fp32
-
-With v = block[i], less sum over j < i of weights[j, i] * changes[j]:
-
-    error feedback (without `old`)  code = nearest(v / scale),  change = factors[i] * (v - scale * code)
-    coordinate descent              code = nearest(old + factors[i] * v / scale),  change = scale * (code - old)
-
 A program keeps the block of its outputs in the registers of one warp, so that no sum waits for another warp. In torch
 these are 512 launches for each group.
 """
@@ -55,7 +46,7 @@ def group_codes(
     factors: torch.Tensor,
     old: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contiguous tensors as above -> (codes, changes)."""
+    """As `ops.group_codes`, of contiguous tensors."""
     group, n = block.shape
     codes, changes = torch.empty_like(block), torch.empty_like(block)
     tensors = block, scale, weights, factors, old, codes, changes

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ternary_flux.ops.codes import nearest
 from ternary_flux.quantizer.calibration import gptq
 from ternary_flux.quantizer.calibration.moments import Moments
 from ternary_flux.quantizer.rounding.two_terms import two_terms
@@ -40,7 +41,7 @@ def output_error(solution, x, teacher, w, bias):
 def round_to_nearest(w):
     groups = w.view(N, -1, 128)
     scale = torch.stack([gptq.best_scale(groups[:, j], torch.ones(128)) for j in range(groups.shape[1])], 1)
-    return gptq.dense(gptq.nearest(groups, scale[..., None]).flatten(1), scale)
+    return gptq.dense(nearest(groups, scale[..., None]).flatten(1), scale)
 
 
 def test_beats_rounding_on_the_outputs():
@@ -141,7 +142,7 @@ def test_best_scale_is_the_best():
     best = gptq.best_scale(w, importance)
 
     def loss(scale):
-        return (importance * (w - scale[:, None] * gptq.nearest(w, scale[:, None])).square()).sum(1)
+        return (importance * (w - scale[:, None] * nearest(w, scale[:, None])).square()).sum(1)
 
     for scale in torch.linspace(0.01, 4, 800):
         assert (loss(best) <= loss(scale.expand(3)) + 1e-6).all()

@@ -1,0 +1,50 @@
+"""Ternary codes of a group's 128 inputs, one after the other, each change passed on to those after it."""
+
+import torch
+from torch import Tensor
+
+from .backends.triton import backend as triton
+
+
+def group_codes(
+    block: Tensor, scale: Tensor, weights: Tensor, factors: Tensor, old: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes [128, N] in {-1, 0, +1} and changes [128, N], fp32, of the inputs of N outputs; `block` is used up.
+
+    block [128, N] fp32, inputs first    what codes are chosen from, less what earlier changes pass on
+    scale [N], weights [128, 128], factors [128], old [128, N], all fp32
+
+    With v = block[i], less sum over j < i of weights[j, i] * changes[j]:
+
+        error feedback (without `old`)  code = nearest(v / scale),  change = factors[i] * (v - scale * code)
+        coordinate descent              code = nearest(old + factors[i] * v / scale),  change = scale * (code - old)
+
+    By a kernel where there is one, else by `group_codes_in_torch`, which is its reference.
+    """
+    if triton.unavailable(block.device) is None:
+        from .backends.triton.group_codes import group_codes as kernel
+
+        return kernel(block, scale, weights.contiguous(), factors, old)
+    return group_codes_in_torch(block, scale, weights, factors, old)
+
+
+def group_codes_in_torch(
+    block: Tensor, scale: Tensor, weights: Tensor, factors: Tensor, old: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `group_codes`, in 512 operations."""
+    codes, changes = torch.empty_like(block), torch.empty_like(block) if old is None else scale * old
+    for i, (code, change, factor) in enumerate(zip(codes, changes, factors.tolist(), strict=True)):
+        if old is None:
+            nearest(block[i], scale, out=code)
+            torch.addcmul(block[i], code, scale, value=-1, out=change).mul_(factor)
+        else:
+            torch.add(change, block[i], alpha=factor, out=code)
+            nearest(code, scale, out=code)
+            torch.sub(code, old[i], out=change).mul_(scale)
+        block[i + 1 :].addr_(weights[i, i + 1 :], change, alpha=-1)
+    return codes, changes
+
+
+def nearest(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """The code in {-1, 0, +1} for which scale * code is nearest."""
+    return torch.div(weight, scale, out=out).nan_to_num_(0.0).clamp_(-1, 1).round_()
