@@ -22,6 +22,7 @@ from ternary_flux.benchmarks import miniature
 from ternary_flux.benchmarks.quality import chart, massive, peer, stress
 from ternary_flux.benchmarks.quality.models import dense_of, round_by_peer, round_to_bits, with_int8_activations
 from ternary_flux.benchmarks.quality.scores import Scores, Stage, evaluate
+from ternary_flux.benchmarks.report import RESULTS, ROOT, machine
 from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.calibration.sensitivity import best_upgrades, sensitivities
 from ternary_flux.quantizer.distillation.distill import DistillSettings
@@ -39,7 +40,6 @@ from ternary_flux.quantizer.pipeline.distill_file import distill_file
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 from ternary_flux.quantizer.rounding.round import round_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 MINIATURES = {"flux1": miniature.FLUX1, "flux2": miniature.FLUX2}
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--stressed", action="store_true", help="the stages on models with outlier channels, instead")
     parser.add_argument("--miniature", choices=MINIATURES, action="append", help="this one alone (default: both)")
     parser.add_argument("--work", type=Path, help="folder for what is kept between runs (default: output/quality)")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "quality.png", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, help="of each distillation")
     parser.add_argument("--seeds", type=int, help="pictures of each prompt")
@@ -130,7 +130,7 @@ def run(
     result = {
         "note": "Measured on the miniature; it ranks recipes and does not measure FLUX's own quality.",
         "scale": vars(scale),
-        "machine": _machine(device),
+        "machine": machine(device),
         "seconds": time.perf_counter() - started,
         "models": rows,
     }
@@ -189,7 +189,7 @@ def run_stressed(
     result = {
         "note": "The miniature with outlier channels; not FLUX's own quality.",
         "scale": vars(scale),
-        "machine": _machine(device),
+        "machine": machine(device),
         "levels": {name: vars(level) for name, level in levels.items()},
         "models": rows,
     }
@@ -197,10 +197,6 @@ def run_stressed(
     write_json(results, result)
     say(f"{results} written")
     return result
-
-
-def _machine(device: torch.device) -> dict:
-    return {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def originals_scores(stage: Stage, work: Workspace) -> Callable[[], Scores]:

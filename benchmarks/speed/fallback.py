@@ -13,15 +13,14 @@ one thread nothing waits, and its CPU seconds do not depend on other programs.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from ternary_flux.benchmarks import report as reports
+from ternary_flux.benchmarks.speed.timing import clock
 from ternary_flux.ops import TernaryWeight, ternary_linear
 from ternary_flux.ops.backends import eager
 from torch import Tensor
@@ -38,7 +37,6 @@ LAYERS = {
     "single linear2": (3072, 15360, (64, 768)),
 }
 DRY = {"small": (300, 400, (1, 20))}
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def random_weight(n: int, k: int, device: torch.device) -> TernaryWeight:
@@ -48,12 +46,12 @@ def random_weight(n: int, k: int, device: torch.device) -> TernaryWeight:
 
 
 def seconds(call, device: torch.device) -> tuple[float, Tensor]:
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
+    now = clock(device)
+    start = now()
     y = call()
     if device.type != "cpu":
         torch.accelerator.synchronize()
-    return clock() - start, y
+    return now() - start, y
 
 
 def measure(n: int, k: int, tokens: int, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, dict]:
@@ -85,17 +83,6 @@ def measure(n: int, k: int, tokens: int, device: torch.device, dtype: torch.dtyp
     }
 
 
-def machine(device: torch.device) -> dict:
-    """What the numbers belong to."""
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text().splitlines() if names.is_file() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    found = {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    if hasattr(os, "getloadavg"):
-        found["load at the start"] = os.getloadavg()[0]
-    return found | {"device": str(device), "int8 products": "int8" in eager.formats(device)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.fallback", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
@@ -109,21 +96,19 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     rounds = 1 if options.dry else max(1, options.rounds)
-    report = {"machine": machine(device), "dtype": options.dtype, "rounds": rounds, "rows": []}
+    report = {"machine": reports.machine(device), "dtype": options.dtype, "rounds": rounds, "rows": []}
     print(json.dumps(report["machine"]))
     torch.manual_seed(0)
     out = options.out
     if out is None and not options.dry:
-        out = RESULTS / f"fallback-{device.type}-{options.dtype}-{torch.get_num_threads()}-threads.json"
+        out = reports.RESULTS / f"fallback-{device.type}-{options.dtype}-{torch.get_num_threads()}-threads.json"
     for layer, (n, k, of_tokens) in (DRY if options.dry else LAYERS).items():
         for tokens in of_tokens:
             found = measure(n, k, tokens, device, dtype, rounds)
             report["rows"].append({"layer": layer, "n": n, "k": k, "tokens": tokens, "methods": found})
             cells = (f"{name} {1e3 * m['seconds']:.1f} ms, {m['ratio']:.2f}x" for name, m in found.items())
             print(f"{layer:18} {n:6} x {k:<6} {tokens:4} tokens: {' | '.join(cells)}", flush=True)
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(report, indent=1))
+            reports.write(out, report)
 
 
 if __name__ == "__main__":

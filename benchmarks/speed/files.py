@@ -27,13 +27,12 @@ from pathlib import Path
 
 import torch
 from ternary_flux.benchmarks import comfyui
-from ternary_flux.benchmarks.speed.fallback import machine
-from ternary_flux.benchmarks.speed.kernels import MODELS, RESULTS
+from ternary_flux.benchmarks import report as reports
+from ternary_flux.benchmarks.speed.models import MODELS, TINY
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.container import create
 from torch import Tensor
 
-TINY = Architecture(1, 256, 1, 1, 16, 16, 64, 32, True)
 FULL = ("FLUX.1-dev", "FLUX.2-klein-4B", "FLUX.2-dev")
 GROUP = 128
 _NOISE = 1 << 24  # random numbers that all tensors share, each from another place
@@ -197,7 +196,7 @@ def main() -> None:
     known = {"tiny": TINY} if args.dry else {name: shrunk(MODELS[name], share) for name in models}
     out = args.out
     if out is None and not args.dry:
-        out = RESULTS / f"files-{'-'.join(known)}{'' if share == 1 else f'-{share:g}'}.json"
+        out = reports.RESULTS / f"files-{'-'.join(known)}{'' if share == 1 else f'-{share:g}'}.json"
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="ternary-flux-files-") as made:
         folder = Path(made)
         for name, arch in known.items():
@@ -206,7 +205,7 @@ def main() -> None:
                 problem = f"{name} needs {need / 1e9:.0f} GB in {folder.parent}, where {free / 1e9:.0f} GB are free"
                 parser.error(f"{problem}; give another --folder, or --share 0.5 for half of its blocks")
         disk = disk_speed(folder, 1 << 20 if args.dry else _DISK_BYTES)
-        report: dict = {"machine": machine(torch.device("cpu")), "disk": disk, "models": []}
+        report: dict = {"machine": reports.machine("cpu"), "disk": disk, "models": []}
         print(json.dumps(report["machine"]))
         print(f"disk: reads {disk['read'] / 1e9:.2f} GB/s, writes {disk['write'] / 1e9:.2f} GB/s")
         for name, arch in known.items():
@@ -217,9 +216,7 @@ def main() -> None:
             )
             for file in folder.iterdir():
                 file.unlink()
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(report, indent=1))
+            reports.write(out, report)
 
 
 def shrunk(arch: Architecture, share: float) -> Architecture:

@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-from ternary_flux.benchmarks.speed import timing
-from ternary_flux.benchmarks.speed.kernels import RESULTS
+from ternary_flux.benchmarks import report as reports
+from ternary_flux.benchmarks.report import RESULTS, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("benchmarks.speed.kernels", "--models", "FLUX.1-dev")
 
 # Name: (arguments of python, seconds). What is read later comes first.
@@ -79,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device")
-    machine = timing.machine()
+    machine = reports.machine("cuda")
     out = options.out or RESULTS / f"gpu-{str(machine['gpu']).replace(' ', '-')}.json"
     report = {"machine": machine, "commit": options.commit, "parts": {}}
     if out.is_file() and not options.again:
@@ -100,8 +99,7 @@ def main() -> None:
         report["parts"][name] = run(arguments, min(seconds, left), environment)
         if problem := report["parts"][name].get("problem"):
             print(f"{name}: {problem}", flush=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1))
+        reports.write(out, report)
     print(f"\nwritten: {out}")
 
 

@@ -23,7 +23,9 @@ from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
+from ternary_flux.benchmarks import report as reports  # noqa: E402
 from ternary_flux.benchmarks.speed import timing  # noqa: E402
+from ternary_flux.benchmarks.speed.models import MODELS  # noqa: E402
 from ternary_flux.ops import TernaryWeight  # noqa: E402
 from ternary_flux.ops.backends.triton import (  # noqa: E402
     backend,  # noqa: E402
@@ -33,18 +35,10 @@ from ternary_flux.ops.backends.triton import (  # noqa: E402
 from ternary_flux.ops.backends.triton.linear_a8 import linear_a8  # noqa: E402
 from ternary_flux.ops.backends.triton.linear_a16 import linear_a16  # noqa: E402
 from ternary_flux.ops.backends.triton.quantize_rows import quantize_rows  # noqa: E402
-from ternary_flux.quantizer.files.architecture import Architecture  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.functional import linear as dense_linear  # noqa: E402
 
-MODELS = {
-    "FLUX.1-dev": Architecture(1, 3072, 19, 38, 16, 16, 4096, 768, True),
-    "FLUX.2-klein-4B": Architecture(2, 3072, 5, 20, 128, 128, 7680, None, False),
-    "FLUX.2-klein-9B": Architecture(2, 4096, 8, 24, 128, 128, 12288, None, False),
-    "FLUX.2-dev": Architecture(2, 6144, 8, 48, 128, 128, 15360, None, True),
-}
 TOKENS = (4608, 4096, 1024, 512, 64, 16, 1)
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 BASELINE = "bf16 F.linear"
 
 
@@ -311,13 +305,13 @@ def main() -> None:
     elif reason := backend.unavailable(torch.device("cuda", 0)):
         sys.exit(f"the kernels cannot run here: {reason}. Use --dry to run every path on the CPU")
     peak = {} if options.dry else timing.ceilings()
-    report: dict = {"machine": timing.machine(), "ceilings": peak, "rows": []}
+    report: dict = {"machine": reports.machine(device), "ceilings": peak, "rows": []}
     print(json.dumps(report["machine"]))
     for name, value in peak.items():
         print(f"ceiling {name}: {value / 1e12:.2f} T/s")
     out = options.out
     if out is None and not options.dry:
-        out = RESULTS / f"kernels-{report['machine']['gpu'].replace(' ', '-')}.json"
+        out = reports.RESULTS / f"kernels-{report['machine']['gpu'].replace(' ', '-')}.json"
     torch.manual_seed(0)
     for model, label, n, k, bias, modulation in layers(options.models.split(","), options.dry):
         layer = Layer.random(n, k, device, dtype, bias)
@@ -334,9 +328,7 @@ def main() -> None:
                 base = base or row.get("seconds")
                 report["rows"].append({"model": model, "layer": label, "m": m, "n": n, "k": k, "method": name, **row})
                 print(line(name, row, base, m, n, k, peak), flush=True)
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(report, indent=1))
+            reports.write(out, report)
     if out is not None:
         print(f"\nwritten: {out}")
 

@@ -9,18 +9,16 @@ seconds are CPU seconds, which do not depend on other programs.
 """
 
 import argparse
-import json
-import os
-import platform
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from ternary_flux.benchmarks import report
 from ternary_flux.benchmarks.speed.calibration_memory import architecture, write_checkpoint
+from ternary_flux.benchmarks.speed.timing import clock
 from ternary_flux.quantizer.calibration.calibrate import CalibrationSettings, calibrate
 from ternary_flux.quantizer.distillation.distill import Distiller, DistillSettings
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
@@ -30,15 +28,14 @@ from ternary_flux.quantizer.model.student import load_student, ternary_linears, 
 from ternary_flux.quantizer.pictures import conditioning
 from ternary_flux.quantizer.pipeline.workspace import Workspace
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 PICTURES, STEPS, BATCH = 4, 4, 4
 
 
 def seconds(call: Callable[[], object]) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
+    now = clock(torch.device("cpu"))
+    start = now()
     call()
-    return clock() - start
+    return now() - start
 
 
 def steps(run: Distiller, count: int) -> None:
@@ -114,10 +111,8 @@ def main() -> None:
     for name, row in rows.items():
         print(f"{name:<32}{row['states per second']:10.2f} states/s{row['forwards']:10.2f} forwards")
     if not args.dry:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        machine |= {"threads": args.threads, "torch": torch.__version__}
-        found = {"machine": machine, "width": args.width, "side": args.side, "rows": rows}
-        (RESULTS / f"stages-cpu-{args.threads}-threads.json").write_text(json.dumps(found, indent=1) + "\n")
+        found = {"machine": report.machine("cpu"), "width": args.width, "side": args.side, "rows": rows}
+        report.write(report.RESULTS / f"stages-cpu-{args.threads}-threads.json", found)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Timing on a GPU: medians of CUDA-graph replays, and what the chip reaches in plain copies and products."""
+"""Timing: medians of CUDA-graph replays, what a GPU reaches in plain copies and products, and the clock for a CPU."""
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -82,18 +83,6 @@ def ceilings() -> dict[str, float]:
     return found
 
 
-def machine() -> dict[str, str | int]:
-    """What the numbers belong to."""
-    import triton
-
-    found: dict[str, str | int] = {"torch": torch.__version__, "triton": triton.__version__}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found |= {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory": properties.total_memory,
-            "cuda": torch.version.cuda or f"hip {torch.version.hip}",
-        }
-    return found
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds; of the CPU where one thread computes there, which do not depend on other programs."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter

@@ -22,13 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from ternary_flux.benchmarks.speed import timing
-from ternary_flux.benchmarks.speed.kernels import MODELS, RESULTS
+from ternary_flux.benchmarks import report as reports
+from ternary_flux.benchmarks.speed.models import MODELS, TINY
 from ternary_flux.ops import TernaryWeight, resolve, ternary_linear
 from ternary_flux.quantizer.files.architecture import Architecture
 from torch import Tensor, nn
 
-TINY = Architecture(1, 128, 1, 1, 16, 16, 64, 32, True)
 MODES = ("bf16", "int8", "e4m3", "full")
 TEXT_TOKENS = 512
 STEPS = 10
@@ -183,8 +182,7 @@ def measure(mode: str, model: str, forward: str, sizes: list[int], dry: bool) ->
     command += ["--forward", forward, "--sizes", ",".join(map(str, sizes)), *(["--dry"] if dry else [])]
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"TRITON_CACHE_DIR": cache} | ({"TRITON_INTERPRET": "1"} if dry else {})
-        root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, cwd=reports.ROOT, capture_output=True, text=True)
     if done.returncode:
         return {"missing": "failed: " + (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -223,11 +221,15 @@ def main() -> None:
         return
     if not options.dry and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device. Use --dry to run every path on the CPU")
-    report: dict = {"machine": timing.machine(), "model": "tiny" if options.dry else options.model, "modes": {}}
+    report: dict = {
+        "machine": reports.machine("cpu" if options.dry else "cuda"),
+        "model": "tiny" if options.dry else options.model,
+        "modes": {},
+    }
     print(json.dumps(report["machine"]))
     out = options.out
     if out is None and not options.dry:
-        out = RESULTS / f"transformer-{options.model}-{report['machine']['gpu'].replace(' ', '-')}.json"
+        out = reports.RESULTS / f"transformer-{options.model}-{report['machine']['gpu'].replace(' ', '-')}.json"
     for mode in options.modes.split(","):
         result = report["modes"][mode] = measure(mode, options.model, forward, sizes, options.dry)
         for pixels, found in result.get("sizes", {}).items():
@@ -236,9 +238,7 @@ def main() -> None:
             print(f"{mode:6} cold start: first step {result['cold']:.2f} s ({result['forward']} forward)")
         if "missing" in result:
             print(f"{mode:6} {result['missing']}", flush=True)
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(report, indent=1))
+        reports.write(out, report)
     if out is not None:
         print(f"written: {out}")
 

@@ -19,11 +19,12 @@ import contextlib  # noqa: E402
 import subprocess  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
+from ternary_flux.benchmarks.report import ROOT  # noqa: E402
 from ternary_flux.benchmarks.speed import timing  # noqa: E402
-from ternary_flux.benchmarks.speed.kernels import MODELS, Layer, copied  # noqa: E402
+from ternary_flux.benchmarks.speed.kernels import Layer, copied  # noqa: E402
+from ternary_flux.benchmarks.speed.models import MODELS  # noqa: E402
 from ternary_flux.ops.backends.triton import (
     backend,  # noqa: E402
     configs,  # noqa: E402
@@ -107,8 +108,7 @@ def compile_in_processes(kernels: list[str], model: str) -> None:
     """Compile all candidates on all cores; compiling is most of the time of tuning."""
     parts = min(16, os.cpu_count() or 1)
     command = [sys.executable, "-m", "benchmarks.speed.tune", "--model", model, "--kernels", ",".join(kernels)]
-    root = Path(__file__).resolve().parents[2]
-    running = [subprocess.Popen([*command, "--compile", f"{part}/{parts}"], cwd=root) for part in range(parts)]
+    running = [subprocess.Popen([*command, "--compile", f"{part}/{parts}"], cwd=ROOT) for part in range(parts)]
     for process in running:
         process.wait()
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ternary_flux.benchmarks.speed.kernels import MODELS
+from ternary_flux.benchmarks.speed.models import MODELS
 from ternary_flux.quantizer.cli import run
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.model.flux import Flux, Inputs
