@@ -84,9 +84,9 @@ def fine_tune(model: Flux, pool: Pool, steps: int) -> None:
 def _added(model: Flux) -> Iterator[nn.Parameter]:
     """Weights and biases of the Linears whose outputs are added to the residual stream."""
     for block in model.blocks:
-        for stage in block.stages:
-            if stage.role == "add":
-                for name in stage.linears:
+        for tier in block.tiers:
+            if tier.role == "add":
+                for name in tier.linears:
                     yield from linear_of(block, name).parameters()
 
 

@@ -21,7 +21,7 @@ import torch
 from ternary_flux.benchmarks import miniature
 from ternary_flux.benchmarks.quality import chart, massive, peer, stress
 from ternary_flux.benchmarks.quality.models import dense_of, round_by_peer, round_to_bits, with_int8_activations
-from ternary_flux.benchmarks.quality.scores import Scores, Stage, evaluate
+from ternary_flux.benchmarks.quality.scores import Scores, Setup, evaluate
 from ternary_flux.benchmarks.report import RESULTS, ROOT, machine
 from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.calibration.sensitivity import best_upgrades, sensitivities
@@ -113,18 +113,18 @@ def run(
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    stage = Stage.load(weights, scale.prompts, scale.seeds, device)
-    work = workspace(folder, stage, device, weights)
+    setup = Setup.load(weights, scale.prompts, scale.seeds, device)
+    work = workspace(folder, setup, device, weights)
     say(f"teacher's {scale.pictures} pictures and {scale.states} states")
     states = Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))  # before anything is timed
     rows: list[dict] = []
     pictures: dict[str, np.ndarray] = {}
-    reference = originals_scores(stage, work)
+    reference = originals_scores(setup, work)
     for label, make in recipes(scale, work, states).items():
         if label in without:
             continue
         path, seconds = timed(folder / "models", label, make)
-        row, pictures[label] = scored(path, scale, stage, work, reference)
+        row, pictures[label] = scored(path, scale, setup, work, reference)
         rows.append({"name": label, "cpu_seconds": seconds, **row})
         say(f"{label:<34} {told(row)}   {seconds:.0f} CPU seconds to make")
     result = {
@@ -137,7 +137,7 @@ def run(
     results.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, result)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    chart.draw(rows, pictures, stage.examples).savefig(picture)
+    chart.draw(rows, pictures, setup.examples).savefig(picture)
     say(f"{results} and {picture} written, {result['seconds']:.0f} s in all")
     return result
 
@@ -158,10 +158,10 @@ def run_stressed(
     """
     rows: list[dict] = []
 
-    def prepared(level: str, weights: Path) -> tuple[Stage, Workspace, Trained]:
-        stage = Stage.load(weights, scale.prompts, scale.seeds, device)
-        work = workspace(folder / level, stage, device, weights)
-        return stage, work, Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))
+    def prepared(level: str, weights: Path) -> tuple[Setup, Workspace, Trained]:
+        setup = Setup.load(weights, scale.prompts, scale.seeds, device)
+        work = workspace(folder / level, setup, device, weights)
+        return setup, work, Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))
 
     plain_model = prepared("plain", weights)
     makers: dict[str, Callable[[Path, Path], None]] = {
@@ -171,15 +171,15 @@ def run_stressed(
         makers["massive"] = partial(massive.write, pool=plain_model[2].pool, steps=fine_tuning)
     for level in ("plain", *makers):
         if level == "plain":
-            stage, work, states = plain_model
+            setup, work, states = plain_model
         else:
-            stage, work, states = prepared(level, stressed_weights(weights, folder / level, makers[level]))
-        made, reference = recipes(scale, work, states), originals_scores(stage, work)
+            setup, work, states = prepared(level, stressed_weights(weights, folder / level, makers[level]))
+        made, reference = recipes(scale, work, states), originals_scores(setup, work)
         for label in made:
             if label in without or label not in (*STAGES, *peer.PEERS):
                 continue
             path, seconds = timed(folder / level / "models", label, made[label])
-            row, _ = scored(path, scale, stage, work, reference)
+            row, _ = scored(path, scale, setup, work, reference)
             error = row["velocity"]["error"]
             plain = next((before["velocity"]["error"] for before in rows if before["name"] == label), error)
             ratio = error / plain if plain else 1.0
@@ -199,13 +199,13 @@ def run_stressed(
     return result
 
 
-def originals_scores(stage: Stage, work: Workspace) -> Callable[[], Scores]:
+def originals_scores(setup: Setup, work: Workspace) -> Callable[[], Scores]:
     """Asked for when the first model is scored, if any."""
-    return cache(lambda: evaluate(work.teacher, stage, work.teacher, None))
+    return cache(lambda: evaluate(work.teacher, setup, work.teacher, None))
 
 
 def scored(
-    path: Path, scale: Scale, stage: Stage, work: Workspace, reference: Callable[[], Scores]
+    path: Path, scale: Scale, setup: Setup, work: Workspace, reference: Callable[[], Scores]
 ) -> tuple[dict, np.ndarray]:
     """The row of a model and its example pictures, kept beside its file. `reference`: the original's scores."""
     state = path.stat()
@@ -213,19 +213,19 @@ def scored(
     kept, examples = path.with_suffix(".scores"), path.with_suffix(".npy")
     if kept.exists() and (found := json.loads(kept.read_text()))["made_of"] == made_of:
         return found["row"], np.load(examples)
-    model, size, bits = dense_of(path, stage.device)
-    scores = reference() if path.samefile(work.dense) else evaluate(model, stage, work.teacher, reference())
-    row = {"megabytes": size / 1e6, "bits": bits} | scores.summary | with_int8(model, path, stage, work)
+    model, size, bits = dense_of(path, setup.device)
+    scores = reference() if path.samefile(work.dense) else evaluate(model, setup, work.teacher, reference())
+    row = {"megabytes": size / 1e6, "bits": bits} | scores.summary | with_int8(model, path, setup, work)
     np.save(examples, scores.examples)
     write_json(kept, {"made_of": made_of, "row": row})
     return row, scores.examples
 
 
-def with_int8(model: Flux, path: Path, stage: Stage, work: Workspace) -> dict[str, float]:
+def with_int8(model: Flux, path: Path, setup: Setup, work: Workspace) -> dict[str, float]:
     """The velocity error of a ternary file's model with 8-bit activations; it has them from now on."""
     if identify(TensorFile(path)).kind != "ternary":
         return {}
-    held_out = stage.held_out(work.teacher, default_shift(stage.arch))
+    held_out = setup.held_out(work.teacher, default_shift(setup.arch))
     return {"int8_error": measure(with_int8_activations(model, path), held_out).error}
 
 
@@ -250,19 +250,19 @@ def stressed_weights(weights: Path, folder: Path, make: Callable[[Path, Path], N
     return stressed
 
 
-def workspace(folder: Path, stage: Stage, device: torch.device, weights: Path) -> Workspace:
+def workspace(folder: Path, setup: Setup, device: torch.device, weights: Path) -> Workspace:
     """Training on seen compositions only; what is held out there is for the choice of the best step."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "training-prompts.safetensors"
     if not path.exists():
-        prompts = stage.training_prompts()
-        conditioning.write(path, prompts, *stage.encode(prompts))
+        prompts = setup.training_prompts()
+        conditioning.write(path, prompts, *setup.encode(prompts))
     return Workspace(
         weights / "flux-miniature.safetensors",
         path,
         folder / "work",
-        (stage.size,),
-        sampler_steps=stage.steps,
+        (setup.size,),
+        sampler_steps=setup.steps,
         device=device,
     )
 

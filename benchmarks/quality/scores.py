@@ -37,7 +37,7 @@ class Scores:
 
 
 @dataclass(eq=False)
-class Stage:
+class Setup:
     """The miniature's parts, the held-out prompts, and the noise of every picture."""
 
     arch: Architecture
@@ -53,7 +53,7 @@ class Stage:
     steps = STEPS
 
     @classmethod
-    def load(cls, weights: Path, prompts: int, seeds: int, device: torch.device) -> "Stage":
+    def load(cls, weights: Path, prompts: int, seeds: int, device: torch.device) -> "Setup":
         state = load_file(weights / "text-encoder.safetensors")
         text = TextEncoder(state["word.weight"].shape[1])
         text.load_state_dict({name: value.float() for name, value in state.items()})
@@ -125,18 +125,18 @@ class Stage:
 
 
 def evaluate(
-    model: Callable[..., Tensor], stage: Stage, teacher: Callable[..., Tensor], reference: Scores | None
+    model: Callable[..., Tensor], setup: Setup, teacher: Callable[..., Tensor], reference: Scores | None
 ) -> Scores:
     """Score a model; `reference` are the teacher's scores, None for the teacher itself."""
-    pictures = stage.paint(model)
-    correct = np.array([[bool(check(p, text)) for p in row] for row, text in zip(pictures, stage.prompts, strict=True)])
+    pictures = setup.paint(model)
+    correct = np.array([[bool(check(p, text)) for p in row] for row, text in zip(pictures, setup.prompts, strict=True)])
     their = correct if reference is None else reference.correct
-    accuracy = {"overall": interval(correct, stage.categories, lambda rows: correct[rows].mean())}
+    accuracy = {"overall": interval(correct, setup.categories, lambda rows: correct[rows].mean())}
     for index, category in enumerate(scenes.CATEGORIES):
-        accuracy[category] = interval(correct, stage.categories, lambda rows: correct[rows].mean(), index)
-    ratio = interval(correct, stage.categories, lambda rows: correct[rows].mean() / max(their[rows].mean(), 1e-9))
-    own = default_shift(stage.arch)
-    velocity = {shift: measure(model, stage.held_out(teacher, shift)) for shift in {own, 0.0}}
+        accuracy[category] = interval(correct, setup.categories, lambda rows: correct[rows].mean(), index)
+    ratio = interval(correct, setup.categories, lambda rows: correct[rows].mean() / max(their[rows].mean(), 1e-9))
+    own = default_shift(setup.arch)
+    velocity = {shift: measure(model, setup.held_out(teacher, shift)) for shift in {own, 0.0}}
     summary = {
         "accuracy": accuracy,
         "of_the_original": ratio,
@@ -146,8 +146,8 @@ def evaluate(
     if reference is not None:
         noise = np.square(pictures - reference.pictures).mean((2, 3, 4))
         decibels = -10 * np.log10(np.maximum(noise, 1e-10))
-        summary["psnr"] = interval(correct, stage.categories, lambda rows: decibels[rows].mean())
-    each = len(stage.prompts) // len(scenes.CATEGORIES)
+        summary["psnr"] = interval(correct, setup.categories, lambda rows: decibels[rows].mean())
+    each = len(setup.prompts) // len(scenes.CATEGORIES)
     return Scores(summary, pictures, correct, pictures[::each, 0])
 
 

@@ -91,7 +91,7 @@ def quantizer() -> list[dict]:
     """The miniature calibrated and distilled with the same amounts on the GPU and on the CPU."""
     from ternary_flux.benchmarks import miniature
     from ternary_flux.benchmarks.quality import run as quality
-    from ternary_flux.benchmarks.quality.scores import Stage
+    from ternary_flux.benchmarks.quality.scores import Setup
     from ternary_flux.quantizer.files.ternary import open_ternary
 
     scale = quality.Scale(prompts=2, seeds=1, pictures=96, states=1152, steps=100, calibration_states=512)
@@ -100,8 +100,8 @@ def quantizer() -> list[dict]:
         device = torch.device(name)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            stage = Stage.load(miniature.FLUX1, scale.prompts, scale.seeds, device)
-            work = quality.workspace(folder, stage, device, miniature.FLUX1)
+            setup = Setup.load(miniature.FLUX1, scale.prompts, scale.seeds, device)
+            work = quality.workspace(folder, setup, device, miniature.FLUX1)
             started = time.perf_counter()
             states = quality.Trained(work.label_states(scale.pictures, scale.states), work.hold_out(24))
             row: dict = {"device": name, "seconds": {"pictures and velocities": time.perf_counter() - started}}

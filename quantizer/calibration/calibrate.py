@@ -134,7 +134,7 @@ def enough_states(arch: Architecture, tokens: int) -> int:
 def calibration_memory(arch: Architecture, tokens: int, width: int) -> int:
     """Bytes at the peak of a block's calibration, `tokens` at a time, with weights of `width` bytes.
 
-    In memory are the block and its copy, the moments of the Linears of a stage (in fp64 until they are complete), and
+    In memory are the block and its copy, the moments of the Linears of a tier (in fp64 until they are complete), and
     what solving one of them takes: five matrices of its inputs and a dozen of its weights, or fewer of the former and
     more of the latter.
     """
@@ -142,15 +142,15 @@ def calibration_memory(arch: Architecture, tokens: int, width: int) -> int:
     for block in {name.split(".")[0]: name for name in arch.block_names}.values():
         shapes = arch.block_linears(block)
         held = 2 * width * sum(n * k for n, k in shapes.values()) + _COMPUTED * width * arch.hidden * tokens
-        stages: dict[str, list[tuple[int, int]]] = {}
+        tiers: dict[str, list[tuple[int, int]]] = {}
         for name, shape in shapes.items():
-            stages.setdefault(name.removeprefix("img_").removeprefix("txt_"), []).append(shape)
-        for stage in stages.values():
-            collected = sum(16 * k * k + 4 * n * k for n, k in stage)
-            n, k = stage[0]
+            tiers.setdefault(name.removeprefix("img_").removeprefix("txt_"), []).append(shape)
+        for tier in tiers.values():
+            collected = sum(16 * k * k + 4 * n * k for n, k in tier)
+            n, k = tier[0]
             groups = -(-k // GROUP_SIZE)
             solving = 4 * max(5 * k * k + 6 * n * k, 4 * k * k + 11 * n * k + 5 * n * groups**2)
-            others = sum(8 * k * k + 4 * n * k for n, k in stage[1:])
+            others = sum(8 * k * k + 4 * n * k for n, k in tier[1:])
             peak = max(peak, held + max(collected, others + solving))
     return peak
 
@@ -171,12 +171,12 @@ def _calibrate_block(
     if ranks.agree(path.exists()):
         results = _load_block(path, student)
     else:
-        for stage in dense.stages:
-            linears = tuple(linear for linear in stage.linears if precisions[linear] != "int8")
+        for tier in dense.tiers:
+            linears = tuple(linear for linear in tier.linears if precisions[linear] != "int8")
             if not linears:
                 continue
             owners = {linear: number % ranks.world() for number, linear in enumerate(linears)}  # all of one size
-            collected = streams.moments(dense, student, replace(stage, linears=linears))
+            collected = streams.moments(dense, student, replace(tier, linears=linears))
             for linear, owner in owners.items():
                 collected[linear].collect(owner)
             solved = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ranks
 from ..files.atomic import check_space, in_bytes, reserve
 from ..files.container import size_of
-from ..model.flux import Flux, Stage, Tokens, linear_of
+from ..model.flux import Flux, Tier, Tokens, linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
@@ -98,19 +98,19 @@ class Streams:
     def __exit__(self, *_) -> None:
         self.remove()
 
-    def moments(self, dense: nn.Module, student: nn.Module, stage: Stage) -> dict[str, Moments]:
-        """Moments of the inputs of a stage's Linears over this rank's states; `dense` is the teacher's block."""
-        linears = stage.linears
+    def moments(self, dense: nn.Module, student: nn.Module, tier: Tier) -> dict[str, Moments]:
+        """Moments of the inputs of a tier's Linears over this rank's states; `dense` is the teacher's block."""
+        linears = tier.linears
         device = self.teacher.device
         modules = {name: linear_of(student, name) for name in linears}
         moments = {name: Moments(m.out_features, m.in_features, device) for name, m in modules.items()}
-        if stage.role == "modulate":
+        if tier.role == "modulate":
             for vectors in ranks.share(self.vectors.split(1024)):
                 for name in linears:
                     moments[name].add(nn.functional.silu(vectors)[:, None])
             return moments
         for collected in moments.values():
-            if stage.role == "add":
+            if tier.role == "add":
                 collected.expect_residual()
             else:
                 collected.expect_drift()
@@ -119,8 +119,8 @@ class Streams:
                 theirs, ours = (group.tokens(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
                 gates = student.gates(ours)
                 weights = {name: gates[name].float().square().mean((1, 2)) for name in linears}
-                if stage.role == "add":
-                    self._add_residuals(moments, dense, student, stage, theirs, ours, weights)
+                if tier.role == "add":
+                    self._add_residuals(moments, dense, student, tier, theirs, ours, weights)
                 else:
                     teacher_inputs, inputs = inputs_of(dense, linears, theirs), inputs_of(student, linears, ours)
                     for name in linears:
@@ -133,25 +133,25 @@ class Streams:
         moments: Mapping[str, Moments],
         dense: nn.Module,
         student: nn.Module,
-        stage: Stage,
+        tier: Tier,
         theirs: Tokens,
         ours: Tokens,
         weights: Mapping[str, Tensor],
     ) -> None:
         """What the student's tokens miss of the teacher's after these Linears, while they are still dense."""
-        wanted = getattr(dense, stage.half)(theirs)
+        wanted = getattr(dense, tier.half)(theirs)
         captured = {}
         handles = [
             student.get_submodule(name).register_forward_pre_hook(
                 lambda _, arguments, name=name: captured.__setitem__(name, arguments[0])
             )
-            for name in stage.linears
+            for name in tier.linears
         ]
-        found = getattr(student, stage.half)(ours)
+        found = getattr(student, tier.half)(ours)
         for handle in handles:
             handle.remove()
         gates = student.gates(ours)
-        for name in stage.linears:
+        for name in tier.linears:
             missing = student.stream(name, wanted).float() - student.stream(name, found).float()
             moments[name].add(captured[name], weights[name])
             moments[name].add_residual(captured[name], missing, gates[name])

@@ -232,12 +232,12 @@ def activation(version: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Tier:
     """Linears of a block that do not depend on each other.
 
     role  "modulate": their input is SiLU of the modulation vector; "inner": within a branch; "add": their outputs are
           multiplied by a gate and added to the tokens
-    half  of stages that add: the method of the block that ends with it
+    half  of tiers that add: the method of the block that ends with it
     """
 
     linears: tuple[str, ...]
@@ -260,19 +260,19 @@ class DoubleBlock(nn.Module):
             setattr(self, f"{stream}_mlp", nn.Sequential(first, activation(arch.version), second))
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def tiers(self) -> tuple[Tier, ...]:
         """The block's Linears in the order in which a forward meets them."""
 
         def both(part: str) -> tuple[str, str]:
             return f"img_{part}", f"txt_{part}"
 
-        modulate = (Stage(both("mod.lin"), "modulate"),) if hasattr(self, "img_mod") else ()
+        modulate = (Tier(both("mod.lin"), "modulate"),) if hasattr(self, "img_mod") else ()
         return (
             *modulate,
-            Stage(both("attn.qkv"), "inner"),
-            Stage(both("attn.proj"), "add", "attend"),
-            Stage(both("mlp.0"), "inner"),
-            Stage(both("mlp.2"), "add"),
+            Tier(both("attn.qkv"), "inner"),
+            Tier(both("attn.proj"), "add", "attend"),
+            Tier(both("mlp.0"), "inner"),
+            Tier(both("mlp.2"), "add"),
         )
 
     def forward(self, tokens: Tokens) -> Tokens:
@@ -335,10 +335,10 @@ class SingleBlock(nn.Module):
         self.mlp_act = activation(arch.version)
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def tiers(self) -> tuple[Tier, ...]:
         """The block's Linears in the order in which a forward meets them."""
-        modulate = (Stage(("modulation.lin",), "modulate"),) if hasattr(self, "modulation") else ()
-        return (*modulate, Stage(("linear1",), "inner"), Stage(("linear2",), "add"))
+        modulate = (Tier(("modulation.lin",), "modulate"),) if hasattr(self, "modulation") else ()
+        return (*modulate, Tier(("linear1",), "inner"), Tier(("linear2",), "add"))
 
     def modulations(self, tokens: Tokens) -> tuple[Tensor, ...]:
         """Shift, scale and gate."""

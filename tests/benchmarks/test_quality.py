@@ -17,7 +17,7 @@ from ternary_flux.benchmarks.quality.models import (
     with_int8_activations,
 )
 from ternary_flux.benchmarks.quality.peer import PEERS
-from ternary_flux.benchmarks.quality.scores import Stage, evaluate, interval
+from ternary_flux.benchmarks.quality.scores import Setup, evaluate, interval
 from ternary_flux.benchmarks.quality.stress import LEVELS
 from ternary_flux.ops import ternary_linear
 from ternary_flux.quantizer.files.architecture import Architecture
@@ -40,11 +40,11 @@ def teacher():
 
 
 @pytest.fixture(scope="module")
-def stage():
+def setup():
     torch.manual_seed(0)
     prompts = [p for category in scenes.CATEGORIES for p in scenes.prompts("held_out", category, 2)]
     text, vae = TextEncoder(32).requires_grad_(False), autoencoder.Autoencoder(4).requires_grad_(False)
-    return Stage(ARCH, text, vae, 32, prompts, 2, CPU)
+    return Setup(ARCH, text, vae, 32, prompts, 2, CPU)
 
 
 # What the best clipped rounding of Gaussian weights in groups of 128 leaves of them.
@@ -136,11 +136,11 @@ def test_a_peer_rounds_weights_and_activations(teacher, tmp_path):
     assert 0.05 < lost < 0.2  # 4 bits of the activations leave 0.0095 of the energy
 
 
-def test_scores_of_the_teacher_and_of_another_model(teacher, stage):
-    reference = evaluate(teacher, stage, teacher, None)
+def test_scores_of_the_teacher_and_of_another_model(teacher, setup):
+    reference = evaluate(teacher, setup, teacher, None)
     assert reference.summary["velocity"]["error"] == 0 and "psnr" not in reference.summary
     assert reference.pictures.shape == (12, 2, 32, 32, 3)
-    other = evaluate(lambda *inputs: 0.9 * teacher(*inputs), stage, teacher, reference)
+    other = evaluate(lambda *inputs: 0.9 * teacher(*inputs), setup, teacher, reference)
     assert other.summary["velocity"]["error"] == pytest.approx(0.01, rel=1e-3)
     assert other.summary["velocity"]["response"] == pytest.approx(0.9, rel=1e-3)
     assert set(other.summary["accuracy"]) == {"overall", *scenes.CATEGORIES}
@@ -150,7 +150,7 @@ def test_scores_of_the_teacher_and_of_another_model(teacher, stage):
         {"name": name, "accuracy": s.summary["accuracy"], "velocity": s.summary["velocity"]}
         for name, s in (("original", reference), ("other", other))
     ]
-    drawn = chart.draw(rows, {"original": reference.examples, "other": other.examples}, stage.examples)
+    drawn = chart.draw(rows, {"original": reference.examples, "other": other.examples}, setup.examples)
     shown = [axes.images[0].get_array() for axes in drawn.axes if axes.images]
     expected = [*reference.examples, *other.examples]
     assert len(shown) == len(expected) and all(np.allclose(a, b) for a, b in zip(shown, expected, strict=True))
@@ -158,13 +158,13 @@ def test_scores_of_the_teacher_and_of_another_model(teacher, stage):
     assert len(velocity.lines) == 1 and np.allclose(velocity.lines[0].get_ydata(), 0.01, rtol=1e-3)
 
 
-def test_the_same_noise_for_every_model(stage):
-    assert torch.equal(stage.noise(1), stage.noise(1)) and not torch.equal(stage.noise(0), stage.noise(1))
+def test_the_same_noise_for_every_model(setup):
+    assert torch.equal(setup.noise(1), setup.noise(1)) and not torch.equal(setup.noise(0), setup.noise(1))
 
 
-def test_training_prompts_are_seen_compositions(stage):
-    prompts = stage.training_prompts()
-    assert not set(prompts) & {p for p in stage.prompts if scenes.parse(p).category != "single"}
+def test_training_prompts_are_seen_compositions(setup):
+    prompts = setup.training_prompts()
+    assert not set(prompts) & {p for p in setup.prompts if scenes.parse(p).category != "single"}
 
 
 def test_intervals_hold_the_value():
@@ -177,9 +177,9 @@ def test_intervals_hold_the_value():
     )
 
 
-def write_weights(teacher, stage, folder):
+def write_weights(teacher, setup, folder):
     folder.mkdir()
-    parts = {"flux-miniature": teacher, "text-encoder": stage.text, "autoencoder": stage.vae}
+    parts = {"flux-miniature": teacher, "text-encoder": setup.text, "autoencoder": setup.vae}
     for name, part in parts.items():
         state = {key: value.bfloat16().contiguous() for key, value in part.state_dict().items()}
         save_file(state, folder / f"{name}.safetensors", {"size": "32"})
@@ -190,13 +190,13 @@ def write_weights(teacher, stage, folder):
 def quick(monkeypatch, simple_solver):
     """Shorter paths and fewer resamples, too: the benchmark's parts are what its tests are about."""
     monkeypatch.setattr(scores, "STEPS", 4)
-    monkeypatch.setattr(Stage, "steps", 4)
+    monkeypatch.setattr(Setup, "steps", 4)
     monkeypatch.setattr(scores, "_RESAMPLES", 20)
 
 
 @pytest.mark.slow
-def test_a_whole_run(quick, teacher, stage, tmp_path):
-    weights = write_weights(teacher, stage, tmp_path / "weights")
+def test_a_whole_run(quick, teacher, setup, tmp_path):
+    weights = write_weights(teacher, setup, tmp_path / "weights")
     scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=14, calibration_states=16)
     outputs = tmp_path / "quality.json", tmp_path / "quality.png"
     # What differs from another recipe by an argument alone takes half of the time.
@@ -212,8 +212,8 @@ def test_a_whole_run(quick, teacher, stage, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_stages_on_a_stressed_model(quick, teacher, stage, tmp_path):
-    weights = write_weights(teacher, stage, tmp_path / "weights")
+def test_the_stages_on_a_stressed_model(quick, teacher, setup, tmp_path):
+    weights = write_weights(teacher, setup, tmp_path / "weights")
     scale = run.Scale(prompts=1, seeds=1, pictures=16, states=64, steps=4, calibration_states=16)
     levels = {"harsh": LEVELS["harsh"]}
     path = tmp_path / "stressed.json"

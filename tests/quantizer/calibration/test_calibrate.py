@@ -16,7 +16,7 @@ from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux, Stage
+from ternary_flux.quantizer.model.flux import Flux, Tier
 from ternary_flux.quantizer.model.teacher import Placement, Teacher
 from ternary_flux.quantizer.pictures import trajectories
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
@@ -195,10 +195,10 @@ def test_stages_have_every_linear_once_and_in_order(case):
     order = {"double": ["attn.qkv", "attn.proj", "mlp.0", "mlp.2"], "single": ["linear1", "linear2"]}
     modulation = {"double": ["mod.lin"], "single": ["modulation.lin"]}
     for name in arch.block_names:
-        kind, stages = name.split("_")[0], case.teacher.block(name).stages
-        flat = [linear for stage in stages for linear in stage.linears]
+        kind, tiers = name.split("_")[0], case.teacher.block(name).tiers
+        flat = [linear for tier in tiers for linear in tier.linears]
         assert sorted(flat) == sorted(arch.block_linears(name))
-        first = [stage.linears[0].removeprefix("img_") for stage in stages]
+        first = [tier.linears[0].removeprefix("img_") for tier in tiers]
         assert first == (modulation[kind] if arch.version == 1 else []) + order[kind]
 
 
@@ -209,10 +209,10 @@ def test_gates_are_those_of_the_branch_that_a_linear_is_in(case):
             block = deepcopy(case.teacher.block(name))
             tokens = case.teacher.prepare(case.states[0].inputs(slice(0, 2), case.conditioning))
             gates = block.gates(tokens)
-            assert set(gates) == {linear for s in block.stages if s.role != "modulate" for linear in s.linears}
-            for stage in (stage for stage in block.stages if stage.role == "add"):
-                for linear in stage.linears:
-                    run = getattr(block, stage.half)
+            assert set(gates) == {linear for s in block.tiers if s.role != "modulate" for linear in s.linears}
+            for tier in (tier for tier in block.tiers if tier.role == "add"):
+                for linear in tier.linears:
+                    run = getattr(block, tier.half)
                     before = block.stream(linear, run(tokens))
                     handle = block.get_submodule(linear).register_forward_hook(lambda _, inputs, output: output + 1)
                     changed = block.stream(linear, run(tokens)) - before
@@ -225,7 +225,7 @@ def test_moments_are_of_what_the_linears_get(case):
         streams = Streams(case.teacher, case.states, case.conditioning, case.folder / "streams", batch=5)
         block = case.teacher.block("double_blocks.0")
         names = ("img_mlp.0", "txt_mlp.0")
-        moments = streams.moments(block, block, Stage(names, "inner"))
+        moments = streams.moments(block, block, Tier(names, "inner"))
         tokens = streams.groups[0].tokens(case.teacher.stem, slice(0, 5), 0)
         seen = inputs_of(block, names, tokens)
     assert {name: x.shape[-1] for name, x in seen.items()} == {name: 128 for name in names}
