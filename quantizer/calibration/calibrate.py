@@ -314,9 +314,7 @@ def _assemble(
     header |= precision.metadata(settings.precisions)
     header |= metadata.statistics({f"{block}.{name}": _described(fits[block], name) for block, name in layers})
     header["modelspec.date"] = started  # the same after an interruption
-    with create_ternary(
-        target, plan, dense, header, header_room=metadata.header_room(arch), overwrite=overwrite
-    ) as writer:
+    with create_ternary(target, plan, dense, header, overwrite=overwrite) as writer:
         for block, linear in layers:
             weight, bias = read(block, linear)
             writer.layer(f"{block}.{linear}", weight)

@@ -8,7 +8,7 @@ from ternary_flux.ops import TernaryWeight
 from ternary_flux.ops.packing import groups_of
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.layer import LayerPlan
-from ternary_flux.quantizer.files.ternary import create_ternary, open_ternary
+from ternary_flux.quantizer.files.ternary import open_ternary, write_ternary
 
 HIDDEN = 256
 FLUX1 = Architecture(
@@ -77,12 +77,9 @@ def write(
         weight = ternary_weight(shape, g, columns=scaled, **weights)
         layers[f"{prefix}{name}"] = replace(weight, full_precision=columns == "half" and i % 4 == 0)
     plans = {name: LayerPlan.of(weight, packing) for name, weight in layers.items()}
-    specs = {f"{prefix}{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
-    with create_ternary(path, plans, specs, metadata or {"modelspec.title": "tiny"}, overwrite=True) as writer:
-        for name, tensor in dense.items():
-            writer.dense(f"{prefix}{name}", tensor)
-        for name, weight in layers.items():
-            writer.layer(name, weight)
+    dense = {f"{prefix}{name}": tensor for name, tensor in dense.items()}
+    header = metadata or {"modelspec.title": "tiny"}
+    write_ternary(path, plans, layers.__getitem__, dense, header, overwrite=True)
     return path
 
 
