@@ -89,8 +89,8 @@ def test_calibration_of_a_block(arch, tmp_path):
         streams.groups = [TokenFile(img, txt, vec, (64, 64))]
         for _, block in model.blocks():
             student = deepcopy(block)
-            for stage in block.stages:
-                for moments in streams.moments(block, student, stage).values():
+            for tier in block.tiers:
+                for moments in streams.moments(block, student, tier).values():
                     assert moments.second.device.type == "cuda"
             with pytest.raises(DataDependentOutputException):  # the drift, once for all states
                 streams.advance(block, student)
