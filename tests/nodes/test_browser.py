@@ -278,8 +278,9 @@ def test_an_error_is_readable(page, server):
 def test_quantizing_shows_progress_and_can_be_cancelled(page, server):
     open_template(page, QUANTIZE)
     page.evaluate(
-        """() => { app.graph.nodes.find((n) => n.type === 'TernaryFluxQuantize').widgets
-            .find((w) => w.name === 'name').value = 'stopped' }"""
+        """() => { const node = app.graph.nodes.find((n) => n.type === 'TernaryFluxQuantize')
+            for (const [name, value] of [['name', 'stopped'], ['sampler_steps', 2]])
+                node.widgets.find((w) => w.name === name).value = value }"""
     )
     run(page)
     page.wait_for_function(  # a picture that the original painted, and how many there are
