@@ -24,7 +24,8 @@ def group_codes(
     if triton.unavailable(block.device) is None:
         from .backends.triton.group_codes import group_codes as kernel
 
-        return kernel(block, scale, weights.contiguous(), factors, old)
+        given = (block, scale, weights, factors, old)
+        return kernel(*(tensor if tensor is None else tensor.contiguous() for tensor in given))
     return group_codes_in_torch(block, scale, weights, factors, old)
 
 

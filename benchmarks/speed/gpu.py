@@ -2,9 +2,9 @@
 
     python -m benchmarks.speed.gpu [--out FILE] [--again]
 
-Checks the kernels against float64, the nodes in a real ComfyUI and the quantizer against the CPU; measures the tiles,
-the layers beside bf16 and other packs, and a whole FLUX.1 [dev] step. Prints as it goes and writes one JSON after every
-part; a run that was interrupted goes on with the parts that are missing.
+Checks the kernels against float64, calibrate's solver against torch, the nodes in a real ComfyUI and the quantizer
+against the CPU; measures the tiles, the layers beside bf16 and other packs, and a whole FLUX.1 [dev] step. Prints as it
+goes and writes one JSON after every part; a run that was interrupted goes on with the parts that are missing.
 """
 
 import argparse
@@ -25,6 +25,7 @@ LAYERS = ("benchmarks.speed.kernels", "--models", "FLUX.1-dev")
 # Name: (arguments of python, seconds). What is read later comes first.
 PARTS: dict[str, tuple[tuple[str, ...], int]] = {
     "kernels are right": (("-m", "benchmarks.speed.gpu_checks", "kernels"), 60),
+    "solver is right": (("-m", "benchmarks.speed.gpu_checks", "solver"), 30),
     "nodes are right": (("tests/nodes/on_gpu.py",), 60),
     "nodes are right, dynamic VRAM": (("tests/nodes/on_gpu.py", "--dynamic"), 60),
     "tiles": (("-m", "benchmarks.speed.tune"), 120),

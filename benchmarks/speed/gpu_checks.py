@@ -1,19 +1,25 @@
-"""On a GPU: every kernel against float64, and the quantizer beside the same run on the CPU.
+"""On a GPU: every kernel against float64, calibrate's solver against torch, and the quantizer beside the CPU's run.
 
-python -m benchmarks.speed.gpu_checks kernels|quantizer      prints what is wrong, or a line a device
+python -m benchmarks.speed.gpu_checks kernels|solver|quantizer      prints what is wrong, or a line a device
 """
 
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from ternary_flux.ops import TernaryWeight, ternary_linear
+from ternary_flux.benchmarks.speed import timing
+from ternary_flux.ops import GROUP_SIZE, TernaryWeight, group_codes, ternary_linear
+from ternary_flux.ops.codes import group_codes_in_torch
 from torch import Tensor
 
 CUDA = torch.device("cuda")
@@ -50,13 +56,28 @@ def quantized(x: Tensor, activations: str, column: Tensor | None) -> Tensor:
 
 
 def kernels() -> list[dict]:
-    """Relative error against float64 of the product the kernel was asked for (its own quantized activations)."""
+    """Relative error against float64 of the product the kernel was asked for (its own quantized activations).
+
+    Each form of weights has a process of its own: compiling takes most of the time.
+    """
     from ternary_flux.ops.backends.triton import backend as triton
     from ternary_flux.ops.backends.triton import configs
 
     print(f"triton: {triton.unavailable(CUDA) or 'available'}; {configs.chip(CUDA)}", flush=True)
+    with ProcessPoolExecutor(min(len(FORMS), os.cpu_count() or 1), get_context("spawn")) as pool:
+        rows = [row for of_form in pool.map(kernels_of_form, FORMS) for row in of_form]
+    wrong = sum(not row["right"] for row in rows)
+    print(f"kernels: {len(rows)} cases, {wrong} wrong", flush=True)
+    return rows
+
+
+def kernels_of_form(form: tuple[str, int, int, bool]) -> list[dict]:
+    from ternary_flux.ops.backends.triton import backend as triton
+
+    scales, rank, terms, columns = form
+    torch.manual_seed(0)
     rows = []
-    for (m, n, k), (scales, rank, terms, columns) in itertools.product(SHAPES, FORMS):
+    for m, n, k in SHAPES:
         weight = random_weight(n, k, scales, rank, terms, columns)
         low_rank = 0.0 if weight.up is None else weight.up.double() @ weight.down.double()
         ternary = replace(weight, down=None, up=None).dequantize(torch.float32).double()
@@ -82,8 +103,24 @@ def kernels() -> list[dict]:
             if not row["right"]:
                 print(json.dumps(row), flush=True)
             rows.append(row)
-    wrong = sum(not row["right"] for row in rows)
-    print(f"kernels: {len(rows)} cases, {wrong} wrong", flush=True)
+    return rows
+
+
+def solver() -> list[dict]:
+    """`ops.group_codes`: its kernel beside the loops in torch, in the coordinates that calibrate gives it."""
+    rows = []
+    for n, descent in itertools.product((3072, 12288, 21504), (False, True)):
+        block, scales = torch.randn(GROUP_SIZE, n, device=CUDA), torch.rand(n, 24, device=CUDA) + 0.5
+        weights, factors = torch.randn(GROUP_SIZE, GROUP_SIZE, device=CUDA) * 0.05, torch.rand(GROUP_SIZE, device=CUDA)
+        old = torch.randint(-1, 2, block.shape, device=CUDA).float() if descent else None
+        given = scales[:, 3], weights, factors + 0.5, old
+        codes, expected = group_codes(block.clone(), *given)[0], group_codes_in_torch(block.clone(), *given)[0]
+        row = {"outputs": n, "descent": descent, "equal": float((codes == expected).float().mean())}
+        for name, function in (("kernel", group_codes), ("torch", group_codes_in_torch)):
+            row[name] = timing.median_seconds([partial(function, block.clone(), *given)], replays=5)[0]
+        row["right"] = row["equal"] > 0.999  # a tie that rounds the other way is passed on
+        print(f"group_codes, {n} outputs: {row['torch'] / row['kernel']:.0f} times as fast as torch, {row}", flush=True)
+        rows.append(row)
     return rows
 
 
@@ -123,7 +160,7 @@ def quantizer() -> list[dict]:
 
 
 if __name__ == "__main__":
-    checks = {"kernels": kernels, "quantizer": quantizer}
+    checks = {"kernels": kernels, "solver": solver, "quantizer": quantizer}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.gpu_checks", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=checks)
     parser.add_argument("--out", type=Path, help="JSON file")

@@ -1,7 +1,11 @@
-"""The stages of a conversion beside a plain fp32 forward of the same model: states per second, in one run.
+"""The stages of a conversion beside a plain forward of the same model: states per second, in one run.
 
-    python -m benchmarks.speed.stages               a narrow FLUX.1 on the CPU; JSON in benchmarks/results
-    python -m benchmarks.speed.stages --dry         a tiny one, nothing written
+    python -m benchmarks.speed.stages                               a narrow FLUX.1 on the CPU
+    python -m benchmarks.speed.stages --device cuda --width 3072    two blocks of FLUX.1's width on a GPU
+    python -m benchmarks.speed.stages --dry                         a tiny one, nothing written
+
+The model has one double and one single block. The forward is computed as the teacher computes: in fp32 on the CPU, in
+bf16 on a GPU.
 
 A row's ratio is what a state costs there in forwards of a state: `sample` counts a state for each step of each picture,
 `calibrate` counts a state once for all blocks, `train` a state for each time it is learned from. On one CPU thread the
@@ -31,10 +35,12 @@ from ternary_flux.quantizer.pipeline.workspace import Workspace
 PICTURES, STEPS, BATCH = 4, 4, 4
 
 
-def seconds(call: Callable[[], object]) -> float:
-    now = clock(torch.device("cpu"))
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    now, wait = clock(device), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = now()
     call()
+    wait()
     return now() - start
 
 
@@ -44,7 +50,7 @@ def steps(run: Distiller, count: int) -> None:
 
 
 def measure(
-    folder: Path, width: int, side: int, states: int, tokens: int, settings: CalibrationSettings
+    folder: Path, width: int, side: int, states: int, tokens: int, settings: CalibrationSettings, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """By stage: states per second, and forwards that a state costs."""
     arch = replace(architecture(width), context_dim=256)
@@ -54,38 +60,46 @@ def measure(
         folder / "cond.safetensors", [f"prompt {i}" for i in range(40)], context, torch.randn(40, arch.vec_dim)
     )
     work = Workspace(
-        folder / "dense.safetensors", folder / "cond.safetensors", folder / "work", ((side, side),), STEPS, seed=0
+        folder / "dense.safetensors",
+        folder / "cond.safetensors",
+        folder / "work",
+        ((side, side),),
+        STEPS,
+        device=device,
     )
     work.trajectories, work.teacher  # noqa: B018  read before anything is timed
     found: dict[str, tuple[int, float]] = {}
 
     plain = Flux(arch)
     plain.load_state_dict({name: open_checkpoint(work.dense).tensor(name).float() for name in arch.shapes})
-    plain.requires_grad_(False)
-    found["sample"] = PICTURES * STEPS, seconds(lambda: work.sample_pictures(PICTURES))
+    plain.requires_grad_(False).to(device, work.teacher.dtype)
+    timed = partial(seconds, device=device)
+    found["sample"] = PICTURES * STEPS, timed(lambda: work.sample_pictures(PICTURES))
     count, pools = 8 * PICTURES, []
-    found["label"] = count, seconds(lambda: pools.append(work.label_states(PICTURES, count)))
+    found["label"] = count, timed(lambda: pools.append(work.label_states(PICTURES, count)))
     pool, held_out = pools[0], work.hold_out(2)
-    inputs = [pool.draw(number, BATCH, 0).inputs for number in range(4)]
+    precision = work.teacher.dtype
+    inputs = [pool.draw(number, BATCH, 0).inputs.to(device, precision) for number in range(4)]
     plain(*inputs[0])
-    found["forward"] = 4 * BATCH, seconds(lambda: [plain(*batch) for batch in inputs])
+    found["forward"] = 4 * BATCH, timed(lambda: [plain(*batch) for batch in inputs])
 
     pictures = work.trajectories.plan("train", PICTURES)
     target = folder / "calibrated.safetensors"
     for name, many in (("calibrate", states), ("calibrate, 4 times the states", 4 * states)):
         given = work.trajectories.states(pictures, many, 1)
         run = partial(calibrate, work.teacher, given, work.conditioning, target=target, folder=folder / name)
-        found[name] = many, seconds(partial(run, settings=settings, overwrite=True))
+        found[name] = many, timed(partial(run, settings=settings, overwrite=True))
 
     evaluated = sum(len(batch.inputs.t) for batch in held_out.batches)
-    found["measure"] = evaluated, seconds(lambda: work.measure(target, held_out))
+    found["measure"] = evaluated, timed(lambda: work.measure(target, held_out))
     for name, codes in (("train", False), ("train, with codes", True)):
-        student = load_student(open_ternary(target))
+        student = load_student(open_ternary(target), device)
         if codes:
             train_codes(ternary_linears(student), work.teacher.checkpoint)
-        run_of = Distiller(student, open_ternary(target), pool, held_out, DistillSettings(steps=100, batch=BATCH))
+        plan = DistillSettings(steps=100, batch=BATCH, autocast=None if precision == torch.float32 else precision)
+        run_of = Distiller(student, open_ternary(target), pool, held_out, plan)
         steps(run_of, 1)
-        found[name] = 4 * BATCH, seconds(partial(steps, run_of, 4))
+        found[name] = 4 * BATCH, timed(partial(steps, run_of, 4))
     forward = found["forward"][1] / found["forward"][0]
     return {
         name: {"states per second": round(count / taken, 3), "forwards": round(taken / count / forward, 2)}
@@ -98,21 +112,29 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512, help="hidden size (default: %(default)s)")
     parser.add_argument("--side", type=int, default=256, help="of the pictures, in pixels (default: %(default)s)")
     parser.add_argument("--states", type=int, default=16, help="to calibrate on (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=report.RESULTS, help="folder of the JSON (default: %(default)s)"
+    )
     parser.add_argument("--dry", action="store_true", help="a tiny model; write nothing")
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads)
     width, side, states, tokens, settings = args.width, args.side, args.states, 128, CalibrationSettings(batch=BATCH)
     if args.dry:
         width, side, states, tokens, settings = 128, 32, 2, 8, replace(settings, sweeps=0, exponents=())
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), width, side, states, tokens, settings)
+        rows = measure(Path(folder), width, side, states, tokens, settings, device)
     for name, row in rows.items():
         print(f"{name:<32}{row['states per second']:10.2f} states/s{row['forwards']:10.2f} forwards")
     if not args.dry:
-        found = {"machine": report.machine("cpu"), "width": args.width, "side": args.side, "rows": rows}
-        report.write(report.RESULTS / f"stages-cpu-{args.threads}-threads.json", found)
+        machine = report.machine(device)
+        name = f"cpu-{args.threads}-threads" if device.type == "cpu" else f"{machine['gpu']}".replace(" ", "-")
+        found = {"machine": machine, "width": args.width, "side": args.side, "rows": rows}
+        report.write(args.results / f"stages-{name}.json", found)
 
 
 if __name__ == "__main__":

@@ -75,12 +75,12 @@ TABLE: dict[str, dict[str, tuple[tuple[float, Tile], ...]]] = {
     "sm_75": {"a16": ()},  # RTX 20, GTX 16, T4: dequantize only
     "sm_80": {  # A100, A30: 163 KB of shared memory
         "int8_row": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(128, 128, 4, 3))),
-        "int8_group": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(256, 128, 8, 3))),
+        "int8_group": (*_SMALL, (512, Tile(128, 64, 4, 3, 4)), (_ANY, Tile(256, 128, 8, 3))),
         "a16": (*_SMALL_A16, (1024, Tile(64, 128, 4, 3))),
     },
     "sm_86": {  # RTX 30, 40 and 50, A10, L4, L40: 99 KB
         "int8_row": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(128, 128, 4, 3))),
-        "int8_group": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(256, 128, 8, 3))),
+        "int8_group": (*_SMALL, (512, Tile(128, 64, 4, 3, 4)), (_ANY, Tile(256, 128, 8, 3))),
         "a16": (*_SMALL_A16, (1024, Tile(64, 128, 4, 2))),
     },
     "sm_90": {  # H100, H200: 227 KB; measured on an H200 (benchmarks/results/tiles-NVIDIA-H200.json)
@@ -107,7 +107,7 @@ TABLE: dict[str, dict[str, tuple[tuple[float, Tile], ...]]] = {
     },
     "sm_100": {  # B200: 227 KB, and tensor memory
         "int8_row": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(128, 128, 4, 3))),
-        "int8_group": (*_SMALL, (512, Tile(128, 128, 4, 3, 4)), (_ANY, Tile(256, 128, 8, 3))),
+        "int8_group": (*_SMALL, (512, Tile(128, 64, 4, 3, 4)), (_ANY, Tile(256, 128, 8, 3))),
         "e4m3_row": (*_SMALL, (_ANY, Tile(128, 128, 8, 4, 4))),
         "e4m3_group": (*_SMALL, (_ANY, Tile(128, 128, 8, 4, 4))),
         "a16": (*_SMALL_A16, (1024, Tile(128, 128, 8, 3, 2))),

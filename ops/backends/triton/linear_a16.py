@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .decode import join_planes, planes16
 from .reduce_splits import reduce_splits
-from .tiling import finish, tile_of_program
+from .tiling import finish, group_pointers, in_words, load_group, tile_of_program
 
 
 @triton.jit
@@ -62,6 +62,7 @@ def _linear_a16(
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     GROUPS: tl.constexpr,
+    WORDS: tl.constexpr,
     COLUMN: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -86,17 +87,16 @@ def _linear_a16(
     column_ptrs = (column_ptr if COLUMN else x_ptr) + first * 128 + k  # not read without COLUMN
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if GROUPS:
-        group = tl.load(group_ptr + first * group_stride + n_safe)
+        group_ptrs, group_step, shift = group_pointers(group_ptr, group_stride, first, n_safe, WORDS)
     for block in range(first, last):
         w0, w1, w2, w3 = planes16(tl.load(w_ptrs), X_TYPE, PTX)
         if GROUPS:
-            following = tl.load(group_ptr + tl.minimum(block + 1, last - 1) * group_stride + n_safe)
-            g = group.to(X_TYPE)[:, None]
+            g = load_group(group_ptrs, shift, group_ptr.dtype.element_ty, WORDS).to(X_TYPE)[:, None]
+            group_ptrs += group_step
             w0 *= g
             w1 *= g
             w2 *= g
             w3 *= g
-            group = following
         inputs = K - block * 128
         if JOIN:
             w = join_planes(w0, w1, w2, w3)
@@ -151,6 +151,7 @@ def linear_a16(x, column, weight, low, up, bias, y, tile, chip):
         BLOCK_N=tile.block_n,
         GROUP_M=tile.GROUP_M,
         GROUPS=group is not None,
+        WORDS=in_words(group),
         COLUMN=column is not None,
         ROW_SCALE=row_scale is not None,
         BIAS=bias is not None,

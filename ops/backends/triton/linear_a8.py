@@ -27,7 +27,7 @@ import triton.language as tl
 
 from .decode import join_planes, planes8, planes8_scaled
 from .reduce_splits import reduce_splits
-from .tiling import finish, tile_of_program
+from .tiling import finish, group_pointers, in_words, load_group, tile_of_program
 
 
 @triton.jit
@@ -69,6 +69,7 @@ def _linear_a8(
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     GROUPS: tl.constexpr,
+    WORDS: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
@@ -94,11 +95,12 @@ def _linear_a8(
     w_ptrs = trits_ptr + first * trits_stride + n_safe[:, None] * 32 + tl.arange(0, 32)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), SUM_TYPE)
     if GROUPS:
-        group = tl.load(group_ptr + first * group_stride + n_safe)
-    for block in range(first, last):
+        group_ptrs, group_step, shift = group_pointers(group_ptr, group_stride, first, n_safe, WORDS)
+    for _ in range(first, last):
         trits = tl.load(w_ptrs)
         if GROUPS:
-            following = tl.load(group_ptr + tl.minimum(block + 1, last - 1) * group_stride + n_safe)
+            group = load_group(group_ptrs, shift, group_ptr.dtype.element_ty, WORDS)
+            group_ptrs += group_step
         if INT8:
             if GROUPS:
                 w0, w1, w2, w3 = planes8_scaled(trits, group, PTX)
@@ -116,8 +118,6 @@ def _linear_a8(
                 acc += part * group.to(tl.float32)[:, None]
             else:
                 acc = _multiply(w0, w1, w2, w3, x_ptrs, acc, JOIN)
-        if GROUPS:
-            group = following
         w_ptrs += trits_stride
         x_ptrs += 128
 
@@ -159,6 +159,7 @@ def linear_a8(x, token_scale, weight, low, up, bias, y, tile, chip):
         BLOCK_N=tile.block_n,
         GROUP_M=tile.GROUP_M,
         GROUPS=group is not None,
+        WORDS=in_words(group),
         ROW_SCALE=row_scale is not None,
         BIAS=bias is not None,
         RANK=0 if up is None else up.shape[1],

@@ -1,4 +1,4 @@
-"""What the matrix kernels share: which tile a program computes, the split of the inputs, and the epilogue."""
+"""What the matrix kernels share: which tile a program computes, how it reads group scales, and the epilogue."""
 
 import triton
 import triton.language as tl
@@ -15,6 +15,42 @@ def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M:
     height = min(tiles_m - first, GROUP_M)
     within = program % per_group
     return first + within % height, within // height
+
+
+# Group scales are read as 32-bit words where they lie in such. Those are copied ahead as the trits are; narrower loads
+# are not, and every block then waits for its own.
+
+
+def in_words(group):
+    """Whether group scales [blocks, N], or None, can be read as 32-bit words."""
+    return group is not None and all(size * group.element_size() % 4 == 0 for size in (group.shape[1], group.stride(0)))
+
+
+@triton.jit
+def group_pointers(group_ptr, stride, first, n, WORDS: tl.constexpr):
+    """For `load_group`: pointers to the scales of outputs n in block `first`, the step between blocks, and a shift."""
+    if WORDS:
+        BITS: tl.constexpr = group_ptr.dtype.element_ty.primitive_bitwidth
+        words = group_ptr.to(tl.pointer_type(tl.uint32))
+        step = stride // (32 // BITS)
+        return words + first * step + n // (32 // BITS), step, n % (32 // BITS) * BITS
+    else:
+        return group_ptr + first * stride + n, stride, n
+
+
+@triton.jit
+def load_group(pointers, shift, TYPE: tl.constexpr, WORDS: tl.constexpr):
+    """The scales [BLOCK_N] of a block: integers, or of TYPE."""
+    scales = tl.load(pointers)
+    if WORDS:
+        scales = scales >> shift
+        if TYPE == tl.uint8:
+            scales = (scales & 0xFF).to(tl.int32)
+        elif TYPE.primitive_bitwidth == 16:
+            scales = scales.to(tl.uint16).to(TYPE, bitcast=True)
+        else:
+            scales = scales.to(TYPE, bitcast=True)
+    return scales
 
 
 @triton.jit
