@@ -1,30 +1,38 @@
 """On a GPU: every kernel against float64, calibrate's solver against torch, and the quantizer beside the CPU's run.
 
 python -m benchmarks.speed.gpu_checks kernels|solver|quantizer      prints what is wrong, or a line a device
+python -m benchmarks.speed.gpu_checks kernels|solver --dry          tiny ones in Triton's interpreter, nothing timed
 """
 
 import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-from ternary_flux.benchmarks.speed import timing
-from ternary_flux.ops import GROUP_SIZE, TernaryWeight, group_codes, ternary_linear
-from ternary_flux.ops.codes import group_codes_in_torch
-from torch import Tensor
+DRY = "--dry" in sys.argv
+if DRY:  # before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
-CUDA = torch.device("cuda")
-SHAPES = [(1, 384, 1100), (7, 3072, 3072), (16, 18432, 3072), (33, 200, 300), (64, 3072, 12288), (65, 3072, 3072),
+import torch  # noqa: E402
+from ternary_flux.benchmarks.report import ROOT  # noqa: E402
+from ternary_flux.benchmarks.speed import timing  # noqa: E402
+from ternary_flux.ops import GROUP_SIZE, TernaryWeight, group_codes, ternary_linear  # noqa: E402
+from ternary_flux.ops.codes import group_codes_in_torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+DEVICE = torch.device("cpu" if DRY else "cuda")
+DTYPES = (torch.float16,) if DRY else (torch.bfloat16, torch.float16)  # the interpreter multiplies bf16 wrongly
+SHAPES = [(1, 384, 1100), (7, 3072, 3072), (16, 18432, 3072), (33, 201, 300), (64, 3072, 12288), (65, 3072, 3072),
           (300, 1000, 4096), (1025, 3072, 15360), (4608, 3072, 3072)]  # fmt: skip
+if DRY:
+    SHAPES = [(1, 43, 300), (20, 40, 256)]
 # scales, rank, terms, column scales
 FORMS = [("row", 0, 1, False), ("integer", 0, 1, False), ("float", 0, 1, False), ("integer", 16, 1, False),
          ("integer", 0, 2, False), ("row", 5, 2, False), ("integer", 0, 1, True), ("integer", 16, 2, True)]  # fmt: skip
@@ -33,15 +41,15 @@ BOUNDS = {"full": 1e-2, "int8": 2e-3, "e4m3": 1e-2}
 
 def random_weight(n: int, k: int, scales: str, rank: int, terms: int, columns: bool) -> TernaryWeight:
     groups = terms * -(-k // 128)
-    codes = torch.randint(-1, 2, (n, terms * k), dtype=torch.int8, device=CUDA)
-    row, group = torch.rand(n, device=CUDA) * 0.01 + 1e-3, None
+    codes = torch.randint(-1, 2, (n, terms * k), dtype=torch.int8, device=DEVICE)
+    row, group = torch.rand(n, device=DEVICE) * 0.01 + 1e-3, None
     if scales == "integer":
-        group = torch.randint(1, 128, (groups, n), dtype=torch.uint8, device=CUDA)
+        group = torch.randint(1, 128, (groups, n), dtype=torch.uint8, device=DEVICE)
     if scales == "float":
-        row = (torch.rand(groups, n, device=CUDA) * 0.01 + 1e-3).to(torch.bfloat16)
-    down = (torch.randn(rank, k, device=CUDA) * 0.1).bfloat16() if rank else None
-    up = (torch.randn(n, rank, device=CUDA) * 0.1).bfloat16() if rank else None
-    column = (torch.randn(k, device=CUDA) * 0.7).exp().bfloat16() if columns else None
+        row = (torch.rand(groups, n, device=DEVICE) * 0.01 + 1e-3).to(torch.bfloat16)
+    down = (torch.randn(rank, k, device=DEVICE) * 0.1).bfloat16() if rank else None
+    up = (torch.randn(n, rank, device=DEVICE) * 0.1).bfloat16() if rank else None
+    column = (torch.randn(k, device=DEVICE) * 0.7).exp().bfloat16() if columns else None
     return TernaryWeight.from_codes(codes, row, group, down=down, up=up, terms=terms, column=column)
 
 
@@ -63,28 +71,34 @@ def kernels() -> list[dict]:
     from ternary_flux.ops.backends.triton import backend as triton
     from ternary_flux.ops.backends.triton import configs
 
-    print(f"triton: {triton.unavailable(CUDA) or 'available'}; {configs.chip(CUDA)}", flush=True)
-    with ProcessPoolExecutor(min(len(FORMS), os.cpu_count() or 1), get_context("spawn")) as pool:
-        rows = [row for of_form in pool.map(kernels_of_form, FORMS) for row in of_form]
+    print(f"triton: {triton.unavailable(DEVICE) or 'available'}; {configs.chip(DEVICE)}", flush=True)
+    command = [sys.executable, "-m", "benchmarks.speed.gpu_checks", "kernels", *(["--dry"] if DRY else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}.json" for number in range(len(FORMS))]
+        running = [
+            subprocess.Popen([*command, "--form", str(number), "--out", str(file)], cwd=ROOT)
+            for number, file in enumerate(files)
+        ]
+        if any([process.wait() for process in running]):
+            sys.exit("kernels: a process failed")
+        rows = [row for file in files for row in json.loads(file.read_text())]
     wrong = sum(not row["right"] for row in rows)
     print(f"kernels: {len(rows)} cases, {wrong} wrong", flush=True)
     return rows
 
 
-def kernels_of_form(form: tuple[str, int, int, bool]) -> list[dict]:
+def kernels_of_form(scales: str, rank: int, terms: int, columns: bool) -> list[dict]:
     from ternary_flux.ops.backends.triton import backend as triton
 
-    scales, rank, terms, columns = form
-    torch.manual_seed(0)
     rows = []
     for m, n, k in SHAPES:
         weight = random_weight(n, k, scales, rank, terms, columns)
         low_rank = 0.0 if weight.up is None else weight.up.double() @ weight.down.double()
         ternary = replace(weight, down=None, up=None).dequantize(torch.float32).double()
-        for dtype, activations in itertools.product((torch.bfloat16, torch.float16), triton.formats(CUDA)):
+        for dtype, activations in itertools.product(DTYPES, triton.formats(DEVICE)):
             if activations == "int8" and scales == "float":
                 continue
-            x, bias = torch.randn(m, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA).to(dtype)
+            x, bias = torch.randn(m, k, device=DEVICE).to(dtype), torch.randn(n, device=DEVICE).to(dtype)
             row = {"m": m, "n": n, "k": k, "scales": scales, "rank": rank, "terms": terms, "columns": columns}
             row |= {"dtype": str(dtype).removeprefix("torch."), "activations": activations}
             try:
@@ -109,17 +123,18 @@ def kernels_of_form(form: tuple[str, int, int, bool]) -> list[dict]:
 def solver() -> list[dict]:
     """`ops.group_codes`: its kernel beside the loops in torch, in the coordinates that calibrate gives it."""
     rows = []
-    for n, descent in itertools.product((3072, 12288, 21504), (False, True)):
-        block, scales = torch.randn(GROUP_SIZE, n, device=CUDA), torch.rand(n, 24, device=CUDA) + 0.5
-        weights, factors = torch.randn(GROUP_SIZE, GROUP_SIZE, device=CUDA) * 0.05, torch.rand(GROUP_SIZE, device=CUDA)
-        old = torch.randint(-1, 2, block.shape, device=CUDA).float() if descent else None
-        given = scales[:, 3], weights, factors + 0.5, old
+    for n, descent in itertools.product((40,) if DRY else (3072, 12288, 21504), (False, True)):
+        block, scales = torch.randn(GROUP_SIZE, n, device=DEVICE), torch.rand(n, 24, device=DEVICE) + 0.5
+        weights = torch.randn(GROUP_SIZE, GROUP_SIZE, device=DEVICE) * 0.05
+        factors = torch.rand(GROUP_SIZE, device=DEVICE) + 0.5
+        old = torch.randint(-1, 2, block.shape, device=DEVICE).float() if descent else None
+        given = scales[:, 3], weights, factors, old
         codes, expected = group_codes(block.clone(), *given)[0], group_codes_in_torch(block.clone(), *given)[0]
         row = {"outputs": n, "descent": descent, "equal": float((codes == expected).float().mean())}
-        for name, function in (("kernel", group_codes), ("torch", group_codes_in_torch)):
+        for name, function in (("kernel", group_codes), ("torch", group_codes_in_torch)) if not DRY else ():
             row[name] = timing.median_seconds([partial(function, block.clone(), *given)], replays=5)[0]
         row["right"] = row["equal"] > 0.999  # a tie that rounds the other way is passed on
-        print(f"group_codes, {n} outputs: {row['torch'] / row['kernel']:.0f} times as fast as torch, {row}", flush=True)
+        print(f"group_codes: {json.dumps(row)}", flush=True)
         rows.append(row)
     return rows
 
@@ -133,7 +148,7 @@ def quantizer() -> list[dict]:
 
     scale = quality.Scale(prompts=2, seeds=1, pictures=96, states=1152, steps=100, calibration_states=512)
     rows, codes = [], {}
-    for name in (CUDA.type, "cpu"):
+    for name in (DEVICE.type, "cpu"):
         device = torch.device(name)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -153,7 +168,7 @@ def quantizer() -> list[dict]:
             codes[name] = {layer: file.weight(layer).codes() for layer in file.layers}
             rows.append(row)
             print(json.dumps(row), flush=True)
-    same = [float((codes["cpu"][layer] == codes[CUDA.type][layer]).float().mean()) for layer in codes["cpu"]]
+    same = [float((codes["cpu"][layer] == codes[DEVICE.type][layer]).float().mean()) for layer in codes["cpu"]]
     rows.append({"codes equal on both devices": sum(same) / len(same), "least in a layer": min(same)})
     print(json.dumps(rows[-1]), flush=True)
     return rows
@@ -164,10 +179,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.gpu_checks", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=checks)
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, nothing timed")
+    parser.add_argument("--form", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("torch sees no CUDA device")
+    if not DRY and not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device. Use --dry to run the kernels on the CPU")
     torch.manual_seed(0)
-    found = checks[options.what]()
+    found = checks[options.what]() if options.form is None else kernels_of_form(*FORMS[options.form])
     if options.out:
         options.out.write_text(json.dumps(found, indent=1))

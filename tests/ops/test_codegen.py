@@ -26,7 +26,7 @@ EXPECTED = [
     (90, "a8 group, 16 tokens", "IGMMA", 26),
     (90, "e4m3 row", "QGMMA", 36),
     (90, "e4m3 group", "QGMMA", 64),
-    (90, "a16 group, 1024 tokens", "HGMMA", 49),
+    (90, "a16 group, 1024 tokens", "HGMMA", 31),
     (90, "a16 group, 64 tokens, columns", "HGMMA", 38),
     (100, "e4m3 row", "UTCQMMA", None),
     (100, "a16 group, 16 tokens", "(UTC)?HMMA", None),
@@ -35,11 +35,15 @@ EXPECTED = [
 ]
 
 
+# Measured to be the fastest on an H200 nevertheless.
+SPILLS = {(90, "a16 group, 1024 tokens"): 18}
+
+
 @pytest.mark.parametrize("capability, case, product, budget", EXPECTED, ids=lambda value: str(value).replace(" ", "-"))
 def test_machine_code(capability, case, product, budget):
     for launch in codegen.case(capability, case):
         code = codegen.machine_code(launch)
-        assert code.spills == 0, launch.name
+        assert code.spills <= SPILLS.get((capability, case), 0), launch.name
         assert code.registers <= 255
         assert code.shared <= codegen.SHARED_MEMORY[capability]
         if launch.name.startswith("_linear"):

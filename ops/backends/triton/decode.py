@@ -6,6 +6,8 @@ bf16. Byte i of a planes32 block holds inputs i, 32+i, 64+i, 96+i in bits 7:6, 5
 
 Each function has an inline-PTX form for NVIDIA, working on four bytes at a time, and a portable form for other vendors
 and Triton's interpreter. Triton's own lowering of byte shifts costs 2 to 6 times the instructions.
+
+The PTX comes in by default arguments: Triton compares every global that a kernel uses at every launch.
 """
 
 import triton
@@ -65,11 +67,11 @@ PLANES16_PTX = tl.constexpr("""{
 
 
 @triton.jit
-def planes8(trits, PTX: tl.constexpr):
+def planes8(trits, PTX: tl.constexpr, CODE: tl.constexpr = PLANES8_PTX):
     """uint8 [..., 32] -> four int8 [..., 32] of 0 and +-64; bitcast to e4m3 they are 0 and +-2."""
     if PTX:
         return tl.inline_asm_elementwise(
-            PLANES8_PTX,
+            CODE,
             "=r,=r,=r,=r,r",
             [trits],
             dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
@@ -83,12 +85,12 @@ def planes8(trits, PTX: tl.constexpr):
 
 
 @triton.jit
-def planes8_scaled(trits, multiplier, PTX: tl.constexpr):
+def planes8_scaled(trits, multiplier, PTX: tl.constexpr, CODE: tl.constexpr = PLANES8_SCALED_PTX):
     """uint8 [rows, 32] and integers 1..127 [rows] -> four int8 [rows, 32] of 0 and +-multiplier."""
     g = multiplier.to(tl.int32)[:, None]
     if PTX:
         return tl.inline_asm_elementwise(
-            PLANES8_SCALED_PTX,
+            CODE,
             "=r,=r,=r,=r,r,r,r,r,r",
             [trits, (g << 8) | ((256 - g) << 24)],
             dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
@@ -101,11 +103,11 @@ def planes8_scaled(trits, multiplier, PTX: tl.constexpr):
 
 
 @triton.jit
-def planes16(trits, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def planes16(trits, DTYPE: tl.constexpr, PTX: tl.constexpr, CODE: tl.constexpr = PLANES16_PTX):
     """uint8 [..., 32] -> four fp16 or bf16 [..., 32] of 0 and +-2."""
     if PTX:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            PLANES16_PTX,
+            CODE,
             "=r,=r,=r,=r,=r,=r,=r,=r,r",
             [trits],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16),

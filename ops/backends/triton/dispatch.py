@@ -34,12 +34,11 @@ def linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activations: s
             return linear(x, weight, bias, activations)
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"activations of dtype {x.dtype} are not supported: use fp16, bf16 or fp32")
-    x = x.detach()
+    x, bias = _without_gradient(x), _without_gradient(bias)
     if x.shape[0] == 0 or x.stride(1) != 1:
         x = x.contiguous()
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return x.new_empty(x.shape[0], weight.shape[0])
-    bias = None if bias is None else bias.detach()
     chip = configs.chip(x.device)
     if activations == "full":
         return _full(x, weight, bias, chip) if chip.products else _full_on_turing(x, weight, bias, chip)
@@ -48,6 +47,10 @@ def linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activations: s
     if activations == "int8" and weight.scale.ndim == 2:
         raise ValueError("int8 activations need row x integer scales: convert the weight with with_integer_groups()")
     return _eight_bit(x, weight, bias, activations, chip)
+
+
+def _without_gradient(tensor: Tensor | None) -> Tensor | None:
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
 def _eight_bit(x: Tensor, weight: TernaryWeight, bias: Tensor | None, activations: str, chip: configs.Chip) -> Tensor:
