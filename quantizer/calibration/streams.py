@@ -173,6 +173,20 @@ class Streams:
         img, txt = (difference / power.clamp_min(1e-30)).sqrt().tolist()
         return img, txt
 
+    def last_moments(self) -> Moments:
+        """After the last block: of the final Linear's inputs, and of what its outputs miss of the teacher's."""
+        final = self.teacher.stem.final_layer
+        moments = Moments(final.linear.out_features, final.linear.in_features, self.teacher.device)
+        moments.expect_residual()
+        for group in self.groups:
+            for rows in group.rows(self.batch):
+                theirs, ours = (group.tokens(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
+                x = final.inputs(ours.img, ours.vec)
+                missing = final(theirs.img, theirs.vec).float() - final.linear(x).float()
+                moments.add(x)
+                moments.add_residual(x, missing, torch.ones_like(missing[:, :1]))
+        return moments
+
     def remove(self) -> None:
         """Delete the activations."""
         self.groups = []

@@ -93,6 +93,19 @@ def test_is_better_than_rounding(case):
     assert not (case.folder / "work" / "activations").exists()
 
 
+def test_the_final_linear_makes_up_for_the_blocks(case):
+    path, _ = case.run("refitted", "refitted-work")
+    frozen, _ = case.run("frozen", "frozen-work", freeze_dense=True)
+    assert case.error(path) < 0.9 * case.error(frozen)
+    original, files = case.teacher.checkpoint, [open_ternary(p) for p in (path, frozen)]
+    assert files[0].file.entries.keys() == files[1].file.entries.keys()
+    for name in files[1].dense:
+        if name.removesuffix(".bias") not in files[1].layers:
+            assert torch.equal(files[1].tensor(name), original.tensor(name).bfloat16())
+            changed = not torch.equal(files[0].tensor(name), files[1].tensor(name))
+            assert changed == name.startswith("final_layer.linear."), name
+
+
 def test_a_linear_whose_inputs_have_outliers_gets_full_activations(case, tmp_path):
     """One hidden unit of an MLP that is far larger than all others, as FLUX has them; mlp.2 makes up for it."""
     state = safetensors.torch.load_file(case.path)
