@@ -180,7 +180,8 @@ def _calibrate_block(
             if not linears:
                 continue
             owners = {linear: number % ranks.world() for number, linear in enumerate(linears)}  # all of one size
-            collected = streams.moments(dense, student, replace(tier, linears=linears))
+            last = name == streams.teacher.arch.block_names[-1]
+            collected = streams.moments(dense, student, replace(tier, linears=linears), last)
             for linear, owner in owners.items():
                 collected[linear].collect(owner)
             solved = {}

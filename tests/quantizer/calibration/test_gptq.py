@@ -107,7 +107,7 @@ def test_a_dense_linear_is_refitted_to_all_that_is_missing():
 def test_weights_say_where_errors_count():
     x, w, bias = torch.stack((inputs(1), inputs(2, decay=0.2))), weight(), torch.zeros(N)
     collected = Moments(N, K)
-    collected.add(x, torch.tensor([1.0, 1e-4]))
+    collected.add(x, torch.tensor([[1.0], [1e-4]]).expand(x.shape[:2]))
     first = gptq.solve(w, bias, collected)
     second = gptq.solve(w, bias, moments(x.flatten(0, 1)))
     errors = [output_error(solution, x[0], x[0], w, bias) for solution in (first, second)]
