@@ -53,6 +53,7 @@ class CalibrationSettings:
     """How to quantize. `batch` states run at a time; `rank` > 0 adds low-rank factors to every ternary Linear.
 
     `exponents` of column scales that are tried for every Linear beside none (see `columns`).
+    `freeze_dense`: whether the final Linear, which stays dense, stays as it is too.
     `precisions`: name -> "two-terms" or "int8" of Linears that are not to be ternary (see `mixed`).
     """
 
@@ -63,6 +64,7 @@ class CalibrationSettings:
     packing: str = "planes32"
     precisions: Mapping[str, str] = field(default_factory=dict)
     exponents: tuple[float, ...] = columns.EXPONENTS
+    freeze_dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def calibrate(
             target,
             settings=settings,
             fits=fits,
+            final=final,
             started=started,
             overwrite=overwrite,
             sha256=digest(),
@@ -121,6 +124,7 @@ def calibrate(
                 for name, block in teacher.blocks():
                     fits[name] = _calibrate_block(name, block, streams, folder / f"{name}.safetensors", settings)
                     on_block(name, fits[name])
+                final = {} if settings.freeze_dense else _refit_final(streams)
         ranks.once(write)
     return fits
 
@@ -176,7 +180,8 @@ def _calibrate_block(
             if not linears:
                 continue
             owners = {linear: number % ranks.world() for number, linear in enumerate(linears)}  # all of one size
-            collected = streams.moments(dense, student, replace(tier, linears=linears))
+            last = name == streams.teacher.arch.block_names[-1]
+            collected = streams.moments(dense, student, replace(tier, linears=linears), last)
             for linear, owner in owners.items():
                 collected[linear].collect(owner)
             solved = {}
@@ -202,6 +207,18 @@ def _calibrate_block(
         for linear, collected in sums.items()
     }
     return BlockFit(layers, statistics, img_drift, txt_drift)
+
+
+def _refit_final(streams: Streams) -> dict[str, Tensor]:
+    """The final Linear as the blocks' errors want it, by name: what they have in common is made up for there."""
+    moments = streams.last_moments()
+    moments.collect(0)
+    if not ranks.first():
+        return {}
+    linear = streams.teacher.stem.final_layer.linear
+    weight, bias = gptq.refit(linear.weight, linear.bias, moments)
+    parts = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    return {f"final_layer.linear.{part}": tensor.bfloat16() for part, tensor in parts.items()}
 
 
 def _solve(
@@ -286,13 +303,14 @@ def _assemble(
     *,
     settings: CalibrationSettings,
     fits: dict[str, BlockFit],
+    final: Mapping[str, Tensor],
     started: str,
     sha256: str,
     overwrite: bool = False,
 ) -> None:
-    """Put the finished blocks and the checkpoint's other tensors (as bf16) together into a ternary file."""
+    """Put the finished blocks, the `final` Linear and the checkpoint's other tensors (as bf16) into a ternary file."""
     arch = checkpoint.architecture
-    int8 = int8_tensors(checkpoint, settings.precisions)
+    given = {**int8_tensors(checkpoint, settings.precisions), **final}
     files = {block: open_kept(folder / f"{block}.safetensors") for block in arch.block_names}
 
     def read(block: str, linear: str) -> tuple[TernaryWeight, Tensor | None]:
@@ -304,7 +322,7 @@ def _assemble(
     plan = {f"{block}.{linear}": LayerPlan.of(read(block, linear)[0], settings.packing) for block, linear in layers}
     weights = {f"{name}.weight" for name in arch.linears}
     dense = {name: (torch.bfloat16, checkpoint.shape(name)) for name in checkpoint.names if name not in weights}
-    dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in int8.items()}
+    dense |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in given.items()}
     errors = {f"{block}.{name}": r.weight_error for block, b in fits.items() for name, r in b.layers.items()}
     shown = {"packing": settings.packing, "rank": settings.rank, "damping": settings.damping}
     source, lossy = Path(checkpoint.name), checkpoint.lossy
@@ -322,6 +340,6 @@ def _assemble(
                 writer.dense(f"{block}.{linear}.bias", bias)
                 del dense[f"{block}.{linear}.bias"]
         for name in dense:
-            tensor = int8.get(name)
+            tensor = given.get(name)
             writer.dense(name, checkpoint.tensor(name).bfloat16() if tensor is None else tensor)
         checkpoint.check_unchanged()

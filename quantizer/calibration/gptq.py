@@ -21,6 +21,9 @@ from .moments import Moments
 DAMPING = 0.03
 CORRECTION = 0.5  # of the drift that earlier Linears caused, made up for here; GPTAQ takes all of it
 SWEEPS = 3
+# Of the final Linear, which stays dense and behind which nothing can be ruined: all is made up for. On held-out prompts
+# the velocity error is 0.0372 with 0.1, 0.0360 with 0.01 and 0.0003; with 0.01 and half of the correction it is 0.0396.
+DENSE_DAMPING = 0.01
 _ROWS = 1024  # rows at a time on a CPU
 _INTEGER_SWEEPS = 4
 _EXACT = 4096  # inputs up to which H is factored in float64
@@ -88,6 +91,18 @@ def solve(
     return Solution(result, bias, fit)
 
 
+def refit(weight: Tensor, bias: Tensor | None, moments: Moments) -> tuple[Tensor, Tensor | None]:
+    """The weight [N, K] and bias [N] of a Linear that stays dense: least squares towards the outputs that are wanted.
+
+    The moments are used up.
+    """
+    w = weight.to(moments.second.device, torch.float32)
+    problem = _Problem.of(w, moments, centred=bias is not None, damping=DENSE_DAMPING, correction=1.0)
+    if bias is not None:
+        bias = bias.to(w) + problem.wanted + (w - problem.target) @ problem.mean
+    return problem.target, bias
+
+
 def _solve_one_term(
     problem: "_Problem", rank: int, sweeps: int, column: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -151,7 +166,9 @@ class _Problem:
     tokens: int
 
     @classmethod
-    def of(cls, weight: Tensor, moments: Moments, centred: bool, damping: float) -> "_Problem":
+    def of(
+        cls, weight: Tensor, moments: Moments, centred: bool, damping: float, correction: float = CORRECTION
+    ) -> "_Problem":
         count = moments.count.clamp_min(1e-30)
         hessian, mean = moments.second.div_(count).float(), (moments.mean / count).float()
         cross, wanted = moments.correction(weight)
@@ -162,7 +179,7 @@ class _Problem:
         # What is left of inputs that hardly vary is rounding error, and must not be blown up.
         unit = torch.maximum(hessian.diagonal().mean(), _NOISE * power).clamp_min(torch.finfo(torch.float32).tiny)
         # Few tokens cannot tell what inputs cause from chance.
-        cross *= CORRECTION * moments.tokens / (moments.tokens + len(mean))
+        cross *= correction * moments.tokens / (moments.tokens + len(mean))
         hessian, cross = hessian.div_(unit), cross.div_(unit)
         hessian = hessian.add_(hessian.t().clone()).div_(2)
         effective_rank = (hessian.trace().square() / hessian.square().sum().clamp_min(1e-30)).item()

@@ -32,10 +32,10 @@ class Moments:
         self.gates = zeros(outputs)  # of gate^2
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Inputs [B, L, K] of the ternary model's Linear, with a weight [B] for each state."""
+        """Inputs [B, L, K] of the ternary model's Linear, with a weight [B, L] for each token."""
         x, weighted = self._weighted(x, weight)
         self.tokens += len(x)
-        self.count += len(x) if weight is None else weight.sum() * (len(x) // len(weight))
+        self.count += len(x) if weight is None else weight.sum()
         self.second += weighted.t() @ x
         self.mean += weighted.sum(0)
 
@@ -57,14 +57,18 @@ class Moments:
         self.shift += d.t() @ x.flatten(0, -2).float()
         self.mean_shift += d.sum(0)
 
-    def add_residual(self, x: Tensor, missing: Tensor, gate: Tensor) -> None:
-        """What the tokens [B, L, N] miss after gate [B, 1, N] * outputs was added to them with the dense Linear."""
+    def add_residual(self, x: Tensor, missing: Tensor, gate: Tensor, weight: Tensor | None = None) -> None:
+        """What the tokens [B, L, N] miss after gate [B, 1, N] * outputs was added to them with the dense Linear.
+
+        `weight` [L]: of the tokens of every state.
+        """
         self.expect_residual()
         gate = gate.float()
-        wanted = (gate * missing.float()).flatten(0, -2)
+        weight = torch.ones_like(missing[0, :, 0], dtype=torch.float32) if weight is None else weight
+        wanted = (gate * missing.float() * weight[:, None]).flatten(0, -2)
         self.cross += wanted.t() @ x.flatten(0, -2).float()
         self.mean_cross += wanted.sum(0)
-        self.gates += gate.square().sum((0, 1)) * missing.shape[1]
+        self.gates += gate.square().sum((0, 1)) * weight.sum()
 
     def collect(self, owner: int) -> None:
         """Bring what all ranks have together on the owner, in fp32. Elsewhere it is used up."""
@@ -103,7 +107,7 @@ class Moments:
         flat = x.flatten(0, -2).float()
         if weight is None:
             return flat, flat
-        return flat, flat * weight.float().repeat_interleave(x[0].numel() // x.shape[-1])[:, None]
+        return flat, flat * weight.float().reshape(-1, 1)
 
     def correction(self, dense: Tensor) -> tuple[Tensor, Tensor]:
         """E c x^T [N, K] and E c [N] of what the outputs of the dense weight [N, K] should have added."""

@@ -20,6 +20,7 @@ from ..pictures.states import States
 from .moments import Moments
 
 TEACHER, STUDENT = 0, 1
+TEXT_IMPORTANCE = 0.3  # of a text token beside an image token where both go through one Linear
 _VECTORS = 8192  # inputs of modulation Linears cost no forward: they depend on time, prompt and guidance alone
 
 
@@ -98,8 +99,11 @@ class Streams:
     def __exit__(self, *_) -> None:
         self.remove()
 
-    def moments(self, dense: nn.Module, student: nn.Module, tier: Tier) -> dict[str, Moments]:
-        """Moments of the inputs of a tier's Linears over this rank's states; `dense` is the teacher's block."""
+    def moments(self, dense: nn.Module, student: nn.Module, tier: Tier, last: bool = False) -> dict[str, Moments]:
+        """Moments of the inputs of a tier's Linears over this rank's states.
+
+        `dense` is the teacher's block, `last` whether none comes after it.
+        """
         linears = tier.linears
         device = self.teacher.device
         modules = {name: linear_of(student, name) for name in linears}
@@ -117,15 +121,16 @@ class Streams:
         for group in self.groups:
             for rows in group.rows(self.batch):
                 theirs, ours = (group.tokens(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
-                gates = student.gates(ours)
-                weights = {name: gates[name].float().square().mean((1, 2)) for name in linears}
+                importance = {name: token_importance(name, ours, last) for name in linears}
                 if tier.role == "add":
-                    self._add_residuals(moments, dense, student, tier, theirs, ours, weights)
+                    self._add_residuals(moments, dense, student, tier, theirs, ours, importance)
                 else:
+                    gates = student.gates(ours)
                     teacher_inputs, inputs = inputs_of(dense, linears, theirs), inputs_of(student, linears, ours)
                     for name in linears:
-                        moments[name].add(inputs[name], weights[name])
-                        moments[name].add_drift(inputs[name], teacher_inputs[name], weights[name])
+                        weight = _power(gates[name]) * importance[name]
+                        moments[name].add(inputs[name], weight)
+                        moments[name].add_drift(inputs[name], teacher_inputs[name], weight)
         return moments
 
     @staticmethod
@@ -136,7 +141,7 @@ class Streams:
         tier: Tier,
         theirs: Tokens,
         ours: Tokens,
-        weights: Mapping[str, Tensor],
+        importance: Mapping[str, Tensor],
     ) -> None:
         """What the student's tokens miss of the teacher's after these Linears, while they are still dense."""
         wanted = getattr(dense, tier.half)(theirs)
@@ -153,8 +158,8 @@ class Streams:
         gates = student.gates(ours)
         for name in tier.linears:
             missing = student.stream(name, wanted).float() - student.stream(name, found).float()
-            moments[name].add(captured[name], weights[name])
-            moments[name].add_residual(captured[name], missing, gates[name])
+            moments[name].add(captured[name], _power(gates[name]) * importance[name])
+            moments[name].add_residual(captured[name], missing, gates[name], importance[name])
 
     def advance(self, dense: nn.Module, student: nn.Module) -> tuple[float, float]:
         """Run both models through a block; returns the relative drift of image and of text tokens."""
@@ -173,6 +178,20 @@ class Streams:
         img, txt = (difference / power.clamp_min(1e-30)).sqrt().tolist()
         return img, txt
 
+    def last_moments(self) -> Moments:
+        """After the last block: of the final Linear's inputs, and of what its outputs miss of the teacher's."""
+        final = self.teacher.stem.final_layer
+        moments = Moments(final.linear.out_features, final.linear.in_features, self.teacher.device)
+        moments.expect_residual()
+        for group in self.groups:
+            for rows in group.rows(self.batch):
+                theirs, ours = (group.tokens(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
+                x = final.inputs(ours.img, ours.vec)
+                missing = final(theirs.img, theirs.vec).float() - final.linear(x).float()
+                moments.add(x)
+                moments.add_residual(x, missing, torch.ones_like(missing[:, :1]))
+        return moments
+
     def remove(self) -> None:
         """Delete the activations."""
         self.groups = []
@@ -190,6 +209,25 @@ class Streams:
             group.put(rows, TEACHER, tokens)
             group.put(rows, STUDENT, tokens)
         return group
+
+
+def token_importance(linear: str, tokens: Tokens, last: bool) -> Tensor:
+    """How much each token [L] counts of those that a Linear gets.
+
+    Text matters by what image tokens read of it: less where a Linear is for both, and not at all at the end of the
+    last block, behind which only image tokens are used.
+    """
+    img, txt = tokens.img, tokens.txt
+    if linear.startswith(("img_", "txt_")):
+        return torch.ones(img.shape[1] if linear.startswith("img_") else txt.shape[1], device=img.device)
+    weight = torch.ones(txt.shape[1] + img.shape[1], device=img.device)
+    weight[: txt.shape[1]] = 0.0 if last and linear == "linear2" else TEXT_IMPORTANCE
+    return weight
+
+
+def _power(gate: Tensor) -> Tensor:
+    """Mean square [B, 1] of a gate [B, 1, hidden]."""
+    return gate.float().square().mean(2)
 
 
 def many_vectors(

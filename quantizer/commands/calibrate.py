@@ -28,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--damping", type=positive, help="of the second moments, relative (default: 0.03)")
     parser.add_argument("--sweeps", type=natural, help="of descent over codes and scales (default: 3)")
     parser.add_argument("--batch", type=count, help="states at a time (default: by their number of tokens)")
+    options.add_freeze_dense(parser)
     options.add_packing(parser)
     options.add_work(parser)
     parser.set_defaults(interrupted="give the same command again to go on", shared=True)
@@ -55,7 +56,9 @@ def run(args: argparse.Namespace) -> None:
         states = work.trajectories.states(pictures, wanted, args.seed + 1)
         changes = {"damping": args.damping, "sweeps": args.sweeps, "batch": args.batch or work.teacher_batch}
         changes = {name: value for name, value in changes.items() if value is not None}
-        settings = CalibrationSettings(rank=args.rank, packing=args.packing, precisions=precisions, **changes)
+        settings = CalibrationSettings(
+            rank=args.rank, packing=args.packing, precisions=precisions, freeze_dense=args.freeze_dense, **changes
+        )
         finished = work.counter("calibrated blocks", len(work.arch.block_names))
 
         def show(name: str, fit) -> None:

@@ -374,7 +374,11 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden, bias))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        return self.linear(modulate(x, *self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)))
+        return self.linear(self.inputs(x, vec))
+
+    def inputs(self, x: Tensor, vec: Tensor) -> Tensor:
+        """What the Linear gets, [B, I, hidden]."""
+        return modulate(x, *self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1))
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:

@@ -241,7 +241,10 @@ class Run:
             target=target,
             folder=work.folder / "calibrate",
             settings=calibrate.CalibrationSettings(
-                rank=self.rank, batch=work.teacher_batch, precisions=self.decisions.precisions
+                rank=self.rank,
+                batch=work.teacher_batch,
+                precisions=self.decisions.precisions,
+                freeze_dense=self.freeze_dense,
             ),
             overwrite=True,
             on_block=lambda name, fit: count(1),

@@ -11,7 +11,7 @@ from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.calibration.calibrate import CalibrationSettings
 from ternary_flux.quantizer.calibration.columns import EXPONENTS
 from ternary_flux.quantizer.calibration.sensitivity import rounded
-from ternary_flux.quantizer.calibration.streams import Streams, inputs_of, many_vectors
+from ternary_flux.quantizer.calibration.streams import TEXT_IMPORTANCE, Streams, inputs_of, many_vectors
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.precision import precisions_of
@@ -91,6 +91,19 @@ def test_is_better_than_rounding(case):
     assert file.metadata["ternary.method"] == "calibrate"
     assert file.metadata["ternary.source_sha256"] == hashlib.sha256(case.path.read_bytes()).hexdigest()
     assert not (case.folder / "work" / "activations").exists()
+
+
+def test_the_final_linear_makes_up_for_the_blocks(case):
+    path, _ = case.run("refitted", "refitted-work")
+    frozen, _ = case.run("frozen", "frozen-work", freeze_dense=True)
+    assert case.error(path) < 0.9 * case.error(frozen)
+    original, files = case.teacher.checkpoint, [open_ternary(p) for p in (path, frozen)]
+    assert files[0].file.entries.keys() == files[1].file.entries.keys()
+    for name in files[1].dense:
+        if name.removesuffix(".bias") not in files[1].layers:
+            assert torch.equal(files[1].tensor(name), original.tensor(name).bfloat16())
+            changed = not torch.equal(files[0].tensor(name), files[1].tensor(name))
+            assert changed == name.startswith("final_layer.linear."), name
 
 
 def test_a_linear_whose_inputs_have_outliers_gets_full_activations(case, tmp_path):
@@ -235,6 +248,23 @@ def test_moments_are_of_what_the_linears_get(case):
     assert not moments["img_mlp.0"].shift.any()
     streams.remove()
     assert not (case.folder / "streams").exists()
+
+
+def test_text_counts_less_beside_images_and_not_at_all_at_the_end(case):
+    """Moments of a single block's Linears, by hand; image tokens count by the square of the gate."""
+    block, importances = case.teacher.block("single_blocks.0"), {"linear1": TEXT_IMPORTANCE, "linear2": 0.0}
+    with torch.inference_mode(), Streams(case.teacher, case.states, case.conditioning, case.folder / "last") as streams:
+        for tier in block.tiers:
+            for linear in importances.keys() & set(tier.linears):
+                found = streams.moments(block, block, tier, last=True)[linear]
+                second = torch.zeros_like(found.second)
+                for group in streams.groups:
+                    tokens = group.tokens(case.teacher.stem, slice(None), 0)
+                    x, gate = inputs_of(block, [linear], tokens)[linear], block.gates(tokens)[linear]
+                    for part, weight in ((x[:, 3:], 1.0), (x[:, :3], importances[linear])):
+                        power = gate.square().mean(2, keepdim=True)
+                        second += weight * ((power * part).flatten(0, 1).t() @ part.flatten(0, 1)).double()
+                assert (found.second - second).norm() < 1e-4 * second.norm()
 
 
 def test_the_largest_linear_gets_enough_tokens():

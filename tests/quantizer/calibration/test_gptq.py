@@ -91,10 +91,23 @@ def test_a_residual_is_made_up_for():
     assert errors[0] < 0.75 * errors[1]
 
 
+def test_a_dense_linear_is_refitted_to_all_that_is_missing():
+    teacher, w, bias = inputs(tokens=20_000), weight(), 0.1 * torch.randn(N)
+    shrunk = torch.diag(torch.linspace(0.7, 1.0, K))
+    student = teacher @ shrunk + 0.1
+    missing = (teacher - student) @ w.t()
+    collected = moments(student)
+    collected.add_residual(student[:, None], missing[:, None], torch.ones(len(student), 1, N))
+    new, new_bias = gptq.refit(w, bias, collected)
+    left = teacher @ w.t() + bias - student @ new.t() - new_bias
+    assert left.norm() < 0.05 * missing.norm()
+    assert left.mean(0).norm() < 0.01 * missing.mean(0).norm()
+
+
 def test_weights_say_where_errors_count():
     x, w, bias = torch.stack((inputs(1), inputs(2, decay=0.2))), weight(), torch.zeros(N)
     collected = Moments(N, K)
-    collected.add(x, torch.tensor([1.0, 1e-4]))
+    collected.add(x, torch.tensor([[1.0], [1e-4]]).expand(x.shape[:2]))
     first = gptq.solve(w, bias, collected)
     second = gptq.solve(w, bias, moments(x.flatten(0, 1)))
     errors = [output_error(solution, x[0], x[0], w, bias) for solution in (first, second)]
