@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -104,6 +104,12 @@ class Distiller:
     def best_error(self) -> float:
         return min((row["error"] for row in self.log), default=math.inf)
 
+    @property
+    def best_quality(self) -> Quality:
+        """Of what `take_best` puts into the model, as it would be written."""
+        best = min(self.log, key=lambda row: row["error"])
+        return Quality(**{field.name: best[field.name] for field in fields(Quality)})
+
     def loss(self, batch: Batch) -> Tensor:
         """Squared velocity error relative to the teacher's mean square at that timestep, mean over the batch."""
         device = batch.velocity.device
@@ -141,8 +147,7 @@ class Distiller:
         enough = max(1, min(_LOOK, (self.total - self.step) // 4)) if self.course.legs else TIMED_STEPS
         if len(self._recent) >= enough:
             each = sum(self._recent) / len(self._recent) + self.evaluation_seconds / self.settings.evaluate_every
-            # Besides the regular evaluations: that of the end and of the written file.
-            left = self.seconds - self.used - 2 * self.evaluation_seconds
+            left = self.seconds - self.used - self.evaluation_seconds  # of the end, besides the regular ones
             self.course.head_for(ranks.agree(self.step + max(1, int(left / max(each, 1e-9)))), self.step)
             self._recent.clear()
 

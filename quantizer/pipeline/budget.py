@@ -50,13 +50,15 @@ def held_out_pictures(pictures: int, prompts: int) -> int:
     return max(2, min(32, pictures // 8, max(1, prompts // 10)))
 
 
-def calibration_states(seconds: float, left: float, state_seconds: float, enough: int) -> int:
+def calibration_states(seconds: float, left: float, state_seconds: float, enough: int, solving: float = 0.0) -> int:
     """States to calibrate on, of a budget of which so many seconds are left.
 
     `state_seconds`: of a teacher forward of one state. Calibration runs the block's Linears about eight times for each.
+    `solving`: seconds that choosing codes and scales takes, however many states there are; states get what is left of
+    calibration's share, or a quarter of that time where it takes most of the share.
     """
     share = min(_CALIBRATION * seconds, left / 2)
-    return int(min(enough, max(32, share / (16 * state_seconds))))
+    return int(min(enough, max(32, max(share - solving, solving / 4) / (16 * state_seconds))))
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,8 @@ def test_amounts_follow_the_budget_and_stay_within_bounds():
     ]
     assert calibration_states(600, 500, 1e-3, enough=500) == 500
     assert calibration_states(60, 50, 0.01, enough=500) == int(0.2 * 60 / 0.16)
+    assert calibration_states(60, 50, 0.01, enough=500, solving=4.0) == int((0.2 * 60 - 4) / 0.16)
+    assert calibration_states(60, 50, 0.001, enough=500, solving=20.0) == int(20 / 4 / 0.016)
     assert calibration_states(60, 10, 0.01, enough=500) == 32 == calibration_states(1, -5, 10.0, enough=500)
 
 
