@@ -174,7 +174,7 @@ def test_flux_on_a_large_accelerator_trains_codes():
 def test_a_small_model_trains_everything_in_full_precision():
     chosen = plan(ARCH, 32, 4 * GB, torch.device("cpu"))
     assert chosen.codes and not (chosen.packed or chosen.recompute or chosen.eight_bit)
-    assert chosen.batch == 32
+    assert chosen.batch == 12
 
 
 def test_amounts_follow_the_budget_and_stay_within_bounds():
