@@ -101,6 +101,14 @@ class Distiller:
         return self.course.total(self.step)
 
     @property
+    def due(self) -> bool:
+        """Whether to evaluate after this step: regularly, unless the end comes soon, and at the end."""
+        every, total = self.settings.evaluate_every, self.total
+        if total is None:
+            return self.step % every == 0
+        return self.step == total or self.step % every == 0 and total - self.step > every // 2
+
+    @property
     def best_error(self) -> float:
         return min((row["error"] for row in self.log), default=math.inf)
 
@@ -288,7 +296,7 @@ def distill(
             loss = distiller.advance()
             row: dict = {"step": distiller.step, "total": distiller.total, "loss": loss, "seconds": distiller.used}
             row["course"] = tuple(map(tuple, distiller.course.legs))
-            if distiller.step % settings.evaluate_every == 0 or distiller.step == distiller.total:
+            if distiller.due:
                 quality = distiller.evaluate()
                 row |= asdict(quality) | {"detail": quality.detail}
             on_step(row)

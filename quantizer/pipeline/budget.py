@@ -91,6 +91,7 @@ _WAYS = [
     (False, True, True, True),
 ]
 _USED = 0.85  # of the free memory
+_EVALUATING, _LEAST_BETWEEN = 0.05, 20  # part of the forwards of training that evaluations may take; steps
 # Of a training step. In 40 CPU seconds more and smaller steps led the miniature further: 16 states with 24 tokens to a
 # velocity error of 0.053, 42 to 0.061; in 150 seconds it was 0.0335 to 0.0356.
 _STEP_TOKENS = 400
@@ -139,6 +140,14 @@ def training_memory(arch: Architecture, tokens: int, way: Plan) -> int:
     else:
         computed = 40 * token * len(blocks) + weights * codes
     return int(trained + computed + 56 * token + 4 * max(n * k for n, k in arch.linear_shapes.values()))
+
+
+def steps_between_evaluations(held_out: int, batch: int) -> int:
+    """Of training on so many states at a time, so that measuring on so many held-out ones takes a small part of it.
+
+    A step costs about four forwards of each of its states, an evaluation two of each held-out one.
+    """
+    return max(_LEAST_BETWEEN, round(2 * held_out / (_EVALUATING * 4 * batch)))
 
 
 def settings_for(arch_plan: Plan, **changes) -> DistillSettings:

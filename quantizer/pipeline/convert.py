@@ -40,6 +40,7 @@ from .budget import (
     plan_for,
     sampling_seconds,
     settings_for,
+    steps_between_evaluations,
 )
 from .decisions import Decisions, Training
 from .distill_file import distill_file
@@ -259,6 +260,7 @@ class Run:
             self.work.release_teacher()
             self._decide(training=self._training(plan_for(self.work), self._to_train()))
         training = self.decisions.training
+        measured = sum(len(batch.inputs.t) for batch in held_out.batches)
 
         def step(row: dict) -> None:
             if row["course"] != self.decisions.training.course:
@@ -278,6 +280,7 @@ class Run:
                 steps=training.steps,
                 course=training.course,
                 accumulate=training.accumulate,
+                evaluate_every=steps_between_evaluations(measured, training.plan.batch * training.accumulate),
                 freeze_dense=self.freeze_dense,
             ),
             rank=self.rank,

@@ -25,6 +25,7 @@ from ternary_flux.quantizer.pipeline.budget import (
     most_pictures,
     plan,
     sampling_seconds,
+    steps_between_evaluations,
 )
 from ternary_flux.quantizer.pipeline.convert import Run
 from ternary_flux.quantizer.pipeline.decisions import Decisions, Training
@@ -190,6 +191,12 @@ def test_amounts_follow_the_budget_and_stay_within_bounds():
     assert calibration_states(60, 50, 0.01, enough=500, solving=4.0) == int((0.2 * 60 - 4) / 0.16)
     assert calibration_states(60, 50, 0.001, enough=500, solving=20.0) == int(20 / 4 / 0.016)
     assert calibration_states(60, 10, 0.01, enough=500) == 32 == calibration_states(1, -5, 10.0, enough=500)
+
+
+def test_evaluations_take_a_twentieth_of_the_forwards_of_training():
+    for held_out, batch in ((300, 16), (320, 1), (150, 8)):
+        assert 2 * held_out == pytest.approx(0.05 * 4 * batch * steps_between_evaluations(held_out, batch), rel=0.01)
+    assert steps_between_evaluations(4, 32) == 20
 
 
 def test_states_stay_within_the_memory():
