@@ -33,6 +33,7 @@ from .budget import (
     STATES_EACH,
     Budget,
     Plan,
+    calibration_forwards,
     calibration_states,
     default_minutes,
     held_out_pictures,
@@ -233,10 +234,10 @@ class Run:
         if budget.calibration_states is None:
             states = self.amounts.calibration_states
             if states is None:
-                each, solving = self._state_seconds(), calibrate.time_solving(work.arch, work.device, self.clock)
+                each = calibration_forwards(work.device.type) * self._state_seconds() / ranks.world()
+                solving = calibrate.time_solving(work.arch, work.device, self.clock) / ranks.world()
                 enough = calibrate.enough_states(work.arch, work.tokens)
-                world = ranks.world()
-                states = calibration_states(self.budget, self.left, each / world, enough, solving / world)
+                states = calibration_states(self.budget, self.left, each, enough, solving)
             budget = self._decide_amounts(calibration_states=states)
         pictures = work.trajectories.plan("train", budget.pictures)
         count = work.counter("calibrated blocks", len(work.arch.block_names))

@@ -186,11 +186,16 @@ def test_amounts_follow_the_budget_and_stay_within_bounds():
         32,
         5,
     ]
-    assert calibration_states(600, 500, 1e-3, enough=500) == 500
-    assert calibration_states(60, 50, 0.01, enough=500) == int(0.2 * 60 / 0.16)
-    assert calibration_states(60, 50, 0.01, enough=500, solving=4.0) == int((0.2 * 60 - 4) / 0.16)
-    assert calibration_states(60, 50, 0.001, enough=500, solving=20.0) == int(20 / 4 / 0.016)
-    assert calibration_states(60, 10, 0.01, enough=500) == 32 == calibration_states(1, -5, 10.0, enough=500)
+
+
+def test_states_get_what_solving_leaves_of_the_share():
+    """And half of what it takes where it leaves little; too many, or fewer than 32, in no case."""
+    assert calibration_states(600, 500, 0.01, enough=500, solving=0) == 500
+    assert calibration_states(60, 50, 0.1, enough=500, solving=0) == int(0.2 * 60 / 0.1)
+    assert calibration_states(60, 50, 0.1, enough=500, solving=4.0) == int((0.2 * 60 - 4) / 0.1)
+    assert calibration_states(60, 50, 0.1, enough=500, solving=20.0) == int(20 / 2 / 0.1)
+    assert calibration_states(60, 10, 0.2, enough=500, solving=0) == 32
+    assert calibration_states(1, -5, 10.0, enough=500, solving=0) == 32
 
 
 def test_evaluations_take_a_twentieth_of_the_forwards_of_training():
