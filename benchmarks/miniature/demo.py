@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 PACK = HERE.parents[1]
 BATCH = 4  # pictures of a prompt
 SEED = 1_580
-PICTURES, STATES, STEPS = 512, 512, 250  # of the conversion: what three minutes pay for on two cores
+PICTURES, STATES, STEPS = 512, 512, 550  # of the conversion: what three minutes pay for on two cores
 
 
 @dataclass

@@ -10,6 +10,8 @@ hands out packed codes.
 
 import json
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -135,6 +137,17 @@ def enough_states(arch: Architecture, tokens: int) -> int:
     return max(256, -(-32 * inputs // tokens))
 
 
+def time_solving(arch: Architecture, device: torch.device, clock: Callable[[], float] = time.monotonic) -> float:
+    """Seconds of choosing the codes and scales of all Linears, by those of one; they go by the number of inputs."""
+    (n, k), _ = Counter(arch.linear_shapes.values()).most_common(1)[0]
+    weight, moments = torch.randn(n, k, device=device), Moments(n, k, device)
+    moments.add(torch.randn(1, 2 * k, k, device=device))
+    moments.round()
+    started = clock()
+    _solve(weight, torch.zeros(n, device=device), moments, CalibrationSettings(), terms=1).fit  # noqa: B018
+    return (clock() - started) * sum(inputs for _, inputs in arch.linear_shapes.values()) / k
+
+
 def calibration_memory(arch: Architecture, tokens: int, width: int) -> int:
     """Bytes at the peak of a block's calibration, `tokens` at a time, with weights of `width` bytes.
 
@@ -224,16 +237,14 @@ def _refit_final(streams: Streams) -> dict[str, Tensor]:
 def _solve(
     weight: Tensor, bias: Tensor | None, moments: Moments, settings: CalibrationSettings, terms: int
 ) -> gptq.Solution:
-    """With the column scales that leave the smallest error of the outputs, or none."""
-    solve = partial(gptq.solve, damping=settings.damping, sweeps=settings.sweeps, terms=terms)
-
-    def error(rows: Tensor, part: Moments, column: Tensor | None) -> float:
-        some_bias = None if bias is None else rows.new_zeros(len(rows))
-        return solve(rows, some_bias, part, column=column).fit.output_error
-
+    """With the column scales that seem to leave the smallest error of the outputs, or none."""
+    error = partial(gptq.rough_error, centred=bias is not None)
     weight = weight.to(moments.second)
     column, exponent = columns.choose(weight, moments, error, settings.exponents)
-    solution = solve(weight, bias, moments, rank=settings.rank if terms == 1 else 0, column=column)
+    rank = settings.rank if terms == 1 else 0
+    solution = gptq.solve(
+        weight, bias, moments, rank=rank, damping=settings.damping, sweeps=settings.sweeps, terms=terms, column=column
+    )
     return replace(solution, fit=replace(solution.fit, exponent=exponent))
 
 

@@ -1,4 +1,4 @@
-"""Which column scales (`rounding.columns`) suit a Linear, or whether none do: the fit itself decides, on some rows."""
+"""Which column scales (`rounding.columns`) suit a Linear, or whether none do: a rough fit decides, on some rows."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,6 +10,7 @@ from .moments import Moments
 
 EXPONENTS = (-0.25, 0.0, 0.25, 0.5)
 _ROWS = 256  # of the weight, on which the exponents are compared
+_WORTH = 0.998  # of the error without column scales: what they must come below, as less is chance
 
 
 def choose(
@@ -26,7 +27,7 @@ def choose(
         return None, None
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight)), device=weight.device).round().long()
     rms = (moments.second.diagonal() / moments.count.clamp_min(1e-30)).clamp_min(0).sqrt()
-    best, column, chosen = fit(weight[rows], moments.rows(rows), None), None, None
+    best, column, chosen = _WORTH * fit(weight[rows], moments.rows(rows), None), None, None
     for exponent in exponents:
         candidate = column_scales(weight, rms, exponent)
         error = fit(weight[rows], moments.rows(rows), candidate)

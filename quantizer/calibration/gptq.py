@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops import GROUP_SIZE, TernaryWeight, group_codes
+from ...ops.codes import nearest
 from ...ops.scales import MAX_MULTIPLIER, fit_integer_groups
 from .moments import Moments
 
@@ -103,6 +104,28 @@ def refit(weight: Tensor, bias: Tensor | None, moments: Moments) -> tuple[Tensor
     return problem.target, bias
 
 
+def rough_error(weight: Tensor, moments: Moments, column: Tensor | None, centred: bool) -> float:
+    """About the error of the outputs that `solve` would leave with these column scales, for a tenth of the time.
+
+    Codes are rounded to the nearest and descend once, towards the outputs of the weight as it is: nothing is factored.
+    The moments are used up.
+    """
+    target = weight
+    if column is not None:
+        target = target / column.float()
+        moments.scale_inputs(column.float())
+    hessian, _, _ = _covariance(moments, centred)
+    damped = hessian.clone()
+    damped.diagonal().add_(DAMPING)
+    groups = target.unflatten(1, (-1, GROUP_SIZE)).unbind(1)
+    power = damped.diagonal().view(-1, GROUP_SIZE)
+    scales = torch.stack([best_scale(group, p) for group, p in zip(groups, power, strict=True)], 1)
+    codes = nearest(target, dense(torch.ones_like(target), scales))
+    error = target - dense(descend(codes, scales, target @ damped, damped), scales)
+    squares = [((x @ hessian) * x).sum().clamp_min(0) for x in (error, target)]
+    return float((squares[0] / squares[1].clamp_min(1e-30)).sqrt())
+
+
 def _solve_one_term(
     problem: "_Problem", rank: int, sweeps: int, column: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -169,19 +192,12 @@ class _Problem:
     def of(
         cls, weight: Tensor, moments: Moments, centred: bool, damping: float, correction: float = CORRECTION
     ) -> "_Problem":
-        count = moments.count.clamp_min(1e-30)
-        hessian, mean = moments.second.div_(count).float(), (moments.mean / count).float()
+        hessian, mean, unit = _covariance(moments, centred)
         cross, wanted = moments.correction(weight)
-        power = hessian.diagonal().mean()
         if centred:
-            hessian -= torch.outer(mean, mean)
             cross -= torch.outer(wanted, mean)
-        # What is left of inputs that hardly vary is rounding error, and must not be blown up.
-        unit = torch.maximum(hessian.diagonal().mean(), _NOISE * power).clamp_min(torch.finfo(torch.float32).tiny)
         # Few tokens cannot tell what inputs cause from chance.
-        cross *= correction * moments.tokens / (moments.tokens + len(mean))
-        hessian, cross = hessian.div_(unit), cross.div_(unit)
-        hessian = hessian.add_(hessian.t().clone()).div_(2)
+        cross *= correction * moments.tokens / (moments.tokens + len(mean)) / unit
         effective_rank = (hessian.trace().square() / hessian.square().sum().clamp_min(1e-30)).item()
         factor, damping = _factor(hessian, damping)
         factor = factor.float()
@@ -206,6 +222,19 @@ class _Problem:
         """Root of the outputs' power, without the damping."""
         power = (weight @ self.factor).square().sum() - self.damping * weight.square().sum()
         return power.clamp_min(0).sqrt().item()
+
+
+def _covariance(moments: Moments, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """H [K, K] of inputs, from moments that it uses up, with a mean diagonal of 1; their mean [K]; and H's unit."""
+    count = moments.count.clamp_min(1e-30)
+    hessian, mean = moments.second.div_(count).float(), (moments.mean / count).float()
+    power = hessian.diagonal().mean()
+    if centred:
+        hessian -= torch.outer(mean, mean)
+    # What is left of inputs that hardly vary is rounding error, and must not be blown up.
+    unit = torch.maximum(hessian.diagonal().mean(), _NOISE * power).clamp_min(torch.finfo(torch.float32).tiny)
+    hessian = hessian.div_(unit)
+    return hessian.add_(hessian.t().clone()).div_(2), mean, unit
 
 
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:

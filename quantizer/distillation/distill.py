@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -101,8 +101,22 @@ class Distiller:
         return self.course.total(self.step)
 
     @property
+    def due(self) -> bool:
+        """Whether to evaluate after this step: regularly, unless the end comes soon, and at the end."""
+        every, total = self.settings.evaluate_every, self.total
+        if total is None:
+            return self.step % every == 0
+        return self.step == total or self.step % every == 0 and total - self.step > every // 2
+
+    @property
     def best_error(self) -> float:
         return min((row["error"] for row in self.log), default=math.inf)
+
+    @property
+    def best_quality(self) -> Quality:
+        """Of what `take_best` puts into the model, as it would be written."""
+        best = min(self.log, key=lambda row: row["error"])
+        return Quality(**{field.name: best[field.name] for field in fields(Quality)})
 
     def loss(self, batch: Batch) -> Tensor:
         """Squared velocity error relative to the teacher's mean square at that timestep, mean over the batch."""
@@ -141,8 +155,7 @@ class Distiller:
         enough = max(1, min(_LOOK, (self.total - self.step) // 4)) if self.course.legs else TIMED_STEPS
         if len(self._recent) >= enough:
             each = sum(self._recent) / len(self._recent) + self.evaluation_seconds / self.settings.evaluate_every
-            # Besides the regular evaluations: that of the end and of the written file.
-            left = self.seconds - self.used - 2 * self.evaluation_seconds
+            left = self.seconds - self.used - self.evaluation_seconds  # of the end, besides the regular ones
             self.course.head_for(ranks.agree(self.step + max(1, int(left / max(each, 1e-9)))), self.step)
             self._recent.clear()
 
@@ -283,7 +296,7 @@ def distill(
             loss = distiller.advance()
             row: dict = {"step": distiller.step, "total": distiller.total, "loss": loss, "seconds": distiller.used}
             row["course"] = tuple(map(tuple, distiller.course.legs))
-            if distiller.step % settings.evaluate_every == 0 or distiller.step == distiller.total:
+            if distiller.due:
                 quality = distiller.evaluate()
                 row |= asdict(quality) | {"detail": quality.detail}
             on_step(row)

@@ -33,6 +33,7 @@ from .budget import (
     STATES_EACH,
     Budget,
     Plan,
+    calibration_forwards,
     calibration_states,
     default_minutes,
     held_out_pictures,
@@ -40,6 +41,7 @@ from .budget import (
     plan_for,
     sampling_seconds,
     settings_for,
+    steps_between_evaluations,
 )
 from .decisions import Decisions, Training
 from .distill_file import distill_file
@@ -133,16 +135,18 @@ class Run:
         seconds = self._timed("round", rounded, lambda: ranks.once(partial(self._round, rounded)))
         self._share_processors()
         held_out = work.hold_out(self.decisions.budget.held_out)
-        stages = [self._finished("round", rounded, seconds, held_out)]
+        stages = [self._finished("round", rounded, seconds, work.measure(rounded, held_out))]
 
         pool = self._sample()
         if self.decisions.precisions is None:
             self._decide(precisions=self._precisions(rounded, held_out) if self.growth else {})
         seconds = self._timed("calibrate", calibrated, lambda: self._calibrate(rounded, calibrated))
-        stages.append(self._finished("calibrate", calibrated, seconds, held_out))
+        stages.append(self._finished("calibrate", calibrated, seconds, work.measure(calibrated, held_out)))
 
-        seconds = self._timed("distill", None, lambda: self._distill(calibrated, pool, held_out))
-        return [*stages, self._finished("distill", self.target, seconds, held_out)]
+        self._begin("distill")
+        started = time.monotonic()
+        quality = self._distill(calibrated, pool, held_out)
+        return [*stages, self._finished("distill", self.target, time.monotonic() - started, quality)]
 
     @property
     def _kept(self) -> Path:
@@ -158,14 +162,17 @@ class Run:
         self._decide(budget=replace(self.decisions.budget, **changes))
         return self.decisions.budget
 
-    def _timed(self, name: str, file: Path | None, make: Callable[[], object]) -> float:
-        """Make the file where it is missing (None: in any case); returns the seconds that it took."""
+    def _begin(self, name: str) -> None:
+        self.on_message(f"{name} ({self._left_text()})")
+        self._share_processors()
+
+    def _timed(self, name: str, file: Path, make: Callable[[], object]) -> float:
+        """Make the file where it is missing; returns the seconds that it took."""
         started = time.monotonic()
-        if file is None or ranks.agree(not file.exists()):
-            self.on_message(f"{name} ({self._left_text()})")
-            self._share_processors()
+        if ranks.agree(not file.exists()):
+            self._begin(name)
             make()
-        elif file is not None:
+        else:
             open_kept(file)
         return time.monotonic() - started
 
@@ -174,8 +181,7 @@ class Run:
         if self.work.device.type == "cpu":
             leave_busy_processors(self.threads)
 
-    def _finished(self, name: str, file: Path, seconds: float, held_out: HeldOut) -> FinishedStage:
-        quality = self.work.measure(file, held_out)
+    def _finished(self, name: str, file: Path, seconds: float, quality: Quality) -> FinishedStage:
         self.on_message(f"  {name}: velocity error {quality.error:.4f} on held-out prompts, {seconds:.0f} s")
         return FinishedStage(name, str(file), os.path.getsize(file) / 1e6, seconds, quality)
 
@@ -186,7 +192,7 @@ class Run:
         """Only how many to measure on, for about as many pictures as the machine seems to be fast enough for."""
         pictures, steps = self.amounts.pictures, self.work.trajectories.steps
         if pictures is None:
-            each = steps * self.work.time_state(self.clock) / ranks.world()
+            each = steps * self._state_seconds() / ranks.world()
             expected = int(sampling_seconds(self.budget, steps) / each)
             pictures = max(LEAST_PICTURES, min(most_pictures(self.work.state_capacity), expected))
         return Budget(None, None, held_out_pictures(pictures, len(self.work.conditioning)))
@@ -216,7 +222,7 @@ class Run:
         self.on_message(f"looking for the most sensitive Linears ({self._left_text()})")
         file = open_ternary(rounded)
         # Three forms of each, and half of the blocks come after it.
-        state_seconds = self.work.time_state(self.clock)
+        state_seconds = self._state_seconds()
         states = int(CHOICE * self.budget / (1.5 * len(file.layers) * state_seconds))
         batches, count = subset(held_out.batches, states), self.work.counter("measured layers", len(file.layers))
         measured = sensitivities(file, self.work.teacher, batches, on_layer=count)
@@ -228,9 +234,10 @@ class Run:
         if budget.calibration_states is None:
             states = self.amounts.calibration_states
             if states is None:
-                each = work.time_state(self.clock) / ranks.world()
+                each = calibration_forwards(work.device.type) * self._state_seconds() / ranks.world()
+                solving = calibrate.time_solving(work.arch, work.device, self.clock) / ranks.world()
                 enough = calibrate.enough_states(work.arch, work.tokens)
-                states = calibration_states(self.budget, self.left, each, enough)
+                states = calibration_states(self.budget, self.left, each, enough, solving)
             budget = self._decide_amounts(calibration_states=states)
         pictures = work.trajectories.plan("train", budget.pictures)
         count = work.counter("calibrated blocks", len(work.arch.block_names))
@@ -251,12 +258,13 @@ class Run:
             sha256=open_ternary(rounded).metadata["ternary.source_sha256"],
         )
 
-    def _distill(self, start: Path, pool: Pool, held_out: HeldOut) -> None:
+    def _distill(self, start: Path, pool: Pool, held_out: HeldOut) -> Quality:
+        """Returns the quality of the file that it writes."""
         if self.decisions.training is None:
-            state_seconds = self.work.time_state(self.clock)
             self.work.release_teacher()
-            self._decide(training=self._training(plan_for(self.work), self._to_train(), state_seconds))
+            self._decide(training=self._training(plan_for(self.work), self._to_train()))
         training = self.decisions.training
+        measured = sum(len(batch.inputs.t) for batch in held_out.batches)
 
         def step(row: dict) -> None:
             if row["course"] != self.decisions.training.course:
@@ -276,6 +284,7 @@ class Run:
                 steps=training.steps,
                 course=training.course,
                 accumulate=training.accumulate,
+                evaluate_every=steps_between_evaluations(measured, training.plan.batch * training.accumulate),
                 freeze_dense=self.freeze_dense,
             ),
             rank=self.rank,
@@ -289,18 +298,23 @@ class Run:
             on_block=lambda result: self.on_message(f"  {result.name}: {result.before:.4f} -> {result.after:.4f}"),
         )
         self._decide(training=replace(self.decisions.training, steps=distiller.total))
+        return distiller.best_quality
+
+    def _state_seconds(self) -> float:
+        """Of a teacher forward of one state now; timing takes a hundredth of the budget at most, or three forwards."""
+        return self.work.time_state(self.clock, min(2.0, 0.01 * self.budget))
 
     def _to_train(self) -> float:
         """Seconds for training: what is left, and some where nothing is."""
         return max(_LEAST_TRAINING * self.budget, self.left - _RESERVE * self.budget)
 
-    def _training(self, plan: Plan, seconds: float, state_seconds: float) -> Training:
+    def _training(self, plan: Plan, seconds: float) -> Training:
         """What to train and for how long."""
         codes, blocks = plan.codes if self.codes is None else self.codes and plan.codes, None
         if not codes and self.codes is not False:
             count = len(self.work.arch.block_names)
             # A step of a block costs about four teacher forwards of the block.
-            each = 4 * state_seconds * plan.batch / count
+            each = 4 * self._state_seconds() * plan.batch / count
             steps = int(min(400, BLOCKWISE * seconds / count / max(each, 1e-9)))
             states = max(plan.batch, 64 // plan.batch * plan.batch)
             stream = plan.autocast or torch.float32

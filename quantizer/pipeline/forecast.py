@@ -21,6 +21,7 @@ from .budget import (
     LEAST_PICTURES,
     STATES_EACH,
     Plan,
+    calibration_forwards,
     calibration_states,
     held_out_pictures,
     most_pictures,
@@ -137,14 +138,14 @@ def forecast(
         answered("label", f"{STATES_EACH * pictures} states", pictures * STATES_EACH / 2),
     ]
     left = seconds - sum(stage.seconds for stage in stages)
-    states = calibration_states(seconds, left, each, enough_states(arch, tokens))
-    solving = _SOLVING * sum(k for _, k in arch.linear_shapes.values())
+    solving, forwards = _SOLVING * sum(k for _, k in arch.linear_shapes.values()), calibration_forwards(machine.kind)
+    states = calibration_states(seconds, left, forwards * each, enough_states(arch, tokens), solving)
     calibrating = PlannedStage(
         "calibrate",
         f"{states} states",
         calibration_memory(arch, batch * tokens, width),
         blocks,
-        16 * states * compute + solving,
+        forwards * states * compute + solving,
     )
     stages.append(calibrating)
 

@@ -138,8 +138,8 @@ class Workspace:
         affordable = seen // (self.trajectories.steps + STATES_EACH // 2)
         return min(max(_FEWEST_WITHOUT_BUDGET, affordable), MAX_PICTURES, max(1, self.state_capacity // STATES_EACH))
 
-    def time_state(self, clock: Callable[[], float] = time.monotonic) -> float:
-        """Seconds of a teacher forward for one state now: the mean of three, or of as many as two seconds allow.
+    def time_state(self, clock: Callable[[], float] = time.monotonic, seconds: float = 2.0) -> float:
+        """Seconds of a teacher forward for one state now: the mean of three, or of as many as so many seconds allow.
 
         Of the slowest rank.
         """
@@ -148,7 +148,7 @@ class Workspace:
         context, pooled = self.conditioning.batch([0] * size)
         guidance = torch.full((size,), 3.5) if self.arch.guidance else None
         times: list[float] = []
-        while len(times) < 3 or sum(times) * size < 2:
+        while len(times) < 3 or sum(times) * size < seconds:
             started = clock()
             self.teacher(torch.randn(size, *shape), torch.full((size,), 0.5), context, pooled, guidance).cpu()
             times.append((clock() - started) / size)

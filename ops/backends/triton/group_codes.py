@@ -1,7 +1,7 @@
 """group_codes: ternary codes of a group's 128 inputs, one after the other, each change passed on to those after it.
 
 A program keeps the block of its outputs in the registers of one warp, so that no sum waits for another warp. In torch
-these are 512 launches for each group.
+these are 640 launches for each group.
 """
 
 import torch

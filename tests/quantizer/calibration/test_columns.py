@@ -1,9 +1,12 @@
 """Column scales undo what a function-preserving scaling of channels does to a Linear, and nothing else."""
 
+from functools import partial
+
 import pytest
 import torch
 from ternary_flux.quantizer.calibration import columns, gptq
 from ternary_flux.quantizer.calibration.moments import Moments
+from ternary_flux.quantizer.rounding.columns import column_scales
 
 N, K, TOKENS = 32, 256, 1500
 
@@ -33,8 +36,7 @@ def moments(x: torch.Tensor) -> Moments:
     return collected
 
 
-def fit(rows: torch.Tensor, part: Moments, column: torch.Tensor | None) -> float:
-    return gptq.solve(rows, torch.zeros(len(rows)), part, sweeps=1, column=column).fit.output_error
+fit = partial(gptq.rough_error, centred=True)
 
 
 def error(solution: gptq.Solution, x: torch.Tensor, w: torch.Tensor) -> float:
@@ -57,6 +59,19 @@ def test_outlier_channels_cost_nothing(rank, terms):
     assert solution.fit.weight_error == pytest.approx(
         float((solution.weight.dequantize() - w / s).norm() / (w / s).norm()), rel=1e-4
     )
+
+
+def test_the_rough_fit_sees_what_the_whole_one_does():
+    x, w, s = inputs(), weight(), spread()
+    collected = moments(x * s)
+    scales = [None, *(column_scales(w / s, (x * s).square().mean(0).sqrt(), a) for a in columns.EXPONENTS)]
+    whole, rough = [], []
+    for column in scales:
+        rows = torch.arange(N)
+        solution = gptq.solve(w / s, torch.zeros(N), collected.rows(rows), column=column)
+        whole.append(solution.fit.output_error)
+        rough.append(fit(w / s, collected.rows(rows), column))
+    assert whole[rough.index(min(rough))] < 1.02 * min(whole) < 0.8 * whole[0]
 
 
 def test_columns_that_are_alike_stay_without_scales():

@@ -188,7 +188,13 @@ def test_a_budget_in_seconds_pays_for_evaluations_too(files, data):
     distiller.evaluation_seconds = distiller.used = 20.0  # as after that of the start
     for _ in range(12):
         distiller.advance()
-    assert distiller.total <= 12 + (100 - 3 * 20) / (20 / 10), "thousands of these steps alone would fit"
+    assert distiller.total <= 12 + (100 - 2 * 20) / (20 / 10), "thousands of these steps alone would fit"
+
+
+def test_no_evaluation_shortly_before_the_last(files, data):
+    distiller, _ = make(files, data, steps=20, evaluate_every=6)
+    distill(distiller)
+    assert [row["step"] for row in distiller.log] == [0, 6, 12, 20]
 
 
 class Clock:

@@ -25,6 +25,7 @@ from ternary_flux.quantizer.pipeline.budget import (
     most_pictures,
     plan,
     sampling_seconds,
+    steps_between_evaluations,
 )
 from ternary_flux.quantizer.pipeline.convert import Run
 from ternary_flux.quantizer.pipeline.decisions import Decisions, Training
@@ -174,7 +175,7 @@ def test_flux_on_a_large_accelerator_trains_codes():
 def test_a_small_model_trains_everything_in_full_precision():
     chosen = plan(ARCH, 32, 4 * GB, torch.device("cpu"))
     assert chosen.codes and not (chosen.packed or chosen.recompute or chosen.eight_bit)
-    assert chosen.batch == 32
+    assert chosen.batch == 12
 
 
 def test_amounts_follow_the_budget_and_stay_within_bounds():
@@ -185,9 +186,22 @@ def test_amounts_follow_the_budget_and_stay_within_bounds():
         32,
         5,
     ]
-    assert calibration_states(600, 500, 1e-3, enough=500) == 500
-    assert calibration_states(60, 50, 0.01, enough=500) == int(0.2 * 60 / 0.16)
-    assert calibration_states(60, 10, 0.01, enough=500) == 32 == calibration_states(1, -5, 10.0, enough=500)
+
+
+def test_states_get_what_solving_leaves_of_the_share():
+    """And half of what it takes where it leaves little; too many, or fewer than 32, in no case."""
+    assert calibration_states(600, 500, 0.01, enough=500, solving=0) == 500
+    assert calibration_states(60, 50, 0.1, enough=500, solving=0) == int(0.2 * 60 / 0.1)
+    assert calibration_states(60, 50, 0.1, enough=500, solving=4.0) == int((0.2 * 60 - 4) / 0.1)
+    assert calibration_states(60, 50, 0.1, enough=500, solving=20.0) == int(20 / 2 / 0.1)
+    assert calibration_states(60, 10, 0.2, enough=500, solving=0) == 32
+    assert calibration_states(1, -5, 10.0, enough=500, solving=0) == 32
+
+
+def test_evaluations_take_a_twentieth_of_the_forwards_of_training():
+    for held_out, batch in ((300, 16), (320, 1), (150, 8)):
+        assert 2 * held_out == pytest.approx(0.05 * 4 * batch * steps_between_evaluations(held_out, batch), rel=0.01)
+    assert steps_between_evaluations(4, 32) == 20
 
 
 def test_states_stay_within_the_memory():
