@@ -2,9 +2,8 @@
 
 The same formulas decide in a real run (`budget`, `model.teacher`, `calibration`); here a described machine takes the
 place of the clock. Times are those of products: a forward reaches 0.7 of the speed of a large product, as FLUX.1 [dev]
-at 1024 pixels does on an H200 (docs/kernels.md), and calibration takes 0.9 ms for each input of a Linear beside its
-forwards, as the miniature did there (benchmarks/results/checks-NVIDIA-H200.json) before a kernel chose the codes: more
-than it takes now, by how much is not measured.
+at 1024 pixels does on an H200 (docs/kernels.md), and calibration takes 0.22 ms for each input of a Linear beside its
+states, as it does there at FLUX.1's width (benchmarks/results/stages-NVIDIA-H200.json).
 """
 
 import time
@@ -31,7 +30,7 @@ from .budget import (
 )
 
 _FORWARD = 0.7  # of the speed of a large product
-_SOLVING = 0.9e-3  # seconds for each input of each Linear
+_SOLVING = 0.22e-3  # seconds for each input of each Linear
 _ROUNDING = 30e6  # weights in a second on two cores (docs/convert.md)
 _TRAINING = 4  # forwards that a trained state costs
 _CAPACITY = 1 << 18  # states that main memory holds
