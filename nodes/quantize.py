@@ -212,7 +212,8 @@ class QuantizeFlux(io.ComfyNode):
                 source = stack.enter_context(_written(model, base / f"{target.stem}.safetensors"))
             arguments = _options(minutes, **options)
             words = _words(prompts, clip, conditioning, conditioning_file)
-            request = _digest(fingerprint(open_checkpoint(source)), arguments, words)
+            encoders = _encoders(clip) if isinstance(words, list) else []
+            request = _digest(fingerprint(open_checkpoint(source)), arguments, words, encoders)
             work = base / f"{target.stem}-{request}"
             if target.exists():
                 return _done(target, request, work, show)
@@ -277,12 +278,15 @@ def _dense(name: str) -> Path:
 @contextlib.contextmanager
 def _written(model, path: Path) -> Iterator[Path]:
     """A MODEL with its patches as a file, for as long as the block runs; the ternary model's title is its name."""
+    refused = ValueError("this MODEL is no dense FLUX: load a FLUX.1 or FLUX.2 with the node Load Diffusion Model")
+    if not {"img_in.weight", "txt_in.weight"} <= model.model.diffusion_model.state_dict().keys():
+        raise refused
     comfy.load_models_gpu([model])
     tensors = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
     save(path, tensors, overwrite=True)
     try:
         if identify(path).kind != "dense":
-            raise ValueError("this MODEL is no dense FLUX: load a FLUX.1 or FLUX.2 with the node Load Diffusion Model")
+            raise refused
         yield path
     finally:
         path.unlink(missing_ok=True)
@@ -316,6 +320,12 @@ def _words(prompts: str, clip, conditioning, conditioning_file: str):
     if clip is not None:
         return _lines(prompts)
     raise ValueError("connect clip (with prompts, or this pack's own), or conditioning, or name a conditioning_file")
+
+
+def _encoders(clip) -> list:
+    """What tells text encoders of one model from those of another; encodings of the same ones may differ by a bit."""
+    encoders = clip.cond_stage_model
+    return [type(encoders).__name__, *((name, list(value.shape)) for name, value in encoders.state_dict().items())]
 
 
 def _lines(prompts: str) -> list[str]:

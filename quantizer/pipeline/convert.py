@@ -163,7 +163,7 @@ class Run:
         return self.decisions.budget
 
     def _begin(self, name: str) -> None:
-        self.on_message(f"{name} ({self._left_text()})")
+        self._say(name)
         self._share_processors()
 
     def _timed(self, name: str, file: Path, make: Callable[[], object]) -> float:
@@ -185,8 +185,12 @@ class Run:
         self.on_message(f"  {name}: velocity error {quality.error:.4f} on held-out prompts, {seconds:.0f} s")
         return FinishedStage(name, str(file), os.path.getsize(file) / 1e6, seconds, quality)
 
-    def _left_text(self) -> str:
-        return f"about {max(0, round(self.left / 60))} min left" if self.left > 90 else "less than 2 min left"
+    def _say(self, message: str) -> None:
+        """With the time that is left, unless the amounts are fixed and take the time that they take."""
+        if not all(asdict(self.amounts).values()):
+            minutes = f"about {round(self.left / 60)} min left" if self.left > 90 else "less than 2 min left"
+            message = f"{message} ({minutes})"
+        self.on_message(message)
 
     def _first_budget(self) -> Budget:
         """Only how many to measure on, for about as many pictures as the machine seems to be fast enough for."""
@@ -203,7 +207,7 @@ class Run:
         if budget.pictures is None:
             if self.decisions.began is None:
                 self._decide(began=self.used)
-            self.on_message(f"sampling pictures with the original model ({self._left_text()})")
+            self._say("sampling pictures with the original model")
             self._share_processors()
             pictures = self.amounts.pictures
             if pictures is None:
@@ -211,7 +215,7 @@ class Run:
                 most = most_pictures(work.state_capacity)
                 pictures = work.sample_within(end - self.used, most, self.clock)
             budget = self._decide_amounts(pictures=pictures, states=STATES_EACH * pictures)
-        self.on_message(f"  {budget.pictures} pictures, {budget.states} states ({self._left_text()})")
+        self._say(f"  {budget.pictures} pictures, {budget.states} states")
         return work.label_states(budget.pictures, budget.states)
 
     def _round(self, target: Path) -> None:
@@ -219,7 +223,7 @@ class Run:
 
     def _precisions(self, rounded: Path, held_out: HeldOut) -> dict[str, str]:
         """The Linears in two terms or 8 bits, by name."""
-        self.on_message(f"looking for the most sensitive Linears ({self._left_text()})")
+        self._say("looking for the most sensitive Linears")
         file = open_ternary(rounded)
         # Three forms of each, and half of the blocks come after it.
         state_seconds = self._state_seconds()

@@ -45,6 +45,8 @@ def test_prompts_are_encoded_by_the_clip_of_the_graph(comfy, quantize, display, 
         files = [str(path) for path in paths]
         clip = comfy.sd.load_clip(files, clip_type=comfy.sd.CLIPType.FLUX)
         path = quantize._conditioning(tmp_path, words, clip, None, "", display)
+        again, other = (comfy.sd.load_clip(some, clip_type=comfy.sd.CLIPType.FLUX) for some in (files, files[:1]))
+        assert quantize._encoders(again) == quantize._encoders(clip) != quantize._encoders(other)
         command = ["embed", "-o", str(tmp_path / "embedded.safetensors"), "--prompts", str(tmp_path / "prompts.txt")]
         assert run([*command, "--text-encoders", *files]) == 0
     written = path.read_bytes()
@@ -96,6 +98,21 @@ def test_a_ternary_model_is_refused(comfy, quantize, tmp_path, path):
         pytest.raises(ValueError, match="this MODEL is no dense FLUX"),
         quantize._written(model, tmp_path / "mine.safetensors"),
     ):
+        pass
+
+
+def test_a_model_of_another_kind_is_refused_before_it_is_written(comfy, quantize, tmp_path):
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+    from comfy.supported_models import SD15
+
+    config = {"in_channels": 4, "model_channels": 32, "out_channels": 4, "num_res_blocks": [1], "channel_mult": [1]}
+    config |= {"transformer_depth": [0], "transformer_depth_output": [0, 0], "transformer_depth_middle": 0}
+    config |= {"num_heads": 1, "use_spatial_transformer": True, "context_dim": 8, "legacy": False, "image_size": 32}
+    cpu = torch.device("cpu")
+    model = ModelPatcher(BaseModel(SD15(config), device=cpu), cpu, cpu)
+    path = tmp_path / "missing folder" / "mine.safetensors"  # writing there would be another error
+    with pytest.raises(ValueError, match="this MODEL is no dense FLUX"), quantize._written(model, path):
         pass
 
 

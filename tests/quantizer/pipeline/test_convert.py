@@ -259,6 +259,8 @@ def test_amounts_that_are_given_are_not_decided_by_the_clock(source, capsys):
     output = source / "fixed.safetensors"
     fixed = ["--pictures", "17", "--calibration-states", "33", "--steps", "14"]
     assert cli.run(command(source, output, *fixed)) == 0
+    printed = capsys.readouterr()
+    assert "min left" not in printed.out + printed.err  # nobody can know
     decisions = Decisions.load(source / "fixed.safetensors.work" / "decisions.json")
     assert decisions.budget == Budget(17, 12 * 17, 2, 33)
     assert decisions.training.steps == 14 and decisions.training.course == ((0, 0.0, 14),)
