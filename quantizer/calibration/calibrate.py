@@ -36,7 +36,7 @@ from ..files.layer import LayerPlan
 from ..files.precision import int8_tensors
 from ..files.ternary import create_ternary
 from ..files.work_folder import keep_settings, open_kept
-from ..model.flux import linear_of
+from ..model.flux import Part, linear_of, parts_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
@@ -44,7 +44,7 @@ from . import columns, gptq
 from .gptq import LayerFit
 from .moments import Moments
 from .sensitivity import rounded
-from .statistics import LayerStatistics, needs_full_precision, watched
+from .statistics import InputSums, LayerStatistics, needs_full_precision, watched
 from .streams import Streams
 
 _COMPUTED = 64  # values of the hidden size at most for a token of either stream
@@ -187,35 +187,20 @@ def _calibrate_block(
         if chosen == "int8":
             weight = linear_of(student, linear).weight
             weight.copy_(rounded(weight, chosen))
-    results: dict[str, gptq.Solution] = {}
-    if ranks.agree(path.exists()):
-        results = _load_block(path, student)
-    else:
-        for tier in dense.tiers:
-            linears = tuple(linear for linear in tier.linears if precisions[linear] != "int8")
-            if not linears:
-                continue
-            owners = {linear: number % ranks.world() for number, linear in enumerate(linears)}  # all of one size
+    kept = ranks.agree(path.exists())
+    results: dict[str, gptq.Solution] = _load_block(path, student) if kept else {}
+    sums: dict[str, InputSums] = {}
+    parts = parts_of(dense)
+    for part in parts:
+        if not kept:
             last = name == streams.teacher.arch.block_names[-1]
-            collected = streams.moments(dense, student, replace(tier, linears=linears), last)
-            for linear, owner in owners.items():
-                collected[linear].collect(owner)
-            solved = {}
-            for linear, owner in owners.items():
-                moments = collected.pop(linear)
-                if owner == ranks.rank():
-                    module, terms = linear_of(student, linear), 2 if precisions[linear] == "two-terms" else 1
-                    solved[linear] = _solve(module.weight, module.bias, moments, settings, terms)
-                del moments
-            for linear, owner in owners.items():
-                module = linear_of(student, linear)
-                solution = _hand_out(solved.get(linear), owner, module)
-                results[linear] = solution
-                _apply(module, solution.weight, solution.bias)
-        if ranks.first():
-            _save_block(path, results)
-    with watched(student, {linear: solution.weight for linear, solution in results.items()}) as sums:
-        img_drift, txt_drift = streams.advance(dense, student)
+            results |= _solve_part(part, dense, student, streams, settings, precisions, last)
+            if part == parts[-1] and ranks.first():
+                _save_block(path, results)
+        here = [linear for tier in part.tiers for linear in tier.linears if linear in results]
+        with watched(student, {linear: results[linear].weight for linear in here}) as watching:
+            img_drift, txt_drift = streams.advance(dense, student, part)
+        sums |= watching
     ranks.add_up([tensor for collected in sums.values() for tensor in collected.tensors])
     layers = {linear: solution.fit for linear, solution in results.items()}
     statistics = {
@@ -223,6 +208,39 @@ def _calibrate_block(
         for linear, collected in sums.items()
     }
     return BlockFit(layers, statistics, img_drift, txt_drift)
+
+
+def _solve_part(
+    part: Part,
+    dense: nn.Module,
+    student: nn.Module,
+    streams: Streams,
+    settings: CalibrationSettings,
+    precisions: Mapping[str, str],
+    last: bool,
+) -> dict[str, gptq.Solution]:
+    """Ternary weights of the Linears in a part of a block, tier after tier; the student has them from then on."""
+    results: dict[str, gptq.Solution] = {}
+    for tier in part.tiers:
+        linears = tuple(linear for linear in tier.linears if precisions[linear] != "int8")
+        if not linears:
+            continue
+        owners = {linear: number % ranks.world() for number, linear in enumerate(linears)}  # all of one size
+        collected = streams.moments(dense, student, part, replace(tier, linears=linears), last)
+        for linear, owner in owners.items():
+            collected[linear].collect(owner)
+        solved = {}
+        for linear, owner in owners.items():
+            moments = collected.pop(linear)
+            if owner == ranks.rank():
+                module, terms = linear_of(student, linear), 2 if precisions[linear] == "two-terms" else 1
+                solved[linear] = _solve(module.weight, module.bias, moments, settings, terms)
+            del moments
+        for linear, owner in owners.items():
+            module = linear_of(student, linear)
+            results[linear] = _hand_out(solved.get(linear), owner, module)
+            _apply(module, results[linear].weight, results[linear].bias)
+    return results
 
 
 def _refit_final(streams: Streams) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ranks
 from ..files.atomic import check_space, in_bytes, reserve
 from ..files.container import size_of
-from ..model.flux import Flux, Tier, Tokens, linear_of
+from ..model.flux import Flux, Part, Tier, Tokens, linear_of
 from ..model.teacher import Teacher
 from ..pictures.conditioning import Conditioning
 from ..pictures.states import States
@@ -68,7 +68,7 @@ class TokenFile:
 
 
 class Streams:
-    """Both models' tokens at this rank's share of the states; `advance` takes them through one more block."""
+    """Both models' tokens at this rank's share of the states; `advance` takes them through one more part of a block."""
 
     def __init__(
         self,
@@ -83,6 +83,7 @@ class Streams:
         Ranks share whole batches: each is computed in the same bits whatever their number.
         """
         self.teacher, self.folder, self.batch = teacher, Path(folder) / str(ranks.rank()), batch
+        self.teacher_ahead = False  # by the part of a block that the student has yet to go through
         ranks.once(lambda: shutil.rmtree(folder, ignore_errors=True))
         self.folder.mkdir(parents=True)
         try:
@@ -99,10 +100,13 @@ class Streams:
     def __exit__(self, *_) -> None:
         self.remove()
 
-    def moments(self, dense: nn.Module, student: nn.Module, tier: Tier, last: bool = False) -> dict[str, Moments]:
-        """Moments of the inputs of a tier's Linears over this rank's states.
+    def moments(
+        self, dense: nn.Module, student: nn.Module, part: Part, tier: Tier, last: bool = False
+    ) -> dict[str, Moments]:
+        """Moments of the inputs of a tier's Linears, in this part of a block, over this rank's states.
 
-        `dense` is the teacher's block, `last` whether none comes after it.
+        `dense` is the teacher's block, `last` whether none comes after it. A tier that adds to the tokens takes the
+        teacher's through the part.
         """
         linears = tier.linears
         device = self.teacher.device
@@ -120,60 +124,70 @@ class Streams:
                 collected.expect_drift()
         for group in self.groups:
             for rows in group.rows(self.batch):
-                theirs, ours = (group.tokens(self.teacher.stem, rows, model) for model in (TEACHER, STUDENT))
+                ours = group.tokens(self.teacher.stem, rows, STUDENT)
                 importance = {name: token_importance(name, ours, last) for name in linears}
                 if tier.role == "add":
-                    self._add_residuals(moments, dense, student, tier, theirs, ours, importance)
+                    wanted = self._teachers_after(dense, part, group, rows)
+                    self._add_residuals(moments, student, part, wanted, ours, importance)
                 else:
                     gates = student.gates(ours)
-                    teacher_inputs, inputs = inputs_of(dense, linears, theirs), inputs_of(student, linears, ours)
+                    theirs = group.tokens(self.teacher.stem, rows, TEACHER)
+                    teacher_inputs = inputs_of(dense, linears, theirs, part)
+                    inputs = inputs_of(student, linears, ours, part)
                     for name in linears:
                         weight = _power(gates[name]) * importance[name]
                         moments[name].add(inputs[name], weight)
                         moments[name].add_drift(inputs[name], teacher_inputs[name], weight)
+        self.teacher_ahead = tier.role == "add"
         return moments
+
+    def _teachers_after(self, dense: nn.Module, part: Part, group: TokenFile, rows: slice) -> Tokens:
+        """The teacher's tokens after a part of its block, which is computed once."""
+        tokens = group.tokens(self.teacher.stem, rows, TEACHER)
+        if not self.teacher_ahead:
+            tokens = part.of(dense)(tokens)
+            group.put(rows, TEACHER, tokens)
+        return tokens
 
     @staticmethod
     def _add_residuals(
         moments: Mapping[str, Moments],
-        dense: nn.Module,
         student: nn.Module,
-        tier: Tier,
-        theirs: Tokens,
+        part: Part,
+        wanted: Tokens,
         ours: Tokens,
         importance: Mapping[str, Tensor],
     ) -> None:
-        """What the student's tokens miss of the teacher's after these Linears, while they are still dense."""
-        wanted = getattr(dense, tier.half)(theirs)
+        """What the student's tokens miss of those that are wanted after these Linears, while they are still dense."""
         captured = {}
         handles = [
             student.get_submodule(name).register_forward_pre_hook(
                 lambda _, arguments, name=name: captured.__setitem__(name, arguments[0])
             )
-            for name in tier.linears
+            for name in moments
         ]
-        found = getattr(student, tier.half)(ours)
+        found = part.of(student)(ours)
         for handle in handles:
             handle.remove()
         gates = student.gates(ours)
-        for name in tier.linears:
+        for name in moments:
             missing = student.stream(name, wanted).float() - student.stream(name, found).float()
             moments[name].add(captured[name], _power(gates[name]) * importance[name])
             moments[name].add_residual(captured[name], missing, gates[name], importance[name])
 
-    def advance(self, dense: nn.Module, student: nn.Module) -> tuple[float, float]:
-        """Run both models through a block; returns the relative drift of image and of text tokens."""
+    def advance(self, dense: nn.Module, student: nn.Module, part: Part) -> tuple[float, float]:
+        """Take both models through a part of their blocks; returns the relative drift of image and of text tokens."""
         device = self.teacher.device
         difference, power = (torch.zeros(2, dtype=torch.float64, device=device) for _ in range(2))
         for group in self.groups:
             for rows in group.rows(self.batch):
-                theirs = dense(group.tokens(self.teacher.stem, rows, TEACHER))
-                ours = student(group.tokens(self.teacher.stem, rows, STUDENT))
+                theirs = self._teachers_after(dense, part, group, rows)
+                ours = part.of(student)(group.tokens(self.teacher.stem, rows, STUDENT))
                 for i, (a, b) in enumerate(((theirs.img, ours.img), (theirs.txt, ours.txt))):
                     difference[i] += (a.float() - b.float()).square().sum()
                     power[i] += a.float().square().sum()
-                group.put(rows, TEACHER, theirs)
                 group.put(rows, STUDENT, ours)
+        self.teacher_ahead = False
         ranks.add_up([difference, power])
         img, txt = (difference / power.clamp_min(1e-30)).sqrt().tolist()
         return img, txt
@@ -252,24 +266,25 @@ def many_vectors(
 
 
 class _Captured(Exception):
-    """Every wanted input has been seen: the rest of the block need not run."""
+    """Every wanted input has been seen: the rest of the part need not run."""
 
 
-def inputs_of(block: nn.Module, linears: Sequence[str], tokens: Tokens) -> dict[str, Tensor]:
-    """The inputs [B, L, K] that some Linears of a block get from these tokens."""
+def inputs_of(block: nn.Module, linears: Sequence[str], tokens: Tokens, part: Part) -> dict[str, Tensor]:
+    """The inputs [B, L, K] that some Linears in a part of a block get from the tokens before it."""
     captured: dict[str, Tensor] = {}
 
     def hook(name: str):
-        def capture(_, arguments: tuple[Tensor, ...]) -> None:
+        def capture(_, arguments: tuple[Tensor, ...]) -> Tensor:
             captured[name] = arguments[0]
             if len(captured) == len(linears):
                 raise _Captured
+            return arguments[0][:, :1]  # what comes of it is not looked at
 
         return capture
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in linears]
     try:
-        block(tokens)
+        part.of(block)(tokens)
     except _Captured:
         pass
     finally:

@@ -237,12 +237,22 @@ class Tier:
 
     role  "modulate": their input is SiLU of the modulation vector; "inner": within a branch; "add": their outputs are
           multiplied by a gate and added to the tokens
-    half  of tiers that add: the method of the block that ends with it
     """
 
     linears: tuple[str, ...]
     role: str
-    half: str = "forward"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What takes a block's tokens from one addition to the next: the name of the method, and the Linears in order."""
+
+    method: str
+    tiers: tuple[Tier, ...]
+
+    def of(self, block: nn.Module) -> Callable[[Tokens], Tokens]:
+        """This part of a block."""
+        return getattr(block, self.method)
 
 
 class DoubleBlock(nn.Module):
@@ -260,7 +270,7 @@ class DoubleBlock(nn.Module):
             setattr(self, f"{stream}_mlp", nn.Sequential(first, activation(arch.version), second))
 
     @property
-    def tiers(self) -> tuple[Tier, ...]:
+    def parts(self) -> tuple[Part, ...]:
         """The block's Linears in the order in which a forward meets them."""
 
         def both(part: str) -> tuple[str, str]:
@@ -268,11 +278,8 @@ class DoubleBlock(nn.Module):
 
         modulate = (Tier(both("mod.lin"), "modulate"),) if hasattr(self, "img_mod") else ()
         return (
-            *modulate,
-            Tier(both("attn.qkv"), "inner"),
-            Tier(both("attn.proj"), "add", "attend"),
-            Tier(both("mlp.0"), "inner"),
-            Tier(both("mlp.2"), "add"),
+            Part("attend", (*modulate, Tier(both("attn.qkv"), "inner"), Tier(both("attn.proj"), "add"))),
+            Part("feed", (Tier(both("mlp.0"), "inner"), Tier(both("mlp.2"), "add"))),
         )
 
     def forward(self, tokens: Tokens) -> Tokens:
@@ -335,10 +342,10 @@ class SingleBlock(nn.Module):
         self.mlp_act = activation(arch.version)
 
     @property
-    def tiers(self) -> tuple[Tier, ...]:
+    def parts(self) -> tuple[Part, ...]:
         """The block's Linears in the order in which a forward meets them."""
         modulate = (Tier(("modulation.lin",), "modulate"),) if hasattr(self, "modulation") else ()
-        return (*modulate, Tier(("linear1",), "inner"), Tier(("linear2",), "add"))
+        return (Part("forward", (*modulate, Tier(("linear1",), "inner"), Tier(("linear2",), "add"))),)
 
     def modulations(self, tokens: Tokens) -> tuple[Tensor, ...]:
         """Shift, scale and gate."""
@@ -379,6 +386,11 @@ class FinalLayer(nn.Module):
     def inputs(self, x: Tensor, vec: Tensor) -> Tensor:
         """What the Linear gets, [B, I, hidden]."""
         return modulate(x, *self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1))
+
+
+def parts_of(block: nn.Module) -> tuple[Part, ...]:
+    """The parts of a block, in order."""
+    return cast(DoubleBlock | SingleBlock, block).parts
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:

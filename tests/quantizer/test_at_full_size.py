@@ -86,14 +86,15 @@ def test_calibration_of_a_block(arch, tmp_path):
         vec = torch.empty(2, arch.hidden, dtype=torch.bfloat16, device="cuda")
         streams = Streams.__new__(Streams)
         streams.teacher, streams.batch, streams.vectors = model, 1, vec.repeat(512, 1)
-        streams.groups = [TokenFile(img, txt, vec, (64, 64))]
+        streams.groups, streams.teacher_ahead = [TokenFile(img, txt, vec, (64, 64))], False
         for _, block in model.blocks():
             student = deepcopy(block)
-            for tier in block.tiers:
-                for moments in streams.moments(block, student, tier).values():
-                    assert moments.second.device.type == "cuda"
-            with pytest.raises(DataDependentOutputException):  # the drift, once for all states
-                streams.advance(block, student)
+            for part in block.parts:
+                for tier in part.tiers:
+                    for moments in streams.moments(block, student, part, tier).values():
+                        assert moments.second.device.type == "cuda"
+                with pytest.raises(DataDependentOutputException):  # the drift, once for all states
+                    streams.advance(block, student, part)
             del student, block, moments
     assert memory.peak - stem <= calibration_memory(arch, TOKENS, 2)
 

@@ -11,12 +11,12 @@ from ternary_flux.quantizer.calibration import calibrate
 from ternary_flux.quantizer.calibration.calibrate import CalibrationSettings
 from ternary_flux.quantizer.calibration.columns import EXPONENTS
 from ternary_flux.quantizer.calibration.sensitivity import rounded
-from ternary_flux.quantizer.calibration.streams import TEXT_IMPORTANCE, Streams, inputs_of, many_vectors
+from ternary_flux.quantizer.calibration.streams import STUDENT, TEXT_IMPORTANCE, Streams, inputs_of, many_vectors
 from ternary_flux.quantizer.files.architecture import Architecture
 from ternary_flux.quantizer.files.checkpoint import open_checkpoint
 from ternary_flux.quantizer.files.precision import precisions_of
 from ternary_flux.quantizer.files.ternary import open_ternary
-from ternary_flux.quantizer.model.flux import Flux, Tier
+from ternary_flux.quantizer.model.flux import Flux, Part, Tier
 from ternary_flux.quantizer.model.teacher import Placement, Teacher
 from ternary_flux.quantizer.pictures import trajectories
 from ternary_flux.quantizer.pictures.conditioning import Conditioning
@@ -208,7 +208,7 @@ def test_stages_have_every_linear_once_and_in_order(case):
     order = {"double": ["attn.qkv", "attn.proj", "mlp.0", "mlp.2"], "single": ["linear1", "linear2"]}
     modulation = {"double": ["mod.lin"], "single": ["modulation.lin"]}
     for name in arch.block_names:
-        kind, tiers = name.split("_")[0], case.teacher.block(name).tiers
+        kind, tiers = name.split("_")[0], [tier for part in case.teacher.block(name).parts for tier in part.tiers]
         flat = [linear for tier in tiers for linear in tier.linears]
         assert sorted(flat) == sorted(arch.block_linears(name))
         first = [tier.linears[0].removeprefix("img_") for tier in tiers]
@@ -222,10 +222,11 @@ def test_gates_are_those_of_the_branch_that_a_linear_is_in(case):
             block = deepcopy(case.teacher.block(name))
             tokens = case.teacher.prepare(case.states[0].inputs(slice(0, 2), case.conditioning))
             gates = block.gates(tokens)
-            assert set(gates) == {linear for s in block.tiers if s.role != "modulate" for linear in s.linears}
-            for tier in (tier for tier in block.tiers if tier.role == "add"):
+            tiers = [(part, tier) for part in block.parts for tier in part.tiers]
+            assert set(gates) == {linear for _, t in tiers if t.role != "modulate" for linear in t.linears}
+            for part, tier in ((part, tier) for part, tier in tiers if tier.role == "add"):
                 for linear in tier.linears:
-                    run = getattr(block, tier.half)
+                    run = part.of(block)
                     before = block.stream(linear, run(tokens))
                     handle = block.get_submodule(linear).register_forward_hook(lambda _, inputs, output: output + 1)
                     changed = block.stream(linear, run(tokens)) - before
@@ -238,9 +239,10 @@ def test_moments_are_of_what_the_linears_get(case):
         streams = Streams(case.teacher, case.states, case.conditioning, case.folder / "streams", batch=5)
         block = case.teacher.block("double_blocks.0")
         names = ("img_mlp.0", "txt_mlp.0")
-        moments = streams.moments(block, block, Tier(names, "inner"))
+        part = Part("forward", (Tier(names, "inner"),))
+        moments = streams.moments(block, block, part, part.tiers[0])
         tokens = streams.groups[0].tokens(case.teacher.stem, slice(0, 5), 0)
-        seen = inputs_of(block, names, tokens)
+        seen = inputs_of(block, names, tokens, part)
     assert {name: x.shape[-1] for name, x in seen.items()} == {name: 128 for name in names}
     count = sum(len(group) * group.latent.shape[2] * group.latent.shape[3] for group in case.states)
     assert moments["img_mlp.0"].tokens == count // case.teacher.arch.patch_size**2
@@ -254,17 +256,39 @@ def test_text_counts_less_beside_images_and_not_at_all_at_the_end(case):
     """Moments of a single block's Linears, by hand; image tokens count by the square of the gate."""
     block, importances = case.teacher.block("single_blocks.0"), {"linear1": TEXT_IMPORTANCE, "linear2": 0.0}
     with torch.inference_mode(), Streams(case.teacher, case.states, case.conditioning, case.folder / "last") as streams:
-        for tier in block.tiers:
+        (part,) = block.parts
+        for tier in part.tiers:
             for linear in importances.keys() & set(tier.linears):
-                found = streams.moments(block, block, tier, last=True)[linear]
+                found = streams.moments(block, block, part, tier, last=True)[linear]
                 second = torch.zeros_like(found.second)
                 for group in streams.groups:
-                    tokens = group.tokens(case.teacher.stem, slice(None), 0)
-                    x, gate = inputs_of(block, [linear], tokens)[linear], block.gates(tokens)[linear]
-                    for part, weight in ((x[:, 3:], 1.0), (x[:, :3], importances[linear])):
+                    tokens = group.tokens(case.teacher.stem, slice(None), STUDENT)  # the teacher's are behind linear2
+                    x, gate = inputs_of(block, [linear], tokens, part)[linear], block.gates(tokens)[linear]
+                    for some, weight in ((x[:, 3:], 1.0), (x[:, :3], importances[linear])):
                         power = gate.square().mean(2, keepdim=True)
-                        second += weight * ((power * part).flatten(0, 1).t() @ part.flatten(0, 1)).double()
+                        second += weight * ((power * some).flatten(0, 1).t() @ some.flatten(0, 1)).double()
                 assert (found.second - second).norm() < 1e-4 * second.norm()
+
+
+def test_the_teacher_goes_through_each_block_once(case):
+    """For all tiers and for what comes after; several times it would be most of what calibration computes."""
+    last = {"double": "img_mlp.2", "single": "linear2"}
+    calls = dict.fromkeys(case.teacher.arch.block_names, 0)
+
+    def count(name: str):
+        linear = case.teacher.block(name).get_submodule(last[name.split("_")[0]])
+
+        def hook(module, inputs, _) -> None:
+            calls[name] += module is linear and inputs[0].shape[1] > 1  # copies of the block have the hook too
+
+        return linear.register_forward_hook(hook)
+
+    handles = [count(name) for name in calls]
+    case.run("once", "once-work")
+    for handle in handles:
+        handle.remove()
+    batches = sum(-(-len(group) // 4) for group in case.states)
+    assert calls == dict.fromkeys(calls, batches)
 
 
 def test_the_largest_linear_gets_enough_tokens():
