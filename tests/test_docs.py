@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from ternary_flux.benchmarks.quality import table
 from ternary_flux.ops import TernaryWeight
 from ternary_flux.ops.backends.triton import configs
 from ternary_flux.quantizer.files.layer import LayerPlan
@@ -45,6 +46,27 @@ def text(*path: str) -> str:
 
 def results(name: str):
     return json.loads(text("benchmarks", "results", name))
+
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("quality.json", table.lines),
+        ("quality-stressed-quick.json", table.stressed_lines),
+        ("quality-flux2-stressed-quick.json", table.stressed_lines),
+    ],
+)
+def test_the_tables_of_quality(name, of):
+    page = text("docs", "quality.md").split("\n")
+    assert [line for line in of(results(name)["models"]) if line not in page] == []
+
+
+def test_what_the_readme_says_of_pictures():
+    rows = {row["name"]: row["accuracy"]["overall"][0] for row in results("quality.json")["models"]}
+    names = "original, bf16", "ternary, least squares", "calibrated", "distilled: codes"
+    shares = [f"{rows[name]:.0%}".replace("%", " %") for name in names]
+    said = "{} of the pictures, with weights that were only rounded {}, calibrated {}, calibrated and trained {}"
+    assert said.format(*shares) in " ".join(text("README.md").split())
 
 
 def test_the_kernels_measured_times():
