@@ -31,7 +31,7 @@ def lines(rows: Sequence[dict]) -> list[str]:
 
 
 def stressed_lines(rows: Sequence[dict]) -> list[str]:
-    """A line for each recipe of `run_stressed`: error, its multiple of the plain model's, and right pictures by level."""
+    """Of `run_stressed`, by recipe: error, its multiple of the plain model's, and right pictures at each level."""
     levels, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("level", "name"))
     found = {(row["level"], row["name"]): row for row in rows}
 
