@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...quantizer.files.checkpoint import open_checkpoint
-from ...quantizer.model.flux import Flux, Inputs, linear_of
+from ...quantizer.model.flux import Flux, Inputs, linear_of, parts_of
 from ...quantizer.pictures.pool import Pool
 from ...quantizer.pictures.states import Batch
 from .models import dense_of
@@ -84,7 +84,7 @@ def fine_tune(model: Flux, pool: Pool, steps: int) -> None:
 def _added(model: Flux) -> Iterator[nn.Parameter]:
     """Weights and biases of the Linears whose outputs are added to the residual stream."""
     for block in model.blocks:
-        for tier in block.tiers:
+        for tier in (tier for part in parts_of(block) for tier in part.tiers):
             if tier.role == "add":
                 for name in tier.linears:
                     yield from linear_of(block, name).parameters()
