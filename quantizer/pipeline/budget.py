@@ -51,10 +51,10 @@ def held_out_pictures(pictures: int, prompts: int) -> int:
 
 
 def calibration_forwards(device: str) -> int:
-    """Forwards that calibration costs for each state: blocks run for every tier, and moments are summed in fp32.
+    """Forwards that calibration costs for each state: parts of blocks run again, and moments are summed in fp32.
 
-    On a CPU 5 were measured on the miniature and 9 with 512 channels at 256 pixels; on an H200, where forwards are in
-    bf16, 83 at FLUX.1's width and 1024 pixels (docs/kernels.md).
+    Measured before the original went through each block only once. On a CPU 5 on the miniature and 9 with 512 channels
+    at 256 pixels; on an H200, where forwards are in bf16, 83 at FLUX.1's width and 1024 pixels (docs/kernels.md).
     """
     return 8 if device == "cpu" else 80
 
