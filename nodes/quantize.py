@@ -11,6 +11,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
+from ..quantizer.files.architecture import canonical
 from ..quantizer.files.atomic import write_json
 from ..quantizer.files.checkpoint import fingerprint, open_checkpoint
 from ..quantizer.files.container import save
@@ -279,7 +280,7 @@ def _dense(name: str) -> Path:
 def _written(model, path: Path) -> Iterator[Path]:
     """A MODEL with its patches as a file, for as long as the block runs; the ternary model's title is its name."""
     refused = ValueError("this MODEL is no dense FLUX: load a FLUX.1 or FLUX.2 with the node Load Diffusion Model")
-    if not {"img_in.weight", "txt_in.weight"} <= model.model.diffusion_model.state_dict().keys():
+    if not {"img_in.weight", "txt_in.weight"} <= {*map(canonical, model.model.diffusion_model.state_dict())}:
         raise refused
     comfy.load_models_gpu([model])
     tensors = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
