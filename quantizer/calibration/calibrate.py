@@ -193,7 +193,7 @@ def _calibrate_block(
     parts = parts_of(dense)
     for part in parts:
         if not kept:
-            last = name == streams.teacher.arch.block_names[-1]
+            last = name == streams.teacher.arch.block_names[-1] and part == parts[-1]
             results |= _solve_part(part, dense, student, streams, settings, precisions, last)
             if part == parts[-1] and ranks.first():
                 _save_block(path, results)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ranks
 
-_SUMS = ("count", "second", "mean", "shift", "mean_shift", "cross", "mean_cross", "gates")
+_SUMS = ("count", "second", "mean", "shift", "mean_shift", "cross", "mean_cross", "gates", "metric")
 
 
 class Moments:
@@ -30,6 +30,7 @@ class Moments:
         self.cross: Tensor | None = None  # [N, K], of gate^2 (wanted output - dense output) x^T
         self.mean_cross: Tensor | None = None
         self.gates = zeros(outputs)  # of gate^2
+        self.metric: Tensor | None = None  # [N, N]: an error e [N] of the outputs costs e^T metric e; None: |e|^2
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Inputs [B, L, K] of the ternary model's Linear, with a weight [B, L] for each token."""
@@ -70,6 +71,17 @@ class Moments:
         self.mean_cross += wanted.sum(0)
         self.gates += gate.square().sum((0, 1)) * weight.sum()
 
+    def expect_metric(self) -> None:
+        """Outputs will be found to matter together, on this rank or on another."""
+        if self.metric is None:
+            self.metric = self.mean.new_zeros(len(self.gates), len(self.gates))
+
+    def add_reach(self, reach: Tensor) -> None:
+        """How far each output reaches, [B, L, N]: by what it is multiplied on its way to where all are mixed."""
+        self.expect_metric()
+        flat = reach.flatten(0, -2).float()
+        self.metric += flat.t() @ flat
+
     def collect(self, owner: int) -> None:
         """Bring what all ranks have together on the owner, in fp32. Elsewhere it is used up."""
         self.tokens = sum(ranks.gather(self.tokens))
@@ -91,6 +103,7 @@ class Moments:
         for name in ("cross", "mean_cross", "gates"):
             value = getattr(self, name)
             setattr(part, name, None if value is None else value[index])
+        part.metric = None
         return part
 
     def scale_inputs(self, column: Tensor) -> None:

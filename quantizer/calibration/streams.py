@@ -105,8 +105,8 @@ class Streams:
     ) -> dict[str, Moments]:
         """Moments of the inputs of a tier's Linears, in this part of a block, over this rank's states.
 
-        `dense` is the teacher's block, `last` whether none comes after it. A tier that adds to the tokens takes the
-        teacher's through the part.
+        `dense` is the teacher's block, `last` whether only the final layer comes after this part of it. A tier that
+        adds to the tokens takes the teacher's through the part.
         """
         linears = tier.linears
         device = self.teacher.device
@@ -117,9 +117,11 @@ class Streams:
                 for name in linears:
                     moments[name].add(nn.functional.silu(vectors)[:, None])
             return moments
-        for collected in moments.values():
+        for name, collected in moments.items():
             if tier.role == "add":
                 collected.expect_residual()
+                if last and not name.startswith("txt_"):
+                    collected.expect_metric()
             else:
                 collected.expect_drift()
         for group in self.groups:
@@ -139,6 +141,10 @@ class Streams:
                         moments[name].add(inputs[name], weight)
                         moments[name].add_drift(inputs[name], teacher_inputs[name], weight)
         self.teacher_ahead = tier.role == "add"
+        mixed = self.teacher.stem.final_layer.linear.weight.double()
+        for collected in moments.values():
+            if collected.metric is not None:
+                collected.metric *= mixed.t() @ mixed
         return moments
 
     def _teachers_after(self, dense: nn.Module, part: Part, group: TokenFile, rows: slice) -> Tokens:
@@ -149,8 +155,8 @@ class Streams:
             group.put(rows, TEACHER, tokens)
         return tokens
 
-    @staticmethod
     def _add_residuals(
+        self,
         moments: Mapping[str, Moments],
         student: nn.Module,
         part: Part,
@@ -158,7 +164,11 @@ class Streams:
         ours: Tokens,
         importance: Mapping[str, Tensor],
     ) -> None:
-        """What the student's tokens miss of those that are wanted after these Linears, while they are still dense."""
+        """What the student's tokens miss of those that are wanted after these Linears, while they are still dense.
+
+        Behind the last ones, the final layer mixes the channels of image tokens into few outputs: what it makes of the
+        Linears' errors is what counts.
+        """
         captured = {}
         handles = [
             student.get_submodule(name).register_forward_pre_hook(
@@ -174,6 +184,8 @@ class Streams:
             missing = student.stream(name, wanted).float() - student.stream(name, found).float()
             moments[name].add(captured[name], _power(gates[name]) * importance[name])
             moments[name].add_residual(captured[name], missing, gates[name], importance[name])
+            if moments[name].metric is not None:
+                moments[name].add_reach(gates[name].float() * self.teacher.stem.final_layer.reach(found.img, found.vec))
 
     def advance(self, dense: nn.Module, student: nn.Module, part: Part) -> tuple[float, float]:
         """Take both models through a part of their blocks; returns the relative drift of image and of text tokens."""

@@ -21,6 +21,8 @@ from ..files.architecture import TIME_CHANNELS, Architecture
 
 LinearFactory = Callable[[int, int, bool], nn.Module]
 
+EPSILON = 1e-6  # of the layer norms
+
 
 class Inputs(NamedTuple):
     """The arguments of a FLUX forward: `model(*inputs)`."""
@@ -387,6 +389,11 @@ class FinalLayer(nn.Module):
         """What the Linear gets, [B, I, hidden]."""
         return modulate(x, *self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1))
 
+    def reach(self, x: Tensor, vec: Tensor) -> Tensor:
+        """By what a small change of each channel is multiplied on its way to the Linear, [B, I, hidden], fp32."""
+        _, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return (1 + scale.float()) * (x.float().var(-1, keepdim=True, unbiased=False) + EPSILON).rsqrt()
+
 
 def parts_of(block: nn.Module) -> tuple[Part, ...]:
     """The parts of a block, in order."""
@@ -400,7 +407,7 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without parameters, then shift + (1 + scale) x."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPSILON), 1 + scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:

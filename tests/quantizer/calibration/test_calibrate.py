@@ -270,6 +270,33 @@ def test_text_counts_less_beside_images_and_not_at_all_at_the_end(case):
                 assert (found.second - second).norm() < 1e-4 * second.norm()
 
 
+@pytest.mark.parametrize("kind", ["double_blocks", "single_blocks"])
+def test_at_the_end_errors_count_by_what_the_final_layer_makes_of_them(case, kind):
+    """The metric of the last Linears' outputs against small changes of them that go through the final layer."""
+    name = next(name for name in reversed(case.teacher.arch.block_names) if name.startswith(kind))
+    block, final, generator = case.teacher.block(name), case.teacher.stem.final_layer, torch.Generator().manual_seed(0)
+    with torch.inference_mode(), Streams(case.teacher, case.states, case.conditioning, case.folder / "end") as streams:
+        part = block.parts[-1]
+        tier = part.tiers[-1]
+        before = [group.tokens(case.teacher.stem, slice(None), STUDENT) for group in streams.groups]
+        found = streams.moments(block, block, part, tier, last=True)
+        linear = next(linear for linear in tier.linears if not linear.startswith("txt_"))
+        assert all(moments.metric is None for other, moments in found.items() if other != linear)
+        ratios = []
+        for _ in range(8):
+            error, power = 1e-3 * torch.randn(block.get_submodule(linear).out_features, generator=generator), 0.0
+            for tokens in before:
+                after = part.of(block)(tokens)
+                gate = block.gates(tokens)[linear]
+                moved = final(after.img + gate * error, tokens.vec) - final(after.img, tokens.vec)
+                power += float(moved.double().square().sum())
+            ratios.append(float(error.double() @ found[linear].metric @ error.double()) / power)
+    # A change of all channels alike, or along the token itself, is taken away by the layer norm.
+    assert 1 <= sum(ratios) / len(ratios) < 1.1
+    with torch.inference_mode(), Streams(case.teacher, case.states, case.conditioning, case.folder / "end") as streams:
+        assert all(m.metric is None for m in streams.moments(block, block, part, tier).values())
+
+
 def test_the_teacher_goes_through_each_block_once(case):
     """For all tiers and for what comes after; several times it would be most of what calibration computes."""
     last = {"double": "img_mlp.2", "single": "linear2"}

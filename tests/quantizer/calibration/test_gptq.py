@@ -114,6 +114,40 @@ def test_weights_say_where_errors_count():
     assert errors[0] < 0.95 * errors[1]
 
 
+@pytest.mark.parametrize(("options", "part"), [({}, 0.55), ({"rank": 4}, 0.55), ({"terms": 2}, 0.8)])
+def test_rows_make_up_for_each_other_where_few_outputs_are_left(options, part):
+    x, w, bias = inputs(), weight(), torch.zeros(N)
+    mixed = torch.randn(6, N, generator=torch.Generator().manual_seed(3))
+    alone, together = moments(x), moments(x)
+    together.add_reach(torch.ones(1, 1, N))
+    together.metric *= mixed.t() @ mixed
+    errors = []
+    for collected in (alone, together):
+        solution = gptq.solve(w, bias, collected, **options)
+        difference = x @ (solution.weight.dequantize(torch.float32) - w).t() + solution.bias
+        errors.append((difference.norm().item(), (difference @ mixed.t()).norm().item(), solution.fit.output_error))
+    assert errors[1][1] < part * errors[0][1]
+    assert errors[1][0] > errors[0][0]  # where nobody looks
+    assert errors[1][2] == pytest.approx(errors[1][1] / (x @ w.t() @ mixed.t()).norm().item(), rel=0.1)
+
+
+def test_outputs_that_matter_alike_and_alone_stay_as_they_were():
+    x, w, bias = inputs(), weight(), torch.zeros(N)
+    alone, together = moments(x), moments(x)
+    together.expect_metric()
+    together.metric += torch.eye(N)
+    plain, shared = (output_error(gptq.solve(w, bias, m), x, x, w, bias) for m in (alone, together))
+    assert shared < 1.01 * plain
+
+
+def test_outputs_that_do_not_matter_at_all_are_handled():
+    collected = moments(inputs())
+    collected.expect_metric()
+    solution = gptq.solve(weight(), torch.zeros(N), collected)
+    assert torch.isfinite(solution.weight.dequantize(torch.float32)).all()
+    assert solution.fit.weight_error < 1.5
+
+
 def test_the_bias_takes_up_the_mean():
     x, w, bias = inputs() + 3, weight(), torch.randn(N)
     solution = gptq.solve(w, bias, moments(x))
