@@ -32,7 +32,7 @@ DENSE_DAMPING = 0.01
 # 0.0312 after 3 sweeps with 0.03, and 0.0302 after 6 with 0.003.
 METRIC_DAMPING = 0.003
 METRIC_SWEEPS = 6
-_PARTS = 32  # of the rows, of which one after the other makes up for the others
+_TOGETHER = 0.25  # of the metric's effective rank: rows that make up for the others at a time; more spoil it
 _ROWS = 1024  # rows at a time on a CPU
 _INTEGER_SWEEPS = 4
 _EXACT = 4096  # inputs up to which H is factored in float64
@@ -387,28 +387,27 @@ def share_among_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [N, K], row scales [N] and multipliers [N, K/128] whose rows make up for each other's errors.
 
-    Coordinate descent over parts of the rows: those of a part are fitted, each for itself, to what would be best for
-    them all given the other rows, by the `metric` [N, N] of the outputs. As far as the metric does not see it, the
-    error of each row may grow.
+    A few rows at a time are fitted, each for itself, to what would be best for them all given the other rows, by the
+    `metric` [N, N] of the outputs; they stay as they were where that does not help. As far as the metric does not see
+    it, the error of each row may grow.
     """
-    codes, scales = codes.clone(), row[:, None] * group
-    row, group, left = row.clone(), group.clone(), projected - dense(codes, scales) @ hessian
-    parts = torch.arange(len(codes), device=codes.device).chunk(_PARTS)
-    for sweep in range(METRIC_SWEEPS + 1):
-        for part in parts:
-            others = metric[part].clone()
-            own = others[:, part].clone()
-            others[:, part] = 0
-            own.diagonal().add_(METRIC_DAMPING)
-            wanted = projected[part] + torch.linalg.solve(own, others @ left)
-            if sweep < METRIC_SWEEPS:
-                codes[part], scales[part] = fit_scales(codes[part], wanted, hessian)
-                codes[part] = descend(codes[part], scales[part], wanted, hessian)
-            else:
-                row[part], group[part] = fit_integer_scales(codes[part], scales[part], wanted, hessian)
-                scales[part] = row[part, None] * group[part]
-                codes[part] = descend(codes[part], scales[part], wanted, hessian)
-            left[part] = projected[part] - dense(codes[part], scales[part]) @ hessian
+    codes, row, group = codes.clone(), row.clone(), group.clone()
+    metric = metric.clone()
+    metric.diagonal().add_(METRIC_DAMPING)
+    outputs = float(metric.trace().square() / metric.square().sum())
+    left = projected - dense(codes, row[:, None] * group) @ hessian
+    for _ in range(METRIC_SWEEPS):
+        for some in torch.arange(len(codes), device=codes.device).split(max(1, int(_TOGETHER * outputs))):
+            own, slope = metric[some][:, some], metric[some] @ left
+            wanted = projected[some] - left[some] + torch.linalg.solve(own, slope)
+            new, scales = fit_scales(codes[some], wanted, hessian)
+            new = descend(new, scales, wanted, hessian)
+            new_row, new_group = fit_integer_scales(new, scales, wanted, hessian)
+            change = dense(codes[some], row[some, None] * group[some]) - dense(new, new_row[:, None] * new_group)
+            moved = change @ hessian
+            if ((2 * slope + own @ moved) * change).sum() < 0:
+                codes[some], row[some], group[some] = new, new_row, new_group
+                left[some] += moved
     return codes, row, group
 
 

@@ -114,10 +114,11 @@ def test_weights_say_where_errors_count():
     assert errors[0] < 0.95 * errors[1]
 
 
-@pytest.mark.parametrize(("options", "part"), [({}, 0.55), ({"rank": 4}, 0.55), ({"terms": 2}, 0.8)])
-def test_rows_make_up_for_each_other_where_few_outputs_are_left(options, part):
+@pytest.mark.parametrize("outputs", [6, 24])
+@pytest.mark.parametrize("options", [{}, {"rank": 4}, {"terms": 2}])
+def test_rows_make_up_for_each_other_where_few_outputs_are_left(options, outputs):
     x, w, bias = inputs(), weight(), torch.zeros(N)
-    mixed = torch.randn(6, N, generator=torch.Generator().manual_seed(3))
+    mixed = torch.randn(outputs, N, generator=torch.Generator().manual_seed(3))
     alone, together = moments(x), moments(x)
     together.add_reach(torch.ones(1, 1, N))
     together.metric *= mixed.t() @ mixed
@@ -126,7 +127,7 @@ def test_rows_make_up_for_each_other_where_few_outputs_are_left(options, part):
         solution = gptq.solve(w, bias, collected, **options)
         difference = x @ (solution.weight.dequantize(torch.float32) - w).t() + solution.bias
         errors.append((difference.norm().item(), (difference @ mixed.t()).norm().item(), solution.fit.output_error))
-    assert errors[1][1] < part * errors[0][1]
+    assert errors[1][1] < {6: 0.5, 24: 0.8}[outputs] * errors[0][1]
     assert errors[1][0] > errors[0][0]  # where nobody looks
     assert errors[1][2] == pytest.approx(errors[1][1] / (x @ w.t() @ mixed.t()).norm().item(), rel=0.1)
 
