@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .backends.triton import backend as triton
 
+_FEW = 64  # outputs, for which choosing the later inputs takes longer than adding nothing to the earlier ones
 _LEAST_SCALE = 1e-20  # outputs without a scale, which stay without codes, are divided by this
 
 
@@ -38,14 +39,19 @@ def group_codes_in_torch(
     unit = scale.clamp_min(_LEAST_SCALE)
     block.div_(unit)
     codes, changes = torch.empty_like(block), torch.empty_like(block)
-    for i, (code, change, factor) in enumerate(zip(codes, changes, factors.tolist(), strict=True)):
+    passed_on, before, few = weights.triu(1), codes if old is None else old, block.shape[1] <= _FEW
+    steps = zip(block, codes, changes, before, passed_on, factors.tolist(), strict=True)
+    for i, (value, code, change, start, to, factor) in enumerate(steps, 1):
         if old is None:
-            torch.clamp(block[i], -1, 1, out=code).round_()
-            torch.sub(block[i], code, out=change).mul_(factor)
+            torch.clamp(value, -1, 1, out=code).round_()
+            torch.sub(value, code, out=change).mul_(factor)
         else:
-            torch.add(old[i], block[i], alpha=factor, out=code).clamp_(-1, 1).round_()
-            torch.sub(code, old[i], out=change)
-        block[i + 1 :].addr_(weights[i, i + 1 :], change, alpha=-1)
+            torch.add(start, value, alpha=factor, out=code).clamp_(-1, 1).round_()
+            torch.sub(code, start, out=change)
+        if few:
+            block.addr_(to, change, alpha=-1)
+        else:
+            block[i:].addr_(to[i:], change, alpha=-1)
     return codes.mul_(scale > 0), changes.mul_(scale if old is not None else unit)
 
 
