@@ -46,9 +46,7 @@ class LayerFit:
     """How one Linear was quantized; errors are relative and not squared."""
 
     weight_error: float  # of the weights
-    output_error: (
-        float  # of the outputs on the calibration states, against the best of a dense Linear; by M if there is
-    )
+    output_error: float  # of the outputs on the calibration states, against the best dense Linear; by M if there is one
     effective_rank: float  # of the inputs: (trace H)^2 / |H|^2
     inputs: int
     tokens: int
